@@ -1,0 +1,2868 @@
+#!/usr/bin/env python3
+"""Train a 16 MB language model in ten minutes, ship it, and score it: the whole run in one file.
+
+    train -> average -> quantize -> artifact -> restore -> diagnostics -> score-first test-time training
+
+Run it through run.sh (`SEED=42 ./run.sh`), or by hand on any machine:
+
+    DATA_PATH=shards python train_gpt.py                            one process, GPU or CPU
+    torchrun --standalone --nproc_per_node=8 train_gpt.py           the record machine
+    python train_gpt.py --help                                      every setting, its default and meaning
+
+Settings are environment variables; nothing else is read from outside. Importing this file has no side effects.
+
+Dimensions: B documents in a batch, T positions, N = B*T flattened, D model width, H query heads, G key/value
+heads, K head width, F MLP width, V vocabulary, L layers, R adapter rank. Weights are (out, in) like nn.Linear.
+
+Contents:  1 configuration   2 runtime   3 data   4 attention backends   5 fused kernels   6 model
+           7 optimizers   8 schedules and EMA   9 training   10 quantization   11 artifact   12 scoring
+           13 n-gram hints   14 test-time training   15 pipeline   16 main
+
+References:
+  [GQA]   Ainslie et al. 2023, grouped-query attention          [RoPE]  Su et al. 2021, rotary positions
+  [XSA]   Zhai 2026, exclusive self attention                   [Muon]  Jordan et al. 2024, orthogonalized momentum
+  [PE]    Amsel et al. 2025, Polar Express                      [GPTQ]  Frantar et al. 2022
+  [AWQ]   Lin et al. 2023, activation-aware quantization        [LQER]  Zhang et al. 2024, low-rank error correction
+  [LoRA]  Hu et al. 2021                                        [TTT]   Sun et al. 2020, test-time training
+  [REF]   openai/parameter-golf PR #2124, the run whose behaviour and hyperparameters this script follows
+"""
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import datetime
+import difflib
+import hashlib
+import json
+import lzma
+import math
+import os
+import platform
+import queue
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+try:                                                     # Triton comes with CUDA builds of torch only
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+
+# --- 1 configuration ----------------------------------------------------------------------------------------
+# The only reader of settings: names, types, defaults, meaning, and the relations between them.
+
+class ConfigError(ValueError):
+    """A setting is unknown, ill-typed, out of range, or contradicts another one."""
+
+
+def knob(default: Any, doc: str, low: float = -math.inf, high: float = math.inf, choices: tuple = ()) -> Any:
+    return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices})
+
+
+# Settings of the reference that have one meaning here. Any other value would silently do something else.
+FIXED_SETTINGS: dict[str, tuple[str, str]] = {
+    name: (value, reason) for names, value, reason in (
+        ("GATED_XSA SMEAR_GATE_ENABLED SPARSE_ATTN_GATE_ENABLED SKIP_GATES_ENABLED LN_SCALE TIE_EMBEDDINGS "
+         "ASYM_LOGIT_RESCALE", "1", "the architecture always has it"),
+        ("XSA_LAST_N", "11", "every layer has exclusive self attention"),
+        ("PARALLEL_FINAL_LANE", "mean", "the two lanes are always averaged"),
+        ("SPARSE_ATTN_GATE_INIT_STD", "0", "gates always start at one half"),
+        ("CASEOPS_ENABLED", "1", "bytes are always counted from the CaseOps sidecar"),
+        ("LQER_SCOPE", "all", "every quantized matrix competes"),
+        ("LQER_GAIN_SELECT TTT_EVAL_BATCHES FORCE_STOP_STEP ROPE_YARN SKYLIGHT_MUON ATTN_OUT_GATE_ENABLED "
+         "GATED_ATTN_ENABLED GATED_ATTN_QUANT_GATE NGRAM_HINT_PRECOMPUTE_OUTSIDE GLOBAL_TTT_WARMUP_CHUNKS", "0",
+         "the feature does not exist in this script"),
+        ("WITHIN_BOOST WORD_BOOST AGREE_ADD_BOOST", "0",
+         "that n-gram channel looks at the token being scored before choosing its hint, which is not causal"),
+        ("LQER_FACTOR_BITS", "4", "the symmetric fallback packs 4 bits"),
+        ("MATRIX_CLIP_SIGMAS", "12.85", "no tensor falls in that class"),
+        ("TTT_OPTIMIZER", "adam", "adapters are trained with AdamW"),
+        ("TTT_GRAD_STEPS PHASED_TTT_NUM_PHASES GLOBAL_TTT_EPOCHS GLOBAL_TTT_RESPECT_DOC_BOUNDARIES "
+         "TEMPERATURE_SCALE VAL_DOC_FRACTION", "1", "no other value is implemented"))
+    for name in names.split()}
+RETIRED_SETTINGS = {
+    "VAL_LOSS_EVERY": "validation data is not read before the last training step",
+    "EVAL_STRIDE": "plain evaluation has no overlap",
+    "ROPE_TRAIN_SEQ_LEN": "rotary positions are never rescaled",
+    "EMBED_LR": "embeddings are tied; set TIED_EMBED_LR",
+}
+OWNED_PREFIXES = ("TTT_", "LQER_", "MUON_", "GLOBAL_TTT_", "PHASED_TTT_", "NGRAM_", "GPTQ_", "AWQ_LITE_", "XSA_",
+                  "SPARSE_ATTN_", "TIED_EMBED_", "LOOP_", "TOKEN_", "WITHIN_", "WORD_", "PARALLEL_", "ROPE_",
+                  "TRAIN_", "VAL_", "EVAL_", "MATRIX_", "WARMDOWN_", "WARMUP_")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run; the environment variable is the field name in capitals."""
+    # run
+    seed: int = knob(42, "PRNG seed, equal on all ranks", 0, 2**31 - 1)
+    run_id: str = knob("", "names log, checkpoint and artifact; default: seed and start time")
+    data_path: str = knob("data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved", "folder of shards")
+    tokenizer_path: str = knob("", "SentencePiece model; default: the one named by the data, else the shipped one")
+    compile: bool = knob(True, "0 runs every graph without torch.compile")
+    allow_slow: bool = knob(False, "1 lets a CUDA run go on without FlashAttention-3/4 or torch.compile")
+    allow_unverified: bool = knob(False, "1 lets a run use shards without manifest or check figures")
+    prequant_only: bool = knob(False, "1 stops after training and the first diagnostic")
+    quantize_only: bool = knob(False, "1 starts from the checkpoint of RUN_ID instead of training")
+    ttt_eval_only: bool = knob(False, "1 starts from the artifact of RUN_ID")
+    audit: bool = knob(False, "1 writes the full scoring order beside the log and checks its coverage")
+    # model
+    vocab_size: int = knob(8192, "tokens in the vocabulary", 9, 65536)
+    num_layers: int = knob(11, "physical layers", 2, 256)
+    model_dim: int = knob(512, "residual width D", 1)
+    num_heads: int = knob(8, "query heads H", 1)
+    num_kv_heads: int = knob(4, "key/value heads G [GQA]", 1)
+    mlp_mult: float = knob(4.0, "MLP width F over D", 0.1)
+    num_loops: int = knob(2, "extra passes over the looped layers once looping is on", 0)
+    loop_start: int = knob(3, "first looped layer", 0)
+    loop_end: int = knob(5, "last looped layer", 0)
+    parallel_start_layer: int = knob(8, "first layer with separate attention and MLP lanes", 0)
+    gate_window: int = knob(12, "residual channels that SmearGate and attention gate read", 1)
+    sparse_attn_gate_scale: float = knob(1.0, "factor inside the attention gate's sigmoid")
+    qk_gain_init: float = knob(5.25, "initial query gain per head")
+    rope_base: float = knob(10000.0, "rotary base [RoPE]", 1.0)
+    rope_dims: int = knob(16, "rotary channels per head", 2)
+    logit_softcap: float = knob(30.0, "initial value of both logit caps", 1.0)
+    tied_embed_init_std: float = knob(0.005, "standard deviation of the initial embedding", 0.0)
+    # training
+    iterations: int = knob(20000, "step cap; also the schedule's length when MAX_WALLCLOCK_SECONDS=0", 1)
+    max_wallclock_seconds: float = knob(600.0, "training budget, calibration included; 0: schedule by step", 0.0)
+    gptq_reserve_seconds: float = knob(4.0, "part of the budget kept for calibration", 0.0)
+    train_batch_tokens: int = knob(786432, "tokens per optimizer step, always 8 rows", 8)
+    train_seq_len: int = knob(2048, "longest attention segment in training; calibration sequence length", 1)
+    warmup_steps: int = knob(20, "compile warm-up steps per loop state, undone afterwards", 0)
+    warmdown_frac: float = knob(0.75, "part of the budget over which the learning rate falls", 0.0, 1.0)
+    min_lr: float = knob(0.1, "floor of the learning-rate factor", 0.0, 1.0)
+    enable_looping_at: float = knob(0.35, "progress at which looping switches on", 0.0)
+    matrix_lr: float = knob(0.028, "Muon learning rate", 0.0)
+    muon_wd: float = knob(0.095, "Muon weight decay", 0.0)
+    muon_momentum: float = knob(0.97, "Muon momentum", 0.0, 1.0)
+    muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", 0.0, 1.0)
+    muon_momentum_warmup_steps: int = knob(1500, "steps until MUON_MOMENTUM is reached", 0)
+    muon_backend_steps: int = knob(5, "Polar Express iterations [PE]", 1, 5)
+    muon_row_normalize: bool = knob(True, "scale every row of the momentum to unit length first")
+    tied_embed_lr: float = knob(0.03, "AdamW learning rate of the embedding", 0.0)
+    embed_wd: float = knob(0.085, "AdamW weight decay of the embedding", 0.0)
+    scalar_lr: float = knob(0.02, "AdamW learning rate of gains, gates, scales and caps", 0.0)
+    adam_wd: float = knob(0.02, "AdamW weight decay of gains, gates and scales", 0.0)
+    beta1: float = knob(0.9, "AdamW first-moment decay", 0.0, 1.0)
+    beta2: float = knob(0.95, "AdamW second-moment decay", 0.0, 1.0)
+    adam_eps: float = knob(1e-8, "AdamW epsilon", 0.0)
+    grad_clip_norm: float = knob(0.3, "global gradient norm allowed to one row", 0.0)
+    ema_decay: float = knob(0.9965, "decay of the weight average per step", 0.0, 1.0)
+    fused_ce_enabled: bool = knob(True, "0 computes the training loss with plain torch also on a GPU")
+    # evaluation
+    val_batch_tokens: int = knob(524288, "tokens of plain evaluation per 8 rows", 8)
+    eval_seq_len: int = knob(2560, "sequence length and longest segment of plain evaluation", 1)
+    eval_wallclock_seconds: float = knob(600.0, "evaluation budget; exceeding it is reported", 0.0)
+    # quantization
+    matrix_bits: int = knob(6, "bits of attention and MLP codes", 2, 8)
+    embed_bits: int = knob(7, "bits of embedding codes", 2, 8)
+    gptq_calibration_batches: int = knob(16, "calibration batches of one training row's tokens each", 1)
+    attn_clip_sigmas: float = knob(13.0, "attention: clip range in row standard deviations", 0.1)
+    mlp_clip_sigmas: float = knob(11.5, "MLP: clip range in row standard deviations", 0.1)
+    embed_clip_sigmas: float = knob(14.0, "embedding: clip range in row standard deviations", 0.1)
+    compressor: str = knob("pergroup", "stream layout of the artifact", choices=("pergroup",))
+    awq_lite_enabled: bool = knob(True, "protect the most salient column groups [AWQ]")
+    awq_lite_bits: int = knob(8, "bits of a protected group", 2, 8)
+    awq_lite_group_top_k: int = knob(1, "number of protected groups in the whole model", 0)
+    awq_lite_group_size: int = knob(64, "columns per protected group", 1)
+    lqer_enabled: bool = knob(True, "add low-rank corrections [LQER]")
+    lqer_asym_enabled: bool = knob(True, "2-bit A and 4-bit grouped B; 0: 4-bit rows for both")
+    lqer_rank: int = knob(2, "rank of a correction", 1)
+    lqer_asym_group: int = knob(32, "elements of B per scale", 1)
+    lqer_top_k: int = knob(4, "number of corrected matrices", 0)
+    # test-time training
+    ttt_enabled: bool = knob(True, "0 ends the run after the quantized diagnostic")
+    ttt_eval_seq_len: int = knob(2560, "longest window of a chunk", 2)
+    ttt_chunk_size: int = knob(48, "targets scored between two adapter updates", 1)
+    ttt_batch_size: int = knob(64, "documents per batch", 1)
+    ttt_lora_rank: int = knob(80, "rank of each per-document adapter [LoRA]", 1)
+    ttt_lora_alpha: float = knob(144.0, "adapter scale times rank")
+    ttt_lora_lr: float = knob(1e-4, "adapter learning rate", 0.0)
+    ttt_beta1: float = knob(0.0, "adapter AdamW first-moment decay", 0.0, 1.0)
+    ttt_beta2: float = knob(0.999, "adapter AdamW second-moment decay", 0.0, 1.0)
+    ttt_weight_decay: float = knob(2.0, "adapter AdamW weight decay", 0.0)
+    ttt_warm_start_a: bool = knob(True, "keep A between full batches of one lane; 0 draws it anew")
+    ttt_k_lora: bool = knob(True, "adapters on the key projection")
+    ttt_o_lora: bool = knob(True, "adapters on the attention output")
+    ttt_mlp_lora: bool = knob(True, "adapters on the MLP")
+    phased_ttt_prefix_docs: int = knob(1000, "scored documents the base weights are adapted on; 0: none", 0)
+    global_ttt_lr: float = knob(0.001, "SGD learning rate of the base adaptation", 0.0)
+    global_ttt_momentum: float = knob(0.9, "SGD momentum", 0.0, 1.0)
+    global_ttt_chunk_tokens: int = knob(32768, "tokens per SGD step", 1)
+    global_ttt_batch_seqs: int = knob(32, "most sequences per SGD step", 1)
+    global_ttt_grad_clip: float = knob(1.0, "global gradient norm of an SGD step", 0.0)
+    ngram_tilt_enabled: bool = knob(True, "0 scores with the model alone")
+    token_order: int = knob(16, "n-gram order: context tokens plus one", 2, 64)
+    token_threshold: float = knob(0.8, "confidence from which a hint is used", 0.0, 1.0)
+    token_boost: float = knob(2.625, "log-odds added to a hinted token", 0.0)
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> "Config":
+        """Read every setting from `env`. Raises ConfigError for unknown, misspelt, retired or ill-typed ones."""
+        kinds = {name.upper(): (name, kind) for name, kind in get_type_hints(cls).items()}
+        for key in sorted(env):
+            if key in RETIRED_SETTINGS:
+                raise ConfigError(f"{key} is retired: {RETIRED_SETTINGS[key]}; unset it")
+            if key in FIXED_SETTINGS:
+                value, reason = FIXED_SETTINGS[key]
+                if not _same_value(env[key], value):
+                    raise ConfigError(f"{key}={env[key]}: expected {value}, because {reason}; unset it")
+            elif key not in kinds:
+                _refuse_misspelt(key, (*kinds, *FIXED_SETTINGS))
+        return cls(**{name: parse_value(key, kind, env[key])
+                      for key, (name, kind) in kinds.items() if key in env})
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, meta = getattr(self, field.name), field.metadata
+            if meta["choices"] and value not in meta["choices"]:
+                raise ConfigError(f"{field.name.upper()}={value}: expected one of {list(meta['choices'])}")
+            if not isinstance(value, (bool, str)) and not meta["low"] <= value <= meta["high"]:
+                raise ConfigError(f"{field.name.upper()}={value}: expected a value between {meta['low']} "
+                                  f"and {meta['high']}")
+        for ok, message in (
+                (self.model_dim % self.num_heads == 0, "MODEL_DIM must be a multiple of NUM_HEADS"),
+                (self.num_heads % self.num_kv_heads == 0, "NUM_HEADS must be a multiple of NUM_KV_HEADS"),
+                (self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim,
+                 f"ROPE_DIMS must be even and at most the head width {self.head_dim}"),
+                (self.gate_window <= self.model_dim, "GATE_WINDOW must be at most MODEL_DIM"),
+                (self.mlp_dim * 1.0 == self.mlp_mult * self.model_dim, "MLP_MULT times MODEL_DIM must be whole"),
+                (self.loop_start <= self.loop_end < self.parallel_start_layer <= self.num_layers,
+                 "expected LOOP_START <= LOOP_END < PARALLEL_START_LAYER <= NUM_LAYERS"),
+                (self.train_batch_tokens % ROWS_PER_STEP == 0, f"TRAIN_BATCH_TOKENS must be a multiple of "
+                 f"{ROWS_PER_STEP}: one step is {ROWS_PER_STEP} rows"),
+                (self.row_tokens % self.train_seq_len == 0,
+                 f"TRAIN_BATCH_TOKENS/{ROWS_PER_STEP} must be a multiple of TRAIN_SEQ_LEN (calibration rows)"),
+                (self.val_batch_tokens // ROWS_PER_STEP >= self.eval_seq_len,
+                 f"VAL_BATCH_TOKENS/{ROWS_PER_STEP} must hold one sequence of EVAL_SEQ_LEN"),
+                (self.gptq_reserve_seconds < self.max_wallclock_seconds or self.max_wallclock_seconds == 0,
+                 "GPTQ_RESERVE_SECONDS must be below MAX_WALLCLOCK_SECONDS"),
+                (self.ttt_chunk_size < self.ttt_eval_seq_len, "TTT_CHUNK_SIZE must be below TTT_EVAL_SEQ_LEN"),
+                (self.phased_ttt_prefix_docs == 0 or self.global_ttt_chunk_tokens >= self.ttt_eval_seq_len,
+                 "GLOBAL_TTT_CHUNK_TOKENS must hold one sequence of TTT_EVAL_SEQ_LEN"),
+                (self.prequant_only + self.quantize_only + self.ttt_eval_only <= 1,
+                 "set at most one of PREQUANT_ONLY, QUANTIZE_ONLY, TTT_EVAL_ONLY"),
+                (self.run_id or not (self.quantize_only or self.ttt_eval_only),
+                 "QUANTIZE_ONLY and TTT_EVAL_ONLY need RUN_ID, the run to go on from"),
+                (re.fullmatch(r"[\w.+-]*", self.run_id), "RUN_ID may hold letters, digits and . _ + - only")):
+            if not ok:
+                raise ConfigError(f"{message}; found " + ", ".join(
+                    f"{name}={getattr(self, name.lower())}" for name in re.findall(r"\b[A-Z][A-Z_]+[A-Z]\b", message)
+                    if hasattr(self, name.lower())))
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def row_tokens(self) -> int:
+        return self.train_batch_tokens // ROWS_PER_STEP
+
+
+ROWS_PER_STEP = 8            # one optimizer step is 8 rows on any number of GPUs
+BOS = 1
+OPERATOR_IDS = (4, 5, 6, 7)  # the four CaseOps operators
+SIZE_LIMIT = 16_000_000      # bytes of code plus weights
+
+
+def parse_value(key: str, kind: type, text: str) -> Any:
+    """`text` as bool (exactly 0 or 1), int, finite float, or str; raises ConfigError naming `key`."""
+    if kind is bool and text in ("0", "1"):
+        return text == "1"
+    if kind is str:
+        return text
+    if kind in (int, float):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if math.isfinite(value):
+            return value
+    expected = {bool: "0 or 1", int: "a whole number", float: "a finite number"}[kind]
+    raise ConfigError(f"{key}={text!r}: expected {expected}")
+
+
+def _same_value(text: str, value: str) -> bool:
+    try:
+        return float(text) == float(value)
+    except ValueError:
+        return text == value
+
+
+def _refuse_misspelt(key: str, known: Sequence[str]) -> None:
+    if key.startswith(OWNED_PREFIXES):
+        near = difflib.get_close_matches(key, known, 3, 0.6)
+        raise ConfigError(f"unknown setting {key}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+                          + " `python train_gpt.py --help` lists all settings")
+    for name in known:
+        # Short names have innocent neighbours in any environment (EDIT is two edits from AUDIT).
+        allowed = 2 if min(len(name), len(key)) >= 7 else 1
+        if abs(len(name) - len(key)) <= allowed and key != name and edit_distance(key, name) <= allowed:
+            raise ConfigError(f"unknown setting {key}; did you mean {name}? Unset it or correct its name")
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+    return row[-1]
+
+
+def settings_table() -> str:
+    """The table of `--help` and of the README: name, default, meaning."""
+    rows = ["| setting | default | meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(Config):
+        default = int(field.default) if isinstance(field.default, bool) else field.default
+        rows.append(f"| `{field.name.upper()}` | {f'`{default}`' if default != '' else ''} | {field.metadata['doc']} |")
+    return "\n".join(rows)
+
+
+# --- 2 runtime ----------------------------------------------------------------------------------------------
+# Rank, device, collectives and the log file. At world size 1 every collective is a no-op.
+
+REPO = Path(__file__).resolve().parent
+
+
+class Run:
+    """Process-wide facts and services; create with Run.start(), use as a context manager.
+
+    `sum`, `max`, `broadcast` work in place on tensors of any dtype on the run's device; `agree` gives every rank
+    rank 0's Python floats without touching the GPU, so that decisions do not stall it.
+    """
+
+    def __init__(self, cfg: Config, rank: int = 0, world_size: int = 1, device: torch.device | None = None,
+                 log_path: Path | None = None) -> None:
+        self.cfg, self.rank, self.world_size = cfg, rank, world_size
+        self.device = device or torch.device("cpu")
+        # bf16 matmuls on GPUs; CPUs are for checks and small demos, where fp32 is both exact and faster.
+        self.compute_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.run_id = cfg.run_id
+        self.log_path = log_path
+        self._host_group = None
+        self._log_file = None
+
+    @classmethod
+    def start(cls, cfg: Config, env: Mapping[str, str] | None = None) -> "Run":
+        """Join the process group torchrun set up (or run alone), pick the device, open the log on rank 0."""
+        env = os.environ if env is None else env
+        rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        local_rank = int(env.get("LOCAL_RANK", 0))
+        if ROWS_PER_STEP % world_size:
+            raise ConfigError(f"WORLD_SIZE={world_size}: expected 1, 2, 4 or 8, because one optimizer step is "
+                              f"{ROWS_PER_STEP} rows dealt evenly to the ranks; change --nproc_per_node")
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            if local_rank >= torch.cuda.device_count():
+                raise ConfigError(f"LOCAL_RANK={local_rank}: expected below {torch.cuda.device_count()}, the GPUs of "
+                                  "this machine; lower NPROC_PER_NODE")
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high")
+        run = cls(cfg, rank, world_size, device)
+        if world_size > 1:
+            if not dist.is_initialized():
+                dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                        device_id=device if device.type == "cuda" else None)
+            run._host_group = dist.new_group(backend="gloo")
+        if not run.run_id:
+            stamp = [datetime.datetime.now().strftime("seed%%d_%Y%m%d_%H%M%S") % cfg.seed]
+            if world_size > 1:
+                dist.broadcast_object_list(stamp, src=0, group=run._host_group)
+            run.run_id = stamp[0]
+        run.log_path = Path("logs") / f"{run.run_id}.txt"
+        if rank == 0:
+            run.log_path.parent.mkdir(parents=True, exist_ok=True)
+            run._log_file = open(run.log_path, "a", encoding="utf-8")     # a resumed run continues its own log
+        return run
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if error is not None and self._log_file:
+            self._log_file.write(f"error {kind.__name__}: {error}\n")
+        if self._log_file:
+            self._log_file.close()
+        if dist.is_initialized() and error is None:     # after an error the other ranks may not answer any more
+            dist.destroy_process_group()
+
+    def log(self, line: str, *, file_only: bool = False) -> None:
+        """Write one line to stdout and to logs/<RUN_ID>.txt (rank 0 only)."""
+        if self.rank == 0:
+            if not file_only:
+                print(line, flush=True)
+            if self._log_file:
+                self._log_file.write(line + "\n")
+                self._log_file.flush()
+
+    def sum(self, x: Tensor) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def max(self, x: Tensor) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX)
+        return x
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        if self.world_size > 1:
+            dist.broadcast(x, src=0)
+        return x
+
+    def agree(self, values: Sequence[float]) -> list[float]:
+        """Rank 0's `values` on every rank (float64, through the host)."""
+        if self.world_size == 1:
+            return list(values)
+        box = torch.tensor(list(values), dtype=torch.float64)
+        dist.broadcast(box, src=0, group=self._host_group)
+        return box.tolist()
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(group=self._host_group)
+
+    def sync(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def generator(self, *keys: int) -> torch.Generator:
+        """A generator on the run's device that depends on SEED and `keys` only."""
+        return torch.Generator(self.device).manual_seed(int(np.random.SeedSequence(
+            (self.cfg.seed, *keys)).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
+class Timer:
+    """Seconds since creation, with the device drained at both ends."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        run.sync()
+        self.start = time.perf_counter()
+
+    def seconds(self) -> float:
+        self.run.sync()
+        return time.perf_counter() - self.start
+
+
+def compile_c(source: str) -> ctypes.CDLL:
+    """Compile C source into a private temporary directory and load it.
+
+    Raises RuntimeError with the compiler's message when there is no working C compiler.
+    """
+    with tempfile.TemporaryDirectory(prefix="train_gpt_") as folder:
+        c_file, library = Path(folder) / "code.c", Path(folder) / "code.so"
+        c_file.write_text(source)
+        command = [os.environ.get("CC", "cc"), "-O3", "-std=c99", "-shared", "-fPIC", str(c_file), "-o", str(library)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except FileNotFoundError:
+            raise RuntimeError(f"no C compiler: expected `{command[0]}` on the PATH; install gcc or clang") from None
+        if done.returncode:
+            raise RuntimeError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
+        return ctypes.CDLL(str(library))
+
+
+# --- 3 data -------------------------------------------------------------------------------------------------
+# Shard files, the checks that make their numbers believable, and the two loaders.
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+SEGMENT_PAD = 64             # cu_seqlens are padded to a multiple of this many entries
+CHECK_FIGURES = {"train_shards": 80, "val_tokens": (47_851_521, 47_853_568)}     # the published CaseOps export
+
+
+class DataError(ValueError):
+    """A data file is missing, damaged, or not what the configuration says."""
+
+
+def read_shard_header(path: Path) -> int:
+    """Number of values in a shard. Raises DataError unless magic, version and file size are right."""
+    with open(path, "rb") as file:
+        header = np.frombuffer(file.read(SHARD_HEADER_BYTES), dtype="<i4")
+    if len(header) < SHARD_HEADER_BYTES // 4 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise DataError(f"{path}: expected a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION}), found "
+                        f"{header[:2].tolist()}; this is no shard of this family, prepare the data again")
+    count, have = int(header[2]), path.stat().st_size
+    want = SHARD_HEADER_BYTES + 2 * count
+    if count <= 0 or have != want:
+        raise DataError(f"{path}: header promises {count:,} tokens ({want:,} bytes), found {have:,} bytes; "
+                        "the file is empty or its download incomplete, fetch this shard again")
+    return count
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """The values of a shard, uint16 (count,)."""
+    read_shard_header(path)
+    return np.fromfile(path, dtype="<u2", offset=SHARD_HEADER_BYTES)
+
+
+def find_shards(folder: Path, series: str) -> list[Path]:
+    """Files fineweb_<series>_000000.bin ... in numeric order; DataError when there is none or one is missing."""
+    pattern = re.compile(rf"fineweb_{series}_(\d{{6}})\.bin")
+    if not folder.is_dir():
+        raise DataError(f"DATA_PATH={folder}: no such folder; run prepare_caseops_data.py or correct the path")
+    found = sorted((int(m[1]), path) for path in folder.iterdir() if (m := pattern.fullmatch(path.name)))
+    if not found:
+        raise DataError(f"{folder}: no fineweb_{series}_*.bin; run prepare_caseops_data.py or correct DATA_PATH")
+    missing = sorted(set(range(found[-1][0] + 1)) - {number for number, _ in found})
+    if missing:
+        raise DataError(f"{folder}: fineweb_{series}_{missing[0]:06d}.bin is missing; fetch it again")
+    return [path for _, path in found]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Checked file lists of one data folder. Only headers have been read."""
+    folder: Path
+    train: tuple[Path, ...]
+    val: tuple[Path, ...]
+    val_bytes: tuple[Path, ...]
+    val_tokens: int
+    manifest: dict | None
+
+    @classmethod
+    def open(cls, cfg: Config) -> "Dataset":
+        """Check headers, numbering, sidecar lengths and that both splits belong together; raises DataError."""
+        folder = Path(cfg.data_path)
+        train, val, sidecar = (tuple(find_shards(folder, series)) for series in ("train", "val", "val_bytes"))
+        counts = {path.name: read_shard_header(path) for path in (*train, *val, *sidecar)}
+        if [counts[p.name] for p in val] != [counts[p.name] for p in sidecar]:
+            raise DataError(f"{folder}: every fineweb_val_bytes shard must be as long as its fineweb_val shard; found "
+                            f"{[counts[p.name] for p in val]} tokens and {[counts[p.name] for p in sidecar]} byte "
+                            "counts; prepare the validation split again")
+        val_tokens = sum(counts[p.name] for p in val)
+        manifest = cls._manifest(folder, counts)
+        if manifest is None and not cfg.allow_unverified:
+            low, high = CHECK_FIGURES["val_tokens"]
+            if not low <= val_tokens <= high or len(train) > CHECK_FIGURES["train_shards"]:
+                raise DataError(
+                    f"{folder}: without manifest.json only the published export is trusted ({low:,} to {high:,} "
+                    f"validation tokens, at most {CHECK_FIGURES['train_shards']} training shards), found {val_tokens:,} "
+                    f"and {len(train)}; prepare the data with prepare_caseops_data.py, which writes a manifest, or "
+                    "set ALLOW_UNVERIFIED=1 if you are sure that training and validation do not overlap")
+        return cls(folder, train, val, sidecar, val_tokens, manifest)
+
+    @staticmethod
+    def _manifest(folder: Path, counts: dict[str, int]) -> dict | None:
+        path = folder / "manifest.json"
+        if not path.exists():
+            return None
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            listed = {name: int(entry["values"]) for name, entry in manifest["files"].items()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: not a manifest of this family ({error}); prepare the data again") from error
+        wrong = {name: (listed.get(name), counts.get(name)) for name in listed.keys() | counts.keys()
+                 if listed.get(name) != counts.get(name)}
+        # A partial download may leave out training shards at the end, never a file of the validation split.
+        wrong = {name: pair for name, pair in wrong.items() if pair[1] is not None or "_val_" in name}
+        if wrong:
+            name, (want, have) = sorted(wrong.items())[0]
+            raise DataError(f"{folder}: manifest.json and files disagree: {name} should hold {want} values, found "
+                            f"{have} ({len(wrong)} such files); both splits must come from one preparation run")
+        return manifest
+
+    def load_validation(self) -> tuple[np.ndarray, np.ndarray]:
+        """All validation tokens and their byte counts, uint16 (tokens,) each."""
+        tokens, counts = (np.concatenate([read_shard(path) for path in paths]) for paths in (self.val, self.val_bytes))
+        if len(tokens) < 2 or tokens[0] != BOS:
+            raise DataError(f"{self.folder}: the validation split must hold at least two tokens and begin with BOS "
+                            f"({BOS}), found {len(tokens)} tokens beginning with {tokens[:1].tolist()}")
+        return tokens, counts
+
+
+def check_tokenizer(cfg: Config, data: Dataset) -> Path:
+    """Find the tokenizer of this run and refuse one that is not what configuration and manifest say."""
+    manifest = data.manifest["tokenizer"] if data.manifest else {}
+    names = [manifest["file"]] if manifest else ["fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model",
+                                                 "caseops_8192.model"]
+    candidates = [Path(cfg.tokenizer_path)] if cfg.tokenizer_path else [
+        folder / name for name in names for folder in (data.folder, Path("tokenizers"), REPO / "tokenizers")]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        raise DataError(f"no tokenizer: expected {' or '.join(dict.fromkeys(map(str, candidates)))}; set TOKENIZER_PATH")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    recorded = path.with_name(path.name + ".sha256")
+    for source, want in (("the shards' manifest", manifest.get("sha256")),
+                         (recorded.name, recorded.read_text().split()[0] if recorded.exists() else None)):
+        if want and want != digest:
+            raise DataError(f"{path}: SHA-256 {digest[:16]}..., but {source} says {want[:16]}...; use the tokenizer "
+                            "the shards were made with")
+    import sentencepiece                                  # only this check needs it
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{path}: not a SentencePiece model ({error})") from error
+    found = {"vocabulary size": model.vocab_size(), "BOS id": model.bos_id(),
+             "operator ids": [model.piece_to_id(chr(0xE001 + k)) for k in range(4)]}
+    expected = {"vocabulary size": cfg.vocab_size, "BOS id": BOS, "operator ids": list(OPERATOR_IDS)}
+    said = {"vocabulary size": manifest.get("vocab_size", cfg.vocab_size), "BOS id": manifest.get("bos_id", BOS),
+            "operator ids": list(manifest.get("operator_ids", OPERATOR_IDS))}
+    if found != expected or said != expected:
+        raise DataError(f"{path}: expected {expected}, found {found} in the model and {said} in the shards' manifest; "
+                        "set VOCAB_SIZE and TOKENIZER_PATH to match the data")
+    return path
+
+
+def segment_bounds(tokens: np.ndarray, cap: int, pad: int = SEGMENT_PAD) -> np.ndarray:
+    """cu_seqlens of a flat row: documents start at BOS, segments are cut every `cap` tokens.
+
+    Returns int32 bounds [0, ..., n], padded with n (empty segments) to a multiple of `pad` entries.
+    """
+    n = len(tokens)
+    starts = np.flatnonzero(tokens == BOS)
+    if not len(starts) or starts[0] != 0:
+        starts = np.concatenate([[0], starts])
+    lengths = np.diff(starts, append=n)
+    pieces = -(-lengths // cap)
+    within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    bounds = np.append(np.repeat(starts, pieces) + within * cap, n)
+    return np.pad(bounds, (0, -len(bounds) % pad), constant_values=n).astype(np.int32)
+
+
+class Row(NamedTuple):
+    """One flat training row on the run's device; `shard` is the index of the file it came from."""
+    inputs: Tensor          # (T,) int64
+    targets: Tensor         # (T,) int64
+    cu_seqlens: Tensor      # (segments + 1,) int32, padded
+    shard: int
+
+
+class PackingLoader:
+    """The endless stream of training rows, in shard order; rank r of R yields rows r, R + r, 2R + r, ...
+
+    A row is row_tokens inputs and their targets; consecutive rows do not overlap. A shard is read from its first
+    BOS; its tail that holds no full row is dropped. Shards that cannot hold a row are skipped, and refused when
+    none can. A thread prepares rows ahead; it changes nothing about their order.
+    """
+    PREFETCH = 3
+
+    def __init__(self, paths: Sequence[Path], row_tokens: int, segment_cap: int, rank: int = 0, world_size: int = 1,
+                 device: torch.device | str = "cpu", warn: Callable[[str], None] = lambda line: None) -> None:
+        self.paths, self.row_tokens, self.segment_cap = list(paths), row_tokens, segment_cap
+        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
+        self._warn = warn
+        self._queue: queue.Queue = queue.Queue(self.PREFETCH)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._produce, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        while self._thread.is_alive():                    # a full queue may hold the thread in put()
+            try:
+                self._queue.get(timeout=0.05)
+            except queue.Empty:
+                pass
+
+    def __next__(self) -> Row:
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        inputs, targets, bounds, shard = item
+        move = lambda x: x.to(self.device, non_blocking=True)          # noqa: E731  pinned memory, so this overlaps
+        return Row(move(inputs), move(targets), move(bounds), shard)
+
+    def spans(self) -> Iterator[tuple[np.ndarray, int]]:
+        """All spans of row_tokens + 1 tokens with their shard index, for ever."""
+        span = self.row_tokens + 1
+        while True:
+            used = 0
+            for shard, path in enumerate(self.paths):
+                tokens = read_shard(path)
+                bos = np.flatnonzero(tokens == BOS)
+                cursor = int(bos[0]) if len(bos) else len(tokens)
+                if cursor + span > len(tokens):
+                    self._warn(f"data warning shard:{path.name} tokens:{len(tokens)} skipped: no BOS, or shorter "
+                               f"than one row of {span} tokens")
+                while cursor + span <= len(tokens):
+                    yield tokens[cursor:cursor + span], shard
+                    cursor += span
+                    used += 1
+            if not used:
+                raise DataError(f"no training shard holds one row of {span:,} tokens from its first BOS on; lower "
+                                "TRAIN_BATCH_TOKENS or prepare more data")
+
+    def _produce(self) -> None:
+        try:
+            for index, (span, shard) in enumerate(self.spans()):
+                if index % self.world_size != self.rank:
+                    continue
+                row = torch.from_numpy(span.astype(np.int64))
+                bounds = torch.from_numpy(segment_bounds(span[:-1], self.segment_cap))
+                item = (row[:-1].clone(), row[1:].clone(), bounds)
+                if self.device.type == "cuda":
+                    item = tuple(x.pin_memory() for x in item)
+                while not self._stop.is_set():
+                    try:
+                        self._queue.put((*item, shard), timeout=0.1)
+                        break
+                    except queue.Full:
+                        continue
+                if self._stop.is_set():
+                    return
+        except (DataError, OSError) as error:
+            self._queue.put(error)
+
+
+def calibration_batches(paths: Sequence[Path], seq_len: int, batch_seqs: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """Batches of random sequences, int64 (batch_seqs, seq_len + 1) each, for ever; document borders are ignored.
+
+    Every file gets a random phase and a random order of its sequences; each row is drawn from a file with
+    probability proportional to what the file has left. When all are used up they are dealt anew.
+    """
+    rng = np.random.Generator(np.random.PCG64(seed))
+    shards = [np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES) for path in paths]
+
+    def deal() -> list[list[int]]:
+        stacks = []
+        for tokens in shards:
+            max_phase = min(seq_len - 1, max(0, len(tokens) - seq_len - 1))
+            phase = int(rng.integers(max_phase + 1)) if max_phase else 0
+            count = max(0, (len(tokens) - 1 - phase) // seq_len)
+            stacks.append((phase + seq_len * rng.permutation(count)).tolist())
+        if not any(stacks):
+            raise DataError(f"no training shard holds one sequence of {seq_len + 1:,} tokens; lower TRAIN_SEQ_LEN or "
+                            "prepare more data")
+        return stacks
+
+    stacks = deal()
+    while True:
+        batch = np.empty((batch_seqs, seq_len + 1), dtype=np.int64)
+        for row in range(batch_seqs):
+            left = np.array([len(stack) for stack in stacks], dtype=np.float64)
+            if not left.sum():
+                stacks = deal()
+                left = np.array([len(stack) for stack in stacks], dtype=np.float64)
+            shard = int(rng.choice(len(shards), p=left / left.sum()))
+            start = stacks[shard].pop()
+            batch[row] = shards[shard][start:start + seq_len + 1]
+        yield batch
+
+
+# --- 4 attention backends -----------------------------------------------------------------------------------
+# attend(q, k, v, cu_seqlens, max_seqlen): causal attention inside segments; all backends compute the same.
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+
+
+def attend_math(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Plain causal softmax attention of each segment, query head h reading key/value head h // (H/G).
+
+    cu_seqlens (segments + 1,) int32 ascending from 0 to N; empty segments are allowed. Returns (N, H, K).
+    """
+    bounds = cu_seqlens.tolist()
+    out = []
+    for start, end in zip(bounds, bounds[1:]):
+        if end > start:
+            q, k, v = (x[start:end].transpose(0, 1)[None] for x in (q_NHK, k_NGK, v_NGK))
+            out.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+def attend_torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """FlashAttention-2 as torch ships it (CUDA, fp16/bf16)."""
+    return torch.ops.aten._flash_attention_forward(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+                                                   0.0, True, False)[0]
+
+
+def _load_flash_attention_3() -> Attend:
+    from flash_attn_interface import flash_attn_varlen_func
+
+    def attend_fa3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True)
+        return out[0] if isinstance(out, tuple) else out
+    return attend_fa3
+
+
+def _load_flash_attention_4() -> Attend:
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+    # Custom ops with fake implementations keep torch.compile from looking inside the kernel library.
+    @torch.library.custom_op("golf::fa4_fwd", mutates_args=())
+    def fa4_fwd(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+        out, lse = _flash_attn_fwd(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
+                                   max_seqlen_k=max_seqlen, causal=True, return_lse=True)[:2]
+        return out, lse
+
+    @fa4_fwd.register_fake
+    def _(q, k, v, cu_seqlens, max_seqlen):
+        return torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+    @torch.library.custom_op("golf::fa4_bwd", mutates_args=())
+    def fa4_bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
+                max_seqlen: int) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = _flash_attn_bwd(q, k, v, out, dout, lse, causal=True, cu_seqlens_q=cu_seqlens,
+                                     cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)[:3]
+        return dq, dk, dv
+
+    @fa4_bwd.register_fake
+    def _(dout, q, k, v, out, lse, cu_seqlens, max_seqlen):
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+    def setup(ctx, inputs, output):
+        *tensors, ctx.max_seqlen = inputs
+        ctx.save_for_backward(*tensors, *output)
+
+    def backward(ctx, dout, dlse):
+        q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
+        return *fa4_bwd(dout.contiguous(), q, k, v, out, lse, cu_seqlens, ctx.max_seqlen), None, None
+
+    fa4_fwd.register_autograd(backward, setup_context=setup)
+
+    def attend_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        return fa4_fwd(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_seqlen)[0]
+    return attend_fa4
+
+
+def choose_attention(run: Run) -> Attend:
+    """The fastest backend that works here, logged with the reason; a slow one on CUDA needs ALLOW_SLOW=1."""
+    if run.device.type == "cpu":
+        run.log('attention backend:math reason:"no GPU"')
+        return attend_math
+    capability = torch.cuda.get_device_capability(run.device)
+    refused = []
+    for name, load in (("flash_attention_3", _load_flash_attention_3), ("flash_attention_4", _load_flash_attention_4)):
+        try:
+            if capability < (9, 0):
+                raise ImportError(f"needs compute capability 9.0, found {capability[0]}.{capability[1]}")
+            attend = load()
+        except (ImportError, OSError) as error:
+            refused.append(f"{name}: {error}")
+            continue
+        reason = "; ".join(refused) or "first choice"
+        run.log(f'attention backend:{name} reason:"{reason}"')
+        return attend
+    if not run.cfg.allow_slow:
+        raise ConfigError(f"no fast attention kernel ({'; '.join(refused)}); install requirements-gpu.txt, or set "
+                          "ALLOW_SLOW=1 to run with torch's FlashAttention-2")
+    run.log(f'attention backend:torch_varlen reason:"{"; ".join(refused)}"')
+    return attend_torch_varlen
+
+
+# --- 5 fused kernels ----------------------------------------------------------------------------------------
+# Each kernel stands with its launch wrapper and the plain torch function that defines it.
+
+if triton is not None:
+    @triton.jit
+    def _softcap_ce_kernel(logits_ptr, targets_ptr, caps_ptr, nll_ptr, dcaps_ptr, vocab_size, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        cols = tl.arange(0, BLOCK)
+        inside = cols < vocab_size
+        logits = tl.load(logits_ptr + row * vocab_size + cols, mask=inside, other=0.0).to(tl.float32)
+        cap = tl.where(logits > 0, tl.load(caps_ptr), tl.load(caps_ptr + 1))
+        ratio = logits / cap
+        tanh = 2 * tl.sigmoid(2 * ratio) - 1
+        capped = tl.where(inside, cap * tanh, -float("inf"))
+        top = tl.max(capped, 0)
+        lse = top + tl.log(tl.sum(tl.exp(capped - top), 0))
+        hit = cols == tl.load(targets_ptr + row)
+        tl.store(nll_ptr + row, lse - tl.sum(tl.where(hit, capped, 0.0), 0))
+        grad = tl.exp(capped - lse) - tl.where(hit, 1.0, 0.0)                   # d nll / d capped
+        slope = 1 - tanh * tanh                                                 # d capped / d logits
+        dcap = tl.where(inside, grad * (tanh - ratio * slope), 0.0)             # d nll / d cap
+        tl.store(dcaps_ptr + 2 * row, tl.sum(tl.where(logits > 0, dcap, 0.0), 0))
+        tl.store(dcaps_ptr + 2 * row + 1, tl.sum(tl.where(logits > 0, 0.0, dcap), 0))
+        tl.store(logits_ptr + row * vocab_size + cols, (grad * slope).to(logits_ptr.dtype.element_ty), mask=inside)
+
+
+CE_WARPS = 16       # one program holds a row of 8,192 logits in registers; tuned on H100
+
+
+class FusedSoftcapLoss(torch.autograd.Function):
+    """softcap_loss for CUDA: one pass over the logits gives the loss and overwrites them with its gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND: Tensor, tok_emb_VD: Tensor, cap_pos: Tensor, cap_neg: Tensor,
+                targets_N: Tensor) -> Tensor:
+        weight = tok_emb_VD.to(hidden_ND.dtype)
+        logits_NV = hidden_ND @ weight.T
+        N, V = logits_NV.shape
+        nll_N = torch.empty(N, device=logits_NV.device)
+        dcaps_N2 = torch.empty(N, 2, device=logits_NV.device)
+        _softcap_ce_kernel[(N,)](logits_NV, targets_N, torch.stack([cap_pos, cap_neg]), nll_N, dcaps_N2, V,
+                                 BLOCK=triton.next_power_of_2(V), num_warps=CE_WARPS)
+        ctx.save_for_backward(hidden_ND, weight, logits_NV, dcaps_N2)
+        return nll_N.mean()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        hidden_ND, weight, dlogits_NV, dcaps_N2 = ctx.saved_tensors
+        scale = grad / len(hidden_ND)
+        dhidden = (dlogits_NV @ weight).mul_(scale)
+        dweight = torch.mm(dlogits_NV.T, hidden_ND, out_dtype=torch.float32).mul_(scale)
+        dcaps = dcaps_N2.sum(0, dtype=torch.float64) * scale
+        return dhidden, dweight, dcaps[0].float(), dcaps[1].float(), None
+
+
+def softcap_logits(logits: Tensor, cap_pos: Tensor, cap_neg: Tensor) -> Tensor:
+    """cap * tanh(logits / cap), with cap_pos for positive logits and cap_neg for the others."""
+    cap = torch.where(logits > 0, cap_pos, cap_neg)
+    return cap * torch.tanh(logits / cap)
+
+
+def softcap_loss(hidden_ND: Tensor, tok_emb_VD: Tensor, cap_pos: Tensor, cap_neg: Tensor, targets_N: Tensor) -> Tensor:
+    """Mean nll in nats of the tied, softcapped head; logits and loss fp32. The definition of FusedSoftcapLoss."""
+    logits_NV = F.linear(hidden_ND, tok_emb_VD.to(hidden_ND.dtype)).float()
+    return F.cross_entropy(softcap_logits(logits_NV, cap_pos, cap_neg), targets_N)
+
+
+# --- 6 model ------------------------------------------------------------------------------------------------
+# One forward pass for training, evaluation and test-time training: plain functions of one layer's weights,
+# compiled once each and called for every layer.
+
+RMS_EPS = 2.0 ** -23
+
+
+class LowRank(NamedTuple):
+    """One adapter per document: x -> (x Aᵀ) Bᵀ * scale [LoRA]. A (B, R, in), B (B, out, R), fp32."""
+    A: Tensor
+    B: Tensor
+    scale: float
+
+    def __call__(self, x_BTD: Tensor) -> Tensor:
+        low = torch.bmm(x_BTD, self.A.to(x_BTD.dtype).transpose(1, 2))
+        return torch.bmm(low, self.B.to(x_BTD.dtype).transpose(1, 2)) * self.scale
+
+
+class LayerAdapters(NamedTuple):
+    """The adapters of one execution slot; None costs nothing."""
+    q: LowRank | None = None
+    k: LowRank | None = None
+    v: LowRank | None = None
+    o: LowRank | None = None
+    mlp: LowRank | None = None
+
+
+class LayerWeights(NamedTuple):
+    """Views of one layer's parameters; see GPT for shapes."""
+    wq: Tensor
+    wk: Tensor
+    wv: Tensor
+    wo: Tensor
+    w_up: Tensor
+    w_down: Tensor
+    q_gain: Tensor
+    xsa_alpha: Tensor
+    attn_gate: Tensor
+    attn_scale: Tensor
+    mlp_scale: Tensor
+    resid_mix: Tensor
+    lane_post: Tensor
+    lane_resid: Tensor
+    ln_scale: Tensor
+
+
+class Packing(NamedTuple):
+    """Where attention may look: segment bounds in the flattened tokens, and rotary tables of the T positions."""
+    cu_seqlens: Tensor      # (segments + 1,) int32
+    max_seqlen: int
+    cos: Tensor             # (T, 1, rope_dims / 2) fp32
+    sin: Tensor
+    attend: Attend
+    gate_scale: float
+
+
+Tap = Callable[[str, Tensor], None]
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x²) + 2⁻²³) over the last axis; statistics fp32, result in the dtype of x."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + RMS_EPS)).to(x.dtype)
+
+
+def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of the first channels of each head, channel j paired with j + rope_dims/2 [RoPE]."""
+    half = cos.shape[-1]
+    a, b, rest = x_BTHK.split([half, half, x_BTHK.shape[-1] - 2 * half], -1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], -1)
+
+
+def attention(n_BTD: Tensor, w: LayerWeights, packing: Packing, adapters: LayerAdapters, tap: Tap | None) -> Tensor:
+    """Attention sub-layer of a normed and scaled input: GQA with QK norm, gated XSA and a sparse output gate."""
+    B, T, D = n_BTD.shape
+    dtype, kv_dim, H = n_BTD.dtype, w.wk.shape[0], w.q_gain.shape[0]
+    K = D // H
+    G = kv_dim // K
+    # One product for all three: the input is read once, and its gradient needs no additions.
+    q, k, v = F.linear(n_BTD, torch.cat([w.wq, w.wk, w.wv]).to(dtype)).split([D, kv_dim, kv_dim], -1)
+    if adapters.q is not None:
+        q = q + adapters.q(n_BTD)
+    if adapters.k is not None:
+        k = k + adapters.k(n_BTD)
+    if adapters.v is not None:
+        v = v + adapters.v(n_BTD)
+    v = v.reshape(B, T, G, K)
+    q = rotate(rms_norm(q.reshape(B, T, H, K).float()), packing.cos, packing.sin) * w.q_gain[:, None]
+    k = rotate(rms_norm(k.reshape(B, T, G, K).float()), packing.cos, packing.sin)
+    y = packing.attend(q.to(dtype).reshape(B * T, H, K), k.to(dtype).reshape(B * T, G, K), v.reshape(B * T, G, K),
+                       packing.cu_seqlens, packing.max_seqlen)
+    # XSA: remove from each head what lies along the token's own value direction.
+    y = y.reshape(B, T, G, H // G, K).float()
+    unit = F.normalize(v.float(), dim=-1, eps=1e-12)[:, :, :, None]
+    y = y - torch.tanh(w.xsa_alpha).view(G, H // G, 1) * (y * unit).sum(-1, keepdim=True) * unit
+    window = w.attn_gate.shape[-1]
+    gate = torch.sigmoid(packing.gate_scale * F.linear(n_BTD[..., :window], w.attn_gate.to(dtype)).float())
+    y = (y * gate.view(B, T, G, H // G, 1)).reshape(B, T, D).to(dtype)
+    if tap is not None:
+        tap("qkv", n_BTD)
+        tap("o", y)
+    out = F.linear(y, w.wo.to(dtype))
+    return out if adapters.o is None else out + adapters.o(n_BTD)
+
+
+def mlp(n_BTD: Tensor, w: LayerWeights, adapters: LayerAdapters, tap: Tap | None) -> Tensor:
+    """Down(φ(Up n)) with φ(z) = leaky_relu(z, 0.3)²."""
+    hidden = F.linear(n_BTD, w.w_up.to(n_BTD.dtype))
+    act = F.leaky_relu(hidden, 0.3).square()
+    if tap is not None:
+        tap("up", n_BTD)
+        tap("down", act)
+    out = F.linear(act, w.w_down.to(n_BTD.dtype))
+    return out if adapters.mlp is None else out + adapters.mlp(n_BTD)
+
+
+def blend_skip(x: Tensor, skip: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
+    """Per channel from the scaled encoder output (gate → 0) to the running value (gate → 1)."""
+    if skip is None:
+        return x
+    saved, weight, gate = skip
+    a = torch.sigmoid(gate).to(x.dtype)
+    return (1 - a) * (weight.to(x.dtype) * saved) + a * x
+
+
+def embed(tokens_BT: Tensor, tok_emb: Tensor, smear_w: Tensor, smear_lambda: Tensor, dtype: torch.dtype) -> Tensor:
+    """Normed embedding after SmearGate, which adds a gated copy of the previous token's unless this one is BOS."""
+    e = F.embedding(tokens_BT, tok_emb).to(dtype)
+    gate = smear_lambda * torch.sigmoid((e[..., :len(smear_w)].float() * smear_w).sum(-1, keepdim=True))
+    gate = (gate * (tokens_BT != BOS)[..., None]).to(dtype)
+    previous = F.pad(e[:, :-1], (0, 0, 1, 0))
+    return rms_norm(e + gate * previous)
+
+
+def serial_block(x: Tensor, x0: Tensor, skip: tuple[Tensor, Tensor, Tensor] | None, w: LayerWeights,
+                 packing: Packing, adapters: LayerAdapters, tap: Tap | None = None) -> Tensor:
+    """Attention, then MLP, on one residual stream (B, T, D)."""
+    dtype = x.dtype
+    mix, scale = w.resid_mix.to(dtype), w.ln_scale.to(dtype)
+    z = mix[0] * blend_skip(x, skip) + mix[1] * x0
+    z = z + w.attn_scale.to(dtype) * attention(scale * rms_norm(z), w, packing, adapters, tap)
+    return z + w.mlp_scale.to(dtype) * mlp(scale * rms_norm(z), w, adapters, tap)
+
+
+def parallel_block(lane0: Tensor, lane1: Tensor, x0: Tensor, skip: tuple[Tensor, Tensor, Tensor] | None,
+                   w: LayerWeights, packing: Packing, adapters: LayerAdapters,
+                   tap: Tap | None = None) -> tuple[Tensor, Tensor]:
+    """Attention reads lane 0 (mixed with x0 and the skip), the MLP reads lane 1, both write to both lanes."""
+    dtype = lane0.dtype
+    mix, scale, resid, post = (p.to(dtype) for p in (w.resid_mix, w.ln_scale, w.lane_resid, w.lane_post))
+    lane0 = blend_skip(lane0, skip)
+    a = w.attn_scale.to(dtype) * attention(scale * rms_norm(mix[0] * lane0 + mix[1] * x0), w, packing, adapters, tap)
+    m = w.mlp_scale.to(dtype) * mlp(scale * rms_norm(lane1), w, adapters, tap)
+    return (resid[0] * lane0 + post[0, 0] * a + post[1, 0] * m,
+            resid[1] * lane1 + post[0, 1] * a + post[1, 1] * m)
+
+
+def finish(lane0: Tensor, lane1: Tensor) -> Tensor:
+    """The head's input: normed mean of the lanes."""
+    return rms_norm(0.5 * (lane0 + lane1))
+
+
+def score_tokens(hidden_ND: Tensor, tok_emb: Tensor, cap_pos: Tensor, cap_neg: Tensor, targets_N: Tensor,
+                 hints_N: Tensor, delta_NV: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(nll of the target, log-probability of the hinted token), both (N,) fp32, over the full vocabulary.
+
+    delta_NV is an adapter's addition to the raw logits. Logits are fp32 from the product on.
+    """
+    logits = F.linear(hidden_ND, tok_emb.to(hidden_ND.dtype)).float()
+    if delta_NV is not None:
+        logits = logits + delta_NV.float()
+    log_probs = F.log_softmax(softcap_logits(logits, cap_pos, cap_neg), -1)
+    picked = log_probs.gather(-1, torch.stack([targets_N, hints_N], -1))
+    return -picked[:, 0], picked[:, 1]
+
+
+class Graphs(NamedTuple):
+    """The model's functions, eager or compiled; GPT.forward calls these and nothing else heavy."""
+    embed: Callable = embed
+    serial: Callable = serial_block
+    parallel: Callable = parallel_block
+    finish: Callable = finish
+    score: Callable = score_tokens
+
+
+def make_graphs(run: Run, dynamic: bool) -> Graphs:
+    """Compiled functions with static or dynamic batch and length; eager ones when COMPILE=0.
+
+    Blocks are compiled one by one and shared by all layers: eleven times less to compile than the whole model.
+    On CPUs plain attention loops over segments in Python, so a graph may break there and only there.
+    """
+    if not run.cfg.compile:
+        return Graphs()
+    # Serial and parallel blocks exist with and without skip, gradient and adapters.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return Graphs(*(torch.compile(fn, fullgraph=run.device.type == "cuda", dynamic=True if dynamic else None)
+                    for fn in Graphs()))
+
+
+def execution_order(cfg: Config, looping: bool) -> tuple[list[int], list[int]]:
+    """Layer indices in order of execution, split in encoder (whose outputs are kept) and decoder (which takes them)."""
+    loop = list(range(cfg.loop_start, cfg.loop_end + 1))
+    order = [*range(cfg.loop_start), *loop * (1 + cfg.num_loops * looping), *range(cfg.loop_end + 1, cfg.num_layers)]
+    return order[:len(order) // 2], order[len(order) // 2:]
+
+
+class GPT(nn.Module):
+    """Weights of the model and the order in which the blocks run.
+
+    Banks hold one matrix per layer: wq, wo (L, D, D), wk, wv (L, G*K, D), w_up (L, F, D), w_down (L, D, F).
+    All parameters are fp32; `compute_dtype` is the dtype of activations and of every matrix product.
+    """
+    LAYER_PARAMETERS = LayerWeights._fields[:-1]
+
+    def __init__(self, cfg: Config, compute_dtype: torch.dtype = torch.float32, attend: Attend = attend_math) -> None:
+        super().__init__()
+        self.cfg, self.compute_dtype, self.attend = cfg, compute_dtype, attend
+        self.graphs = Graphs()
+        L, D, H, Fd, kv = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.mlp_dim, cfg.kv_dim
+        num_skips = min(map(len, execution_order(cfg, True)))
+
+        def orthogonal(rows: int, cols: int) -> Tensor:
+            return torch.stack([nn.init.orthogonal_(torch.empty(rows, cols)) for _ in range(L)])
+
+        initial = {
+            "tok_emb": torch.randn(cfg.vocab_size, D) * cfg.tied_embed_init_std,
+            "wq": orthogonal(D, D), "wk": orthogonal(kv, D), "wv": orthogonal(kv, D), "wo": torch.zeros(L, D, D),
+            "w_up": orthogonal(Fd, D), "w_down": torch.zeros(L, D, Fd),
+            "q_gain": torch.full((L, H), cfg.qk_gain_init), "xsa_alpha": torch.zeros(L, H),
+            "attn_gate": torch.zeros(L, H, cfg.gate_window),
+            "attn_scale": torch.ones(L, D), "mlp_scale": torch.ones(L, D),
+            "resid_mix": torch.tensor([1.0, 0.0])[:, None].repeat(L, 1, D),
+            "skip_weights": torch.ones(num_skips, D), "skip_gates": torch.zeros(num_skips, D),
+            "lane_post": torch.ones(L, 2, 2), "lane_resid": torch.full((L, 2), 1.1),
+            "smear_w": torch.zeros(cfg.gate_window), "smear_lambda": torch.zeros(1),
+            "softcap_pos": torch.tensor(cfg.logit_softcap), "softcap_neg": torch.tensor(cfg.logit_softcap)}
+        for name, value in initial.items():
+            self.register_parameter(name, nn.Parameter(value.contiguous()))
+        self.register_buffer("ln_scale", torch.arange(1, L + 1).rsqrt(), persistent=False)
+        self.register_buffer("rope", torch.empty(2, 0, 1, cfg.rope_dims // 2), persistent=False)
+        self.reserve_positions(max(cfg.row_tokens, cfg.val_batch_tokens // ROWS_PER_STEP, cfg.ttt_eval_seq_len,
+                                   cfg.global_ttt_chunk_tokens))
+
+    def reserve_positions(self, count: int) -> None:
+        """Make the rotary tables at least `count` positions long; angles are exact fp32."""
+        if self.rope.shape[1] < count:
+            half = self.cfg.rope_dims // 2
+            freq = self.cfg.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
+            angle = (torch.arange(count, dtype=torch.float64)[:, None] * freq)[:, None]
+            self.rope = torch.stack([angle.cos(), angle.sin()]).float().to(self.rope.device)
+
+    def forward(self, tokens_BT: Tensor, *, looping: bool, segments: tuple[Tensor, int] | None = None,
+                adapters: Sequence[LayerAdapters] | None = None, tap: Tap | None = None,
+                graphs: Graphs | None = None) -> Tensor:
+        """Final normed hidden states (B, T, D) in the compute dtype.
+
+        segments  (cu_seqlens, longest segment) of a flat row (B = 1); None: each row is one causal sequence.
+        adapters  one LayerAdapters per layer execution.
+        tap       called with ("qkv" | "o" | "up" | "down", input of that matrix) and ("layer", index) in eager mode.
+        """
+        g = graphs or self.graphs
+        B, T = tokens_BT.shape
+        self.reserve_positions(T)
+        cu_seqlens, max_seqlen = segments or (
+            torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=tokens_BT.device), T)
+        packing = Packing(cu_seqlens, max_seqlen, self.rope[0, :T], self.rope[1, :T], self.attend,
+                          self.cfg.sparse_attn_gate_scale)
+        layers = [LayerWeights(*views) for views in zip(
+            *(getattr(self, name).unbind() for name in self.LAYER_PARAMETERS), self.ln_scale.unbind())]
+        encoder, decoder = execution_order(self.cfg, looping)
+        gates = list(zip(self.skip_weights.unbind(), self.skip_gates.unbind()))
+        slots = adapters or [LayerAdapters()] * (len(encoder) + len(decoder))
+
+        x0 = g.embed(tokens_BT, self.tok_emb, self.smear_w, self.smear_lambda, self.compute_dtype)
+        # A view, so that x and x0 never are the same object: the compiler would build a variant for that case.
+        lane0 = lane1 = x0.view_as(x0) if adapters is None else x0.detach().requires_grad_()
+        saved: list[Tensor] = []
+        for slot, layer in enumerate(encoder + decoder):
+            if tap is not None:
+                tap("layer", torch.tensor(layer))
+            row = slot - len(encoder)
+            skip = (saved.pop(), *gates[row]) if 0 <= row < len(gates) and saved else None
+            if layer < self.cfg.parallel_start_layer:
+                lane0 = lane1 = g.serial(lane0, x0, skip, layers[layer], packing, slots[slot], tap)
+            else:
+                # The first two-lane layer gets one stream twice; a view keeps them apart for the compiler.
+                lane1 = lane1.view_as(lane1) if lane1 is lane0 else lane1
+                lane0, lane1 = g.parallel(lane0, lane1, x0, skip, layers[layer], packing, slots[slot], tap)
+            if row < 0:
+                saved.append(lane0)
+        return g.finish(lane0, lane1.view_as(lane1))
+
+    def loss(self, tokens_T: Tensor, targets_T: Tensor, cu_seqlens: Tensor, *, looping: bool,
+             segment_cap: int, graphs: Graphs | None = None) -> Tensor:
+        """Mean training nll in nats of one flat row."""
+        hidden = self(tokens_T[None], looping=looping, segments=(cu_seqlens, segment_cap), graphs=graphs)[0]
+        fused = self.cfg.fused_ce_enabled and hidden.is_cuda and triton is not None
+        loss = FusedSoftcapLoss.apply if fused else softcap_loss
+        return loss(hidden, self.tok_emb, self.softcap_pos, self.softcap_neg, targets_T)
+
+    def score(self, hidden_ND: Tensor, targets_N: Tensor, hints_N: Tensor | None = None,
+              delta_NV: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(nll of targets, log-probability of hints) of hidden states; without hints the second equals -nll."""
+        return self.graphs.score(hidden_ND, self.tok_emb, self.softcap_pos, self.softcap_neg, targets_N,
+                                 targets_N if hints_N is None else hints_N, delta_NV)
+
+
+# --- 7 optimizers -------------------------------------------------------------------------------------------
+# Muon for matrices, AdamW for the rest, routed by one table that must cover every parameter exactly once.
+
+PARAMETER_TABLE: dict[str, tuple[str, ...]] = {
+    "muon": ("wq", "wk", "wv", "wo", "w_up", "w_down"),
+    "embed": ("tok_emb",),
+    "scalar": ("q_gain", "xsa_alpha", "attn_gate", "attn_scale", "mlp_scale", "resid_mix", "skip_weights",
+               "skip_gates", "lane_post", "lane_resid", "smear_w", "smear_lambda"),
+    "softcap": ("softcap_pos", "softcap_neg"),
+}
+POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
+                 (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+                 (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+                 (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+                 (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
+
+
+def route_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Parameters per optimizer group; raises ValueError unless the table covers every one exactly once."""
+    named = dict(model.named_parameters())
+    listed = [name for names in PARAMETER_TABLE.values() for name in names]
+    if sorted(listed) != sorted(named):
+        raise ValueError(f"PARAMETER_TABLE must list every parameter exactly once; missing "
+                         f"{sorted(named.keys() - set(listed))}, unknown {sorted(set(listed) - named.keys())}, "
+                         f"repeated {sorted({name for name in listed if listed.count(name) > 1})}")
+    return {group: [named[name] for name in names] for group, names in PARAMETER_TABLE.items()}
+
+
+def polar_express(G: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Orthogonalize the matrices in the last two axes: singular values near one, same singular vectors [PE]."""
+    X = G.to(dtype)
+    tall = X.shape[-2] > X.shape[-1]
+    X = X.mT if tall else X
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in POLAR_EXPRESS[:steps]:
+        S = X @ X.mT
+        X = a * X + (b * S + c * (S @ S)) @ X
+    return X.mT if tall else X
+
+
+class Muon:
+    """Momentum, row normalization and orthogonalization of matrix banks, sharded over ranks [Muon].
+
+    Parameters (L, rows, cols) of one matrix shape form a bank; its matrices are dealt to the ranks in equal shares
+    (padded with zeros), so every rank keeps the momentum of its own share only. Gradients are reduced in fp32,
+    updates gathered in the compute dtype.
+    """
+
+    def __init__(self, params: Sequence[nn.Parameter], run: Run, weight_decay: float = 0.0, backend_steps: int = 5,
+                 row_normalize: bool = True) -> None:
+        self.run, self.weight_decay = run, weight_decay
+        self.backend_steps, self.row_normalize = backend_steps, row_normalize
+        shapes = dict.fromkeys(tuple(p.shape[-2:]) for p in params)
+        self.banks = [[p for p in params if tuple(p.shape[-2:]) == shape] for shape in shapes]
+        self.banks.sort(key=lambda bank: -sum(p.numel() for p in bank))      # the largest reduction starts first
+        self.momentum_buffers: list[Tensor | None] = [None] * len(self.banks)
+
+    def reset(self) -> None:
+        self.momentum_buffers = [None] * len(self.banks)
+
+    def update_direction(self, grad: Tensor, buffer: Tensor, momentum: float) -> Tensor:
+        """Advance `buffer` and return the orthogonal update of each matrix, in the compute dtype."""
+        buffer.mul_(momentum).add_(grad)
+        u = grad + momentum * buffer
+        if self.row_normalize:
+            u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+        return polar_express(u, self.backend_steps, self.run.compute_dtype)
+
+    @torch.no_grad()
+    def step(self, grads: dict[nn.Parameter, Tensor], lr: float, momentum: float) -> None:
+        """Apply one update from this rank's gradients; the average over ranks is taken here."""
+        R = self.run.world_size
+        pending = []
+        for bank in self.banks:                           # 1. launch all reductions
+            full = torch.cat([grads[p] for p in bank])
+            share = -(-len(full) // R)
+            if R > 1:
+                full = F.pad(full, (0, 0, 0, 0, 0, share * R - len(full)))
+            pending.append((share, *_reduce_scatter_mean(self.run, full)))
+        gathers = []
+        for index, (share, shard, handle) in enumerate(pending):      # 2. update the own share
+            if handle is not None:
+                handle.wait()
+            if self.momentum_buffers[index] is None:
+                self.momentum_buffers[index] = torch.zeros_like(shard)
+            update = self.update_direction(shard, self.momentum_buffers[index], momentum)
+            gathers.append(_all_gather(self.run, update))
+        for bank, (update, handle) in zip(self.banks, gathers):       # 3. gather, and apply to every replica
+            if handle is not None:
+                handle.wait()
+            offset = 0
+            for p in bank:
+                rows, cols = p.shape[-2:]
+                p.mul_(1 - lr * self.weight_decay)
+                p.add_(update[offset:offset + len(p)].to(p.dtype), alpha=-lr * math.sqrt(max(1.0, rows / cols)))
+                offset += len(p)
+
+
+def _reduce_scatter_mean(run: Run, full: Tensor) -> tuple[Tensor, Any]:
+    """This rank's share of the mean of `full` over ranks, and a handle to wait for (None: done)."""
+    if run.world_size == 1:
+        return full, None
+    share = len(full) // run.world_size
+    full.div_(run.world_size)
+    if run.device.type == "cuda":
+        shard = torch.empty_like(full[:share])
+        return shard, dist.reduce_scatter_tensor(shard, full, async_op=True)
+    run.sum(full)                                         # gloo has no reduce-scatter
+    return full[run.rank * share:(run.rank + 1) * share].clone(), None
+
+
+def _all_gather(run: Run, shard: Tensor) -> tuple[Tensor, Any]:
+    """All ranks' shards in rank order, and a handle to wait for (None: done)."""
+    if run.world_size == 1:
+        return shard, None
+    full = torch.empty((len(shard) * run.world_size, *shard.shape[1:]), dtype=shard.dtype, device=shard.device)
+    return full, dist.all_gather_into_tensor(full, shard.contiguous(), async_op=True)
+
+
+class Optimizer:
+    """One optimizer step: every row's gradient is clipped by itself, rows are averaged, then Muon and AdamW run."""
+
+    def __init__(self, cfg: Config, run: Run, model: GPT) -> None:
+        self.cfg, self.run, self.model = cfg, run, model
+        groups = route_parameters(model)
+        # Frozen parameters (the caps, in tests of the reference's symmetric loss) take no part in the norm either.
+        self.params = [p for group in groups.values() for p in group if p.requires_grad]
+        self.small = [p for name, group in groups.items() if name != "muon" for p in group if p.requires_grad]
+        self.muon = Muon(groups["muon"], run, cfg.muon_wd, cfg.muon_backend_steps, cfg.muon_row_normalize)
+        self.base_lr = {"embed": cfg.tied_embed_lr, "scalar": cfg.scalar_lr, "softcap": cfg.scalar_lr}
+        weight_decay = {"embed": cfg.embed_wd, "scalar": cfg.adam_wd, "softcap": 0.0}
+        self.adamw = torch.optim.AdamW(
+            [{"params": groups[name], "name": name, "weight_decay": weight_decay[name]} for name in self.base_lr],
+            betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
+        self.grad_sum: list[Tensor] = []
+        self.num_rows = 0
+
+    def reset(self) -> None:
+        """Forget all state, as if no step had been taken."""
+        self.muon.reset()
+        self.adamw.state.clear()
+        self.grad_sum, self.num_rows = [], 0
+        self.model.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def add_row(self) -> Tensor:
+        """Take over the gradient of one row's mean loss, clipped to GRAD_CLIP_NORM. Returns its norm (0-d tensor)."""
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        norm = torch.nn.utils.get_total_norm(grads)
+        limit = self.cfg.grad_clip_norm
+        torch._foreach_mul_(grads, torch.where(norm > limit, limit / (norm + 1e-6), 1.0))
+        if self.num_rows:
+            torch._foreach_add_(self.grad_sum, grads)
+        else:
+            self.grad_sum = grads
+        self.num_rows += 1
+        self.model.zero_grad(set_to_none=True)
+        return norm
+
+    @torch.no_grad()
+    def step(self, step: int, lr_factor: float) -> None:
+        """Average the rows of all ranks and update every parameter."""
+        torch._foreach_div_(self.grad_sum, self.num_rows)
+        grads = dict(zip(self.params, self.grad_sum))
+        if self.run.world_size > 1:
+            flat = torch.cat([grads[p].flatten() for p in self.small])
+            for p, mean in zip(self.small, self.run.sum(flat).div_(self.run.world_size).split(
+                    [p.numel() for p in self.small])):
+                grads[p] = mean.view_as(p)
+        for p in self.small:
+            p.grad = grads[p]
+        for group in self.adamw.param_groups:
+            group["lr"] = self.base_lr[group["name"]] * lr_factor
+        self.adamw.step()
+        self.muon.step(grads, self.cfg.matrix_lr * lr_factor, muon_momentum(self.cfg, step))
+        for cap in (self.model.softcap_pos, self.model.softcap_neg):
+            cap.clamp_(min=1.0)                           # a cap below one nat could not express a confident token
+        self.grad_sum, self.num_rows = [], 0
+        self.model.zero_grad(set_to_none=True)
+
+
+# --- 8 schedules and EMA ------------------------------------------------------------------------------------
+# Pure functions of progress in [0, 1] or of the step, and the weight average.
+
+def lr_factor(cfg: Config, progress: float) -> float:
+    """1, then linear to 0 over the last WARMDOWN_FRAC of the budget, but never below MIN_LR."""
+    if progress < 1 - cfg.warmdown_frac or cfg.warmdown_frac == 0:
+        return 1.0
+    return max((1 - progress) / cfg.warmdown_frac, cfg.min_lr)
+
+
+def muon_momentum(cfg: Config, step: int) -> float:
+    """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM over the warm-up steps."""
+    done = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
+    return cfg.muon_momentum_warmup_start + done * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
+
+
+def global_sgd_lr(base_lr: float, num_chunks: int, chunk: int) -> float:
+    """Half a cosine over the chunks of the base adaptation."""
+    return base_lr * 0.5 * (1 + math.cos(math.pi * chunk / max(num_chunks - 1, 1)))
+
+
+class WeightAverage:
+    """Exponential moving average of all parameters in fp32, without bias correction."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.params = decay, list(model.parameters())
+        self.shadow = [p.detach().clone() for p in self.params]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        torch._foreach_lerp_(self.shadow, self.params, 1 - self.decay)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Put the average into the model."""
+        torch._foreach_copy_(self.params, self.shadow)
+
+
+# --- 9 training ---------------------------------------------------------------------------------------------
+# Compile warm-up that leaves nothing behind, the step, and a wall-clock stop all ranks agree on.
+
+LOG_EVERY, LOG_FIRST = 50, 5
+WARMUP_SEGMENT_PADS = (64, 128, 192, 256)        # padded cu_seqlens lengths of ordinary rows
+
+
+class StepClock:
+    """Rank 0's training clock. The host runs at most one step ahead of the GPU, so reading it stalls nothing."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.timer = run, Timer(run)
+        self.ends: list[float] = []          # seconds at which each finished step ended
+        self.events: list[Any] = []          # CUDA events of steps not yet known to have ended
+
+    def step_done(self) -> None:
+        """Call after queueing a step; waits until the step before it has ended."""
+        if self.run.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            self.events.append(event)
+            if len(self.events) < 2:
+                return
+            self.events.pop(0).synchronize()
+        self.ends.append(time.perf_counter() - self.timer.start)
+
+    def longest_recent(self) -> float:
+        ends = [0.0, *self.ends][-9:]
+        return max((b - a for a, b in zip(ends, ends[1:])), default=0.0)
+
+    def now(self) -> float:
+        """Seconds at which the next step can begin: the last known end plus the steps still queued."""
+        last = [0.0, *self.ends][-2:]
+        return last[-1] + len(self.events) * (last[-1] - last[0]) if self.ends else 0.0
+
+
+def plan_step(cfg: Config, step: int, clock_s: float, step_s: float, calibration_s: float) -> tuple[float, bool]:
+    """(progress, stop?) before step `step` that may begin at clock_s, may last step_s, and leaves calibration."""
+    if cfg.max_wallclock_seconds == 0:
+        return step / cfg.iterations, False
+    progress = clock_s / (cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds)
+    return progress, progress >= 1 or clock_s + step_s + calibration_s > cfg.max_wallclock_seconds
+
+
+def train_rows(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, loader: PackingLoader, rows: int,
+               looping: bool) -> Tensor:
+    """Forward and backward of this rank's rows; gradients wait in the optimizer. Returns the sum of mean losses."""
+    total = torch.zeros((), device=run.device)
+    for _ in range(rows):
+        row = next(loader)
+        _mark_segments_dynamic(cfg, row.cu_seqlens)
+        loss = model.loss(row.inputs, row.targets, row.cu_seqlens, looping=looping, segment_cap=cfg.train_seq_len)
+        loss.backward()
+        optimizer.add_row()
+        total += loss.detach()
+    return total
+
+
+def _mark_segments_dynamic(cfg: Config, cu_seqlens: Tensor) -> None:
+    # The number of documents in a row varies; only the attention kernel sees it, so one graph serves all.
+    if cfg.compile:
+        torch._dynamo.mark_dynamic(cu_seqlens, 0)
+
+
+def warm_up(cfg: Config, run: Run, data: Dataset, model: GPT, optimizer: Optimizer) -> float:
+    """Compile and run every training graph, then put everything back. Returns the seconds calibration will take."""
+    timer = Timer(run)
+    saved = [p.detach().clone() for p in model.parameters()]
+    rng = torch.get_rng_state(), torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None
+    loader = make_loader(cfg, run, data)
+    for looping, name in ((False, "warmup_step"), (True, "loop_warmup_step")):
+        row = next(loader)
+        for pad in WARMUP_SEGMENT_PADS if cfg.compile and cfg.warmup_steps else ():
+            bounds = torch.arange(0, cfg.row_tokens + 1, cfg.train_seq_len, dtype=torch.int32)
+            bounds = F.pad(bounds, (0, -len(bounds) % pad), value=cfg.row_tokens).to(run.device)
+            _mark_segments_dynamic(cfg, bounds)
+            model.loss(row.inputs, row.targets, bounds, looping=looping, segment_cap=cfg.train_seq_len).backward()
+            model.zero_grad(set_to_none=True)
+        for step in range(cfg.warmup_steps):
+            train_rows(cfg, run, model, optimizer, loader, 1, looping)
+            optimizer.step(step, 1.0)
+            if step < 3 or (step + 1) % 10 == 0 or step + 1 == cfg.warmup_steps:
+                run.log(f"{name}: {step + 1}/{cfg.warmup_steps}")
+    loader.close()
+    calibration_s = 0.0
+    if cfg.max_wallclock_seconds and not cfg.prequant_only:
+        # Two batches, of which the second is timed: the first pays for workspaces and library start-up.
+        for _ in range(2):
+            batch_timer = Timer(run)
+            collect_hessians(cfg, run, model, data.train, num_batches=run.world_size)
+            batch_s = batch_timer.seconds()
+        calibration_s = 1.2 * batch_s * -(-cfg.gptq_calibration_batches // run.world_size)
+    with torch.no_grad():
+        torch._foreach_copy_(list(model.parameters()), saved)
+    optimizer.reset()
+    torch.set_rng_state(rng[0])
+    if rng[1] is not None:
+        torch.cuda.set_rng_state(rng[1], run.device)
+    run.log(f"warmup done elapsed_s:{timer.seconds():.1f} calibration_estimate_s:{calibration_s:.1f}")
+    return calibration_s
+
+
+def make_loader(cfg: Config, run: Run, data: Dataset) -> PackingLoader:
+    return PackingLoader(data.train, cfg.row_tokens, cfg.train_seq_len, run.rank, run.world_size, run.device, run.log)
+
+
+def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
+    """Train until the budget or ITERATIONS ends and leave the averaged weights in the model. Returns train seconds."""
+    optimizer = Optimizer(cfg, run, model)
+    if cfg.max_wallclock_seconds:
+        run.log(f"gptq:reserving {cfg.gptq_reserve_seconds:g}s, effective="
+                f"{1000 * (cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds):.0f}ms")
+    model.graphs = make_graphs(run, dynamic=False)
+    calibration_s = warm_up(cfg, run, data, model, optimizer)
+    average = WeightAverage(model, cfg.ema_decay)
+    loader = make_loader(cfg, run, data)
+    rows = ROWS_PER_STEP // run.world_size
+    looping, stopped, loop_on = False, False, (0, 0.0)
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
+    run.barrier()
+    clock = StepClock(run)
+    for step in range(cfg.iterations):
+        progress, stop = run.agree(plan_step(cfg, step, clock.now(), clock.longest_recent(), calibration_s))
+        if stop:
+            stopped = True
+            break
+        if not looping and cfg.num_loops and progress >= cfg.enable_looping_at:
+            looping, loop_on = True, (step, clock.now())
+            encoder, decoder = execution_order(cfg, True)
+            run.log(f"layer_loop:enabled step:{step} frac:{progress:.3f} encoder:{encoder} decoder:{decoder}")
+        loss = train_rows(cfg, run, model, optimizer, loader, rows, looping)
+        optimizer.step(step, lr_factor(cfg, progress))
+        average.update()
+        clock.step_done()
+        done = step + 1
+        if done <= LOG_FIRST or done % LOG_EVERY == 0 or done == cfg.iterations:
+            mean_loss = run.sum(loss).item() / ROWS_PER_STEP
+            seconds = time.perf_counter() - clock.timer.start
+            run.log(f"{done}/{cfg.iterations} train_loss: {mean_loss:.4f} train_time: {seconds / 60:.1f}m "
+                    f"tok/s: {done * cfg.train_batch_tokens / seconds:.0f}")
+            if not math.isfinite(mean_loss):
+                raise RuntimeError(f"train_loss is {mean_loss} after step {done}; the run has diverged, lower "
+                                   "MATRIX_LR or check the data")
+    steps = step if stopped else cfg.iterations
+    train_s = clock.timer.seconds()
+    loader.close()
+    if stopped:
+        run.log(f"stopping_early: wallclock_cap train_time: {1000 * train_s:.0f}ms step: {steps}/{cfg.iterations}")
+    _log_speed(cfg, run, steps, train_s, *loop_on)
+    if run.device.type == "cuda":
+        run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated(run.device) >> 20} MiB "
+                f"reserved: {torch.cuda.max_memory_reserved(run.device) >> 20} MiB")
+    run.log("ema:applying EMA weights")
+    average.apply()
+    return train_s
+
+
+def _log_speed(cfg: Config, run: Run, steps: int, train_s: float, loop_step: int, loop_s: float) -> None:
+    parts = []
+    for name, count, seconds in (("loops_off", loop_step or steps, loop_s or train_s),
+                                 ("loops_on", steps - loop_step if loop_step else 0, train_s - loop_s)):
+        if count:
+            parts.append(f"{name}_tok_per_s:{count * cfg.train_batch_tokens / seconds:.0f} "
+                         f"{name}_step_ms:{1000 * seconds / count:.1f}")
+    run.log(f"train speed {' '.join(parts)} steps:{steps}")
+
+
+# --- 10 quantization ----------------------------------------------------------------------------------------
+# Calibration statistics, GPTQ, protected column groups, low-rank correction: fp32 matrices to int8 codes.
+
+MATRIX_NAMES = ("wq", "wk", "wv", "wo", "w_up", "w_down")
+TAPPED_BY = {"wq": "qkv", "wk": "qkv", "wv": "qkv", "wo": "o", "w_up": "up", "w_down": "down"}
+GPTQ_DAMP, GPTQ_BLOCK = 0.01, 128
+SCALE_FLOOR = 1e-10          # keeps a constant row from dividing by zero
+
+
+class Matrix(NamedTuple):
+    """One matrix to quantize. W (rows, cols) fp32, H (cols, cols) fp32, act_rms (cols,) fp32."""
+    W: Tensor
+    H: Tensor
+    act_rms: Tensor
+    bits: int
+    clip_sigmas: float
+
+
+class Factors(NamedTuple):
+    """Packed low-rank correction: A = qA*sA (rows, r), B = qB*sB (r, cols); int8 codes, fp16 scales.
+
+    Asymmetric packing: sA is 0-d, sB holds one scale per lqer_asym_group elements of B in row-major order.
+    Symmetric packing: one scale per row of A and of B.
+    """
+    qA: Tensor
+    sA: Tensor
+    qB: Tensor
+    sB: Tensor
+
+
+class Quantized(NamedTuple):
+    """codes (rows, cols) int8, scale (rows,) fp16; columns [start, start + group) of each protected start use high."""
+    codes: Tensor
+    scale: Tensor
+    protect_starts: tuple[int, ...] = ()
+    group_size: int = 0
+    scale_high: Tensor | None = None
+    factors: Factors | None = None
+
+
+def code_limit(bits: int) -> int:
+    return 2 ** (bits - 1) - 1
+
+
+def row_scale(W: Tensor, clip_sigmas: float, max_code: int) -> Tensor:
+    """fp16 step of each row: clip_sigmas standard deviations (unbiased) spread over max_code codes."""
+    return (clip_sigmas * W.std(-1) / max_code).clamp_min(SCALE_FLOOR).half()
+
+
+def gptq(W: Tensor, H: Tensor, scale: Tensor, max_code: int, high: Tensor | None = None,
+         scale_high: Tensor | None = None, max_high: int = 0) -> Tensor:
+    """Round W to integer codes column by column, pushing each error onto later columns [GPTQ, alg. 1].
+
+    W      (M, rows, cols) fp32, M matrices of one shape, left unchanged.
+    H      (M, cols, cols) fp32 mean of x xᵀ over calibration tokens; dead inputs (zero diagonal) are allowed.
+    scale  (M, rows) step per row; codes lie in [-max_code, max_code].
+    high   (cols,) bool: columns that use scale_high (M, rows) and max_high instead.
+    Returns int8 codes (M, rows, cols). Raises ValueError when shapes disagree or the damped H is not positive
+    definite.
+    """
+    M, rows, cols = W.shape
+    if H.shape != (M, cols, cols) or scale.shape != (M, rows):
+        raise ValueError(f"gptq: for W {tuple(W.shape)} expected H {(M, cols, cols)} and scale {(M, rows)}, found "
+                         f"{tuple(H.shape)} and {tuple(scale.shape)}")
+    H = H.double()                                        # fp64 factors: an fp32 inverse loses the small columns
+    diag = H.diagonal(dim1=-2, dim2=-1).clone()
+    dead = diag == 0
+    diag = torch.where(dead, 1.0, diag)
+    diag = diag + GPTQ_DAMP * diag.mean(-1, keepdim=True)
+    H = H.diagonal_scatter(diag, dim1=-2, dim2=-1)
+    order = diag.sort(dim=-1, descending=True, stable=True).indices
+    H = H.gather(1, order[:, :, None].expand_as(H)).gather(2, order[:, None, :].expand_as(H))
+    factor, info = torch.linalg.cholesky_ex(H)
+    if info.any():
+        raise ValueError("gptq: the damped Hessian is not positive definite; the calibration activations are "
+                         "not finite or the batches are too few")
+    U = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
+    # Column-major work copy (M, cols, rows): every step below touches whole columns.
+    work = W.masked_fill(dead[:, None], 0.0).mT.gather(1, order[:, :, None].expand(M, cols, rows)).contiguous()
+    codes = torch.empty_like(work)
+    steps, limits = scale.float()[:, None].expand(M, cols, rows), torch.full((cols,), float(max_code), device=W.device)
+    if high is not None:
+        steps = torch.where(high[:, None], scale_high.float()[:, None], steps)
+        limits = torch.where(high, float(max_high), limits)
+    for start in range(0, cols, GPTQ_BLOCK):
+        end = min(start + GPTQ_BLOCK, cols)
+        block, errors = work[:, start:end].clone(), torch.empty_like(work[:, start:end])
+        for j in range(end - start):
+            column = order[:, start + j]                  # (M,) original column index in each matrix
+            step = steps[torch.arange(M, device=W.device), column]
+            limit = limits[column][:, None]
+            q = torch.minimum(torch.maximum((block[:, j] / step.clamp_min(SCALE_FLOOR)).round(), -limit), limit)
+            codes[:, start + j] = q
+            errors[:, j] = (block[:, j] - q * step) / U[:, start + j, start + j, None]
+            block[:, j:] -= U[:, start + j, start + j:end, None] * errors[:, j, None]
+        work[:, end:] -= U[:, start:end, end:].mT @ errors
+    inverse = order.argsort(-1)
+    return codes.gather(1, inverse[:, :, None].expand_as(codes)).mT.to(torch.int8).contiguous()
+
+
+def select_protected(matrices: Mapping[str, Matrix], group_size: int, top_k: int, bits: int) -> dict[str, list[int]]:
+    """Start columns of the top_k most salient groups among all matrices with fewer than `bits` bits [AWQ].
+
+    score(group) = Σ over its columns of act_rms · mean |W|; the earlier one wins a tie; partial groups do not compete.
+    """
+    scored = []
+    for name, m in matrices.items():
+        if m.bits < bits:
+            salience = m.act_rms * m.W.abs().mean(0)
+            whole = len(salience) // group_size * group_size
+            for group, score in enumerate(salience[:whole].view(-1, group_size).sum(-1).tolist()):
+                scored.append((score, name, group * group_size))
+    chosen: dict[str, list[int]] = {}
+    for _, name, start in sorted(scored, key=lambda item: -item[0])[:top_k]:
+        chosen.setdefault(name, []).append(start)
+    return {name: sorted(starts) for name, starts in chosen.items()}
+
+
+def top_components(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A = U S (rows, rank) and B = Vᵀ (rank, cols) of the largest singular values of E."""
+    # Through the fp64 Gram matrix of the shorter side: only a few components of a long matrix are wanted.
+    E64 = E.double()
+    tall = E.shape[0] >= E.shape[1]
+    vectors = torch.linalg.eigh(E64.mT @ E64 if tall else E64 @ E64.mT).eigenvectors[:, -rank:].flip(-1)
+    if tall:
+        return (E64 @ vectors).float(), vectors.mT.float().contiguous()
+    B = vectors.mT @ E64
+    norm = B.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    return (vectors * norm.mT).float(), (B / norm).float()
+
+
+def _round_to(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    return (x / scale.float().clamp_min(SCALE_FLOOR)).round().clamp(low, high).to(torch.int8)
+
+
+def pack_factors(A: Tensor, B: Tensor, group: int, asymmetric: bool = True) -> Factors:
+    """Pack A in 2 bits and B in 4 bits with grouped scales, or both in 4 bits per row where groups do not fit."""
+    peak = lambda x, dim=None: (x.abs().max() if dim is None else x.abs().amax(dim)).clamp_min(SCALE_FLOOR)  # noqa: E731
+    if asymmetric and B.numel() % group == 0:
+        sA, grouped = (peak(A) / 1.5).half(), B.reshape(-1, group)
+        sB = (peak(grouped, -1) / 7.5).half()
+        return Factors(_round_to(A, sA, -2, 1), sA, _round_to(grouped, sB[:, None], -8, 7).view_as(B), sB)
+    sA, sB = ((peak(x, -1) / 7).half() for x in (A, B))
+    return Factors(_round_to(A, sA[:, None], -7, 7), sA, _round_to(B, sB[:, None], -7, 7), sB)
+
+
+def correction(f: Factors) -> Tensor:
+    """The fp32 matrix (rows, cols) that packed factors stand for."""
+    if f.sA.ndim == 0:
+        B = (f.qB.float().view(len(f.sB), -1) * f.sB.float()[:, None]).view(f.qB.shape)
+        return (f.qA.float() * f.sA.float()) @ B
+    return (f.qA.float() * f.sA.float()[:, None]) @ (f.qB.float() * f.sB.float()[:, None])
+
+
+def dequantize(q: Quantized) -> Tensor:
+    """The fp32 matrix (rows, cols) that will be used: codes times steps, protected columns, then the correction."""
+    W = q.codes.float() * q.scale.float()[:, None]
+    for start in q.protect_starts:
+        columns = slice(start, start + q.group_size)
+        W[:, columns] = q.codes[:, columns].float() * q.scale_high.float()[:, None]
+    return W if q.factors is None else W + correction(q.factors)
+
+
+def quantize_matrices(cfg: Config, matrices: Mapping[str, Matrix]) -> dict[str, Quantized]:
+    """Quantize matrices: protect groups, round with GPTQ (matrices of one shape together), correct the worst."""
+    protected = (select_protected(matrices, cfg.awq_lite_group_size, cfg.awq_lite_group_top_k, cfg.awq_lite_bits)
+                 if cfg.awq_lite_enabled else {})
+    batches: dict[tuple, list[str]] = {}
+    for name, m in matrices.items():
+        batches.setdefault((m.W.shape, m.bits, tuple(protected.get(name, ()))), []).append(name)
+    done: dict[str, Quantized] = {}
+    for (shape, bits, starts), names in batches.items():
+        group = [matrices[name] for name in names]
+        max_code, max_high = code_limit(bits), code_limit(cfg.awq_lite_bits)
+        scales = torch.stack([row_scale(m.W, m.clip_sigmas, max_code) for m in group])
+        high, highs = None, [None] * len(group)
+        if starts:
+            high = torch.zeros(shape[1], dtype=torch.bool, device=scales.device)
+            for start in starts:
+                high[start:start + cfg.awq_lite_group_size] = True
+            highs = torch.stack([row_scale(m.W, m.clip_sigmas, max_high) for m in group])
+        codes = gptq(torch.stack([m.W for m in group]), torch.stack([m.H for m in group]), scales, max_code,
+                     high, highs if starts else None, max_high)
+        for name, c, s, s_high in zip(names, codes, scales, highs):
+            done[name] = Quantized(c, s, starts, cfg.awq_lite_group_size if starts else 0, s_high)
+    if cfg.lqer_enabled:
+        residuals = {name: matrices[name].W - dequantize(done[name]) for name in matrices}
+        norms = {name: float(E.norm()) for name, E in residuals.items()}
+        for name in sorted(norms, key=lambda name: -norms[name])[:cfg.lqer_top_k]:
+            A, B = top_components(residuals[name], cfg.lqer_rank)
+            done[name] = done[name]._replace(factors=pack_factors(A, B, cfg.lqer_asym_group, cfg.lqer_asym_enabled))
+    return {name: done[name] for name in matrices}
+
+
+class Calibration(NamedTuple):
+    """Σ x xᵀ per tapped input, fp32 (cols, cols), the number of x in each, and the number of batches."""
+    sums: dict[str, Tensor]
+    counts: dict[str, int]
+    num_batches: int
+
+
+@torch.no_grad()
+def collect_hessians(cfg: Config, run: Run, model: GPT, paths: Sequence[Path], num_batches: int) -> Calibration:
+    """Input statistics of every quantized matrix over the first `num_batches` calibration batches, all ranks together.
+
+    Looping is on; each execution of a looped layer counts. Rank r runs the batches r, R + r, ...
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    layer = 0
+
+    def tap(kind: str, x: Tensor) -> None:
+        nonlocal layer
+        if kind == "layer":
+            layer = int(x)
+            return
+        key = kind if kind == "head" else f"{kind}.{layer}"
+        x = x.reshape(-1, x.shape[-1])
+        gram = torch.mm(x.T, x, out_dtype=torch.float32) if x.is_cuda else x.T @ x
+        sums[key] = sums[key].add_(gram) if key in sums else gram
+        counts[key] = counts.get(key, 0) + len(x)
+
+    batches = calibration_batches(paths, cfg.train_seq_len, cfg.row_tokens // cfg.train_seq_len)
+    for index, batch in zip(range(num_batches), batches):
+        if index % run.world_size == run.rank:
+            tokens = torch.from_numpy(batch[:, :-1].copy()).to(run.device)
+            tap("head", model(tokens, looping=True, tap=tap, graphs=Graphs()))
+    if run.world_size > 1:
+        keys = sorted(sums)
+        for key in keys:
+            run.sum(sums[key])
+        totals = run.sum(torch.tensor([counts[key] for key in keys], device=run.device)).tolist()
+        counts = dict(zip(keys, totals))
+    return Calibration(sums, counts, num_batches)
+
+
+def quantize(cfg: Config, run: Run, model: GPT, stats: Calibration) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
+    """(quantized matrices by name "wq.0" ... "tok_emb", pass-through parameters as fp16)."""
+    timer = Timer(run)
+    matrices: dict[str, Matrix] = {}
+
+    def add(name: str, W: Tensor, key: str, bits: int, clip_sigmas: float) -> None:
+        total = stats.sums[key]
+        matrices[name] = Matrix(W.detach(), total / stats.num_batches, (total.diagonal() / stats.counts[key]).sqrt(),
+                                bits, clip_sigmas)
+
+    add("tok_emb", model.tok_emb, "head", cfg.embed_bits, cfg.embed_clip_sigmas)
+    for name in MATRIX_NAMES:
+        clip_sigmas = cfg.mlp_clip_sigmas if name in ("w_up", "w_down") else cfg.attn_clip_sigmas
+        for layer, W in enumerate(getattr(model, name)):
+            add(f"{name}.{layer}", W, f"{TAPPED_BY[name]}.{layer}", cfg.matrix_bits, clip_sigmas)
+    quantized = quantize_matrices(cfg, matrices)
+    for name, q in quantized.items():
+        if q.protect_starts or q.factors is not None:
+            run.log(f"quantize matrix:{name} protected_columns:{list(q.protect_starts)} "
+                    f"lqer_rank:{0 if q.factors is None else q.factors.qB.shape[0]}")
+    run.log(f"quantize matrices:{len(matrices)} elapsed_s:{timer.seconds():.1f}")
+    passed = {name: p.detach().half() for name, p in model.named_parameters()
+              if name != "tok_emb" and name not in MATRIX_NAMES}
+    return quantized, passed
+
+
+# --- 11 artifact --------------------------------------------------------------------------------------------
+# Checked, atomic files of tensors; one code stream per tensor group; the size report.
+
+FORMAT_VERSION = 1
+CHECKPOINT_MAGIC, ARTIFACT_MAGIC = b"GOLFWGHT", b"GOLFCODE"
+STREAM_GROUPS = ("tok_emb", "wk", "wq", "wv", "wo", "w_up", "w_down")
+MODEL_FIELDS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "num_loops",
+                "loop_start", "loop_end", "parallel_start_layer", "gate_window", "sparse_attn_gate_scale", "rope_base",
+                "rope_dims")
+
+
+class ArtifactError(ValueError):
+    """A checkpoint or artifact is missing, damaged, or made with other model settings."""
+
+
+def write_container(path: Path, magic: bytes, cfg: Config, streams: Mapping[str, bytes]) -> int:
+    """Write named byte streams with the model's settings and a SHA-256; returns the file's size.
+
+    Layout: magic (8), version u32, header length u32, header (zlib JSON), streams, SHA-256 of all before (32).
+    The file appears under its name only when complete.
+    """
+    header = zlib.compress(json.dumps({
+        "settings": {name: getattr(cfg, name) for name in MODEL_FIELDS},
+        "streams": [[name, len(stream)] for name, stream in streams.items()]}).encode(), 9)
+    start = magic + np.array([FORMAT_VERSION, len(header)], "<u4").tobytes() + header
+    digest = hashlib.sha256(start)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(start)
+            for stream in streams.values():
+                digest.update(stream)
+                file.write(stream)
+            file.write(digest.digest())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path.stat().st_size
+
+
+def read_container(path: Path, magic: bytes, cfg: Config) -> dict[str, bytes]:
+    """The streams of a file written by write_container; raises ArtifactError unless every check holds."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); check RUN_ID, or run the earlier stage "
+                            "first") from error
+    if data[:8] != magic:
+        raise ArtifactError(f"{path}: expected a file beginning with {magic!r}, found {data[:8]!r}; this is not a "
+                            "file of that kind")
+    if len(data) < 48 or hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise ArtifactError(f"{path}: checksum mismatch over {len(data):,} bytes; the file is truncated or "
+                            "corrupted, write it again")
+    version, header_bytes = np.frombuffer(data[8:16], "<u4").tolist()
+    if version != FORMAT_VERSION:
+        raise ArtifactError(f"{path}: format version {version}, expected {FORMAT_VERSION}; write it again with this "
+                            "script")
+    header = json.loads(zlib.decompress(data[16:16 + header_bytes]))
+    differing = {name: (made, getattr(cfg, name)) for name, made in header["settings"].items()
+                 if getattr(cfg, name, None) != made}
+    if differing:
+        raise ArtifactError(f"{path}: made with other settings: " + ", ".join(
+            f"{name.upper()}={made} (now {now})" for name, (made, now) in differing.items()) + "; set them as they were")
+    streams, offset = {}, 16 + header_bytes
+    for name, length in header["streams"]:
+        streams[name] = data[offset:offset + length]
+        offset += length
+    return streams
+
+
+def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Names, dtypes, shapes and raw little-endian values in one byte string; unpack_tensors is the exact inverse."""
+    index = json.dumps([[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()])
+    parts = [np.array([len(index)], "<u4").tobytes(), index.encode()]
+    return b"".join(parts + [t.detach().cpu().contiguous().numpy().tobytes() for t in tensors.values()])
+
+
+def unpack_tensors(data: bytes) -> dict[str, Tensor]:
+    length = int(np.frombuffer(data[:4], "<u4")[0])
+    tensors, offset = {}, 4 + length
+    for name, dtype, shape in json.loads(data[4:4 + length]):
+        count = math.prod(shape)
+        values = np.frombuffer(data, np.dtype(dtype), count, offset)
+        tensors[name] = torch.from_numpy(values.copy()).reshape(shape)
+        offset += values.nbytes
+    return tensors
+
+
+def encode_codes(codes: np.ndarray) -> bytes:
+    """One group's int8 codes (matrices, rows, cols) as bytes, column after column; decode_codes is the inverse."""
+    return lzma.compress(np.ascontiguousarray(codes.transpose(0, 2, 1)).tobytes(), lzma.FORMAT_RAW,
+                         filters=[{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0, "pb": 0}])
+
+
+def decode_codes(stream: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+    raw = lzma.decompress(stream, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0,
+                                                             "pb": 0}])
+    matrices, rows, cols = shape
+    return np.frombuffer(raw, np.int8).reshape(matrices, cols, rows).transpose(0, 2, 1).copy()
+
+
+def _in_threads(work: Callable, items: Sequence) -> list:
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(max_workers=max(1, min(len(items), os.cpu_count() or 1))) as pool:
+        return list(pool.map(work, items))
+
+
+def checkpoint_path(run: Run) -> Path:
+    return Path("checkpoints") / f"{run.run_id}.weights"
+
+
+def artifact_path(run: Run) -> Path:
+    return Path("checkpoints") / f"{run.run_id}.artifact"
+
+
+def write_checkpoint(cfg: Config, run: Run, model: GPT) -> None:
+    """Save the averaged fp32 weights (rank 0)."""
+    if run.rank == 0:
+        size = write_container(checkpoint_path(run), CHECKPOINT_MAGIC, cfg,
+                               {"weights": pack_tensors(dict(model.named_parameters()))})
+        run.log(f"Serialized model: {size} bytes")
+    run.barrier()
+
+
+def read_checkpoint(cfg: Config, run: Run, model: GPT) -> None:
+    streams = read_container(checkpoint_path(run), CHECKPOINT_MAGIC, cfg)
+    model.load_state_dict(unpack_tensors(streams["weights"]))
+
+
+def group_members(cfg: Config, group: str) -> list[str]:
+    return [group] if group == "tok_emb" else [f"{group}.{layer}" for layer in range(cfg.num_layers)]
+
+
+def encode_model(cfg: Config, quantized: Mapping[str, Quantized], passed: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """The artifact's streams: one per tensor group, and one for scales, corrections and pass-through tensors."""
+    stacks = [np.stack([quantized[name].codes.cpu().numpy() for name in group_members(cfg, group)])
+              for group in STREAM_GROUPS]
+    small: dict[str, Tensor] = dict(passed)
+    for name, q in quantized.items():
+        small[f"{name}:scale"] = q.scale
+        if q.protect_starts:
+            small[f"{name}:protect"] = torch.tensor([q.group_size, *q.protect_starts], dtype=torch.int16)
+            small[f"{name}:scale_high"] = q.scale_high
+        if q.factors is not None:
+            small |= {f"{name}:{part}": value for part, value in q.factors._asdict().items()}
+    streams = dict(zip(STREAM_GROUPS, _in_threads(encode_codes, stacks)))
+    streams["small"] = lzma.compress(pack_tensors(small), preset=9 | lzma.PRESET_EXTREME)
+    return streams
+
+
+def decode_model(cfg: Config, streams: Mapping[str, bytes]) -> dict[str, Tensor]:
+    """The state dict the artifact stands for, fp32; the exact values dequantize() gave before encoding."""
+    small = unpack_tensors(lzma.decompress(streams["small"]))
+    D, Fd, kv = cfg.model_dim, cfg.mlp_dim, cfg.kv_dim
+    shapes = {"tok_emb": (1, cfg.vocab_size, D), "wq": (cfg.num_layers, D, D), "wk": (cfg.num_layers, kv, D),
+              "wv": (cfg.num_layers, kv, D), "wo": (cfg.num_layers, D, D), "w_up": (cfg.num_layers, Fd, D),
+              "w_down": (cfg.num_layers, D, Fd)}
+    stacks = _in_threads(lambda group: decode_codes(streams[group], shapes[group]), STREAM_GROUPS)
+    state = {name: t.float() for name, t in small.items() if ":" not in name}
+    for group, stack in zip(STREAM_GROUPS, stacks):
+        members = []
+        for name, codes in zip(group_members(cfg, group), stack):
+            group_size, *starts = small[f"{name}:protect"].tolist() if f"{name}:protect" in small else [0]
+            factors = Factors(*(small[f"{name}:{part}"] for part in Factors._fields)) if f"{name}:qA" in small else None
+            members.append(dequantize(Quantized(torch.from_numpy(codes), small[f"{name}:scale"], tuple(starts),
+                                                group_size, small.get(f"{name}:scale_high"), factors)))
+        state[group] = members[0] if group == "tok_emb" else torch.stack(members)
+    return state
+
+
+def write_artifact(cfg: Config, run: Run, quantized: Mapping[str, Quantized], passed: Mapping[str, Tensor]) -> None:
+    """Encode, write and report the artifact (rank 0)."""
+    if run.rank == 0:
+        timer = Timer(run)
+        streams = encode_model(cfg, quantized, passed)
+        run.log(f"artifact encode_s:{timer.seconds():.1f} " + " ".join(
+            f"{name}_bytes:{len(stream)}" for name, stream in streams.items()))
+        model_bytes = write_container(artifact_path(run), ARTIFACT_MAGIC, cfg, streams)
+        source = Path(__file__).read_bytes()
+        code_bytes = len(lzma.compress(source, preset=9 | lzma.PRESET_EXTREME))
+        run.log("artifact code_form:lzma_of_source reason:\"no packed script yet\"")
+        run.log(f"Code size (uncompressed): {len(source)} bytes")
+        run.log(f"Code size (compressed): {code_bytes} bytes")
+        run.log(f"Serialized model quantized+{cfg.compressor}: {model_bytes} bytes")
+        run.log(f"Total submission size quantized+{cfg.compressor}: {model_bytes + code_bytes} bytes")
+        if model_bytes + code_bytes > SIZE_LIMIT:
+            run.log(f"artifact warning over_limit_bytes:{model_bytes + code_bytes - SIZE_LIMIT} "
+                    f"limit_bytes:{SIZE_LIMIT}")
+    run.barrier()
+
+
+def read_artifact(cfg: Config, run: Run, model: GPT) -> None:
+    """Replace the model's weights by what ships."""
+    timer = Timer(run)
+    model.load_state_dict(decode_model(cfg, read_container(artifact_path(run), ARTIFACT_MAGIC, cfg)))
+    run.log(f"artifact load_s:{timer.seconds():.1f}")
+
+
+# --- 12 scoring ---------------------------------------------------------------------------------------------
+# Nats, tokens and bytes summed in fp64, the one conversion to bits per byte, and plain evaluation.
+
+SCORE_CHUNK = 16384          # positions whose logits exist at one time
+
+
+class Score(NamedTuple):
+    loss: float              # nats per token
+    bpb: float               # bits per byte of original text
+    tokens: int
+    bytes: int
+
+
+class BpbMeter:
+    """Sums over scored targets. fp64: an fp32 sum stops counting single tokens at 2**24, and validation has 48M."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.sums = run, torch.zeros(3, dtype=torch.float64, device=run.device)
+
+    def add(self, nll: Tensor, byte_counts: Tensor, scored: Tensor | None = None) -> None:
+        """Bank nll (nats) and bytes of targets of one shape; `scored` masks those that count."""
+        scored = torch.ones_like(nll, dtype=torch.bool) if scored is None else scored
+        self.sums += torch.stack([torch.where(scored, nll, 0.0).sum(dtype=torch.float64),
+                                  scored.sum(dtype=torch.float64),
+                                  torch.where(scored, byte_counts, 0).sum(dtype=torch.float64)])
+
+    def result(self) -> Score:
+        """Totals over all ranks; call once, at the end."""
+        nats, tokens, num_bytes = self.run.sum(self.sums.clone()).tolist()
+        if not num_bytes:
+            raise DataError("the scored targets carry no bytes; the byte sidecar is all zero, prepare it again")
+        return Score(nats / tokens, nats / (math.log(2) * num_bytes), int(tokens), int(num_bytes))
+
+
+def eval_row_tokens(cfg: Config) -> int:
+    """Targets per row of plain evaluation: as many whole sequences as one rank's eighth of VAL_BATCH_TOKENS holds."""
+    return cfg.val_batch_tokens // ROWS_PER_STEP // cfg.eval_seq_len * cfg.eval_seq_len
+
+
+@torch.no_grad()
+def score_row(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, byte_counts: np.ndarray, meter: BpbMeter,
+              looping: bool) -> None:
+    """Bank every target of one flat row of tokens (length + 1,); a compiled model gets it padded to full length."""
+    length = len(tokens) - 1
+    inputs = tokens[:-1].astype(np.int64)
+    if cfg.compile:
+        inputs = np.pad(inputs, (0, eval_row_tokens(cfg) - length))   # causal, so nothing scored sees the padding
+    bounds = torch.from_numpy(segment_bounds(inputs, cfg.eval_seq_len)).to(run.device)
+    _mark_segments_dynamic(cfg, bounds)
+    hidden = model(torch.from_numpy(inputs).to(run.device)[None], looping=looping, segments=(bounds, cfg.eval_seq_len))
+    targets, counts = (torch.from_numpy(x[1:].astype(np.int64)).to(run.device) for x in (tokens, byte_counts))
+    for at in range(0, length, SCORE_CHUNK):
+        span = slice(at, min(at + SCORE_CHUNK, length))
+        meter.add(model.score(hidden[0, span], targets[span])[0], counts[span])
+
+
+def evaluate_plain(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, byte_counts: np.ndarray,
+                   looping: bool = True) -> Score:
+    """Score every target after the first token in flat rows of whole sequences, dealt to the ranks.
+
+    Rows begin at multiples of their length on any world size, so the context of a target does not depend on it.
+    """
+    width, meter = eval_row_tokens(cfg), BpbMeter(run)
+    for start in range(width * run.rank, len(tokens) - 1, width * run.world_size):
+        span = slice(start, start + width + 1)
+        score_row(cfg, run, model, tokens[span], byte_counts[span], meter, looping)
+    return meter.result()
+
+
+def diagnose(cfg: Config, run: Run, model: GPT, data: Dataset, name: str) -> Score:
+    """One diagnostic line: plain evaluation of the model as it is."""
+    if cfg.compile:
+        warm = Timer(run)
+        model.graphs = make_graphs(run, dynamic=True)
+        width = eval_row_tokens(cfg)
+        random_tokens = np.random.default_rng(cfg.seed).integers(2, cfg.vocab_size, width + 1)
+        score_row(cfg, run, model, random_tokens, np.ones(width + 1, np.int64), BpbMeter(run), looping=True)
+        run.log(f"diagnostic compile done ({warm.seconds():.1f}s)")
+    timer = Timer(run)
+    score = evaluate_plain(cfg, run, model, *data.load_validation())
+    run.log(f"diagnostic {name} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
+            f"eval_time:{1000 * timer.seconds():.0f}ms targets:{score.tokens} bytes:{score.bytes}")
+    return score
+
+
+# --- 13 n-gram hints ----------------------------------------------------------------------------------------
+# A causal table of exact contexts that names the likely next token, and the tilt of its probability.
+
+class Hints(NamedTuple):
+    """Per target: hinted token int32 (0 where closed), gate bool, confidence fp32 (0 where the context is new)."""
+    hint: np.ndarray
+    gate: np.ndarray
+    confidence: np.ndarray
+
+
+def ngram_hints_plain(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarray, context: int,
+                      threshold: float) -> Hints:
+    """The definition: walk the targets in `order`; look each context up, then count the target.
+
+    tokens     (N,) uint16 stream; target i is tokens[i + 1].
+    order      (n,) int64 targets in the order in which they are scored, each at most once.
+    doc_start  (N - 1,) int64 first token of the document that target i is scored in; a context that would reach
+               before it gives no hint and is not counted.
+    The hint is the token that first reached the highest count; the gate opens where its share of all counts is at
+    least `threshold`, both as fp32.
+    """
+    hint = np.zeros(len(tokens) - 1, np.int32)
+    gate = np.zeros(len(tokens) - 1, bool)
+    confidence = np.zeros(len(tokens) - 1, np.float32)
+    table: dict[tuple, dict] = {}
+    for i in order.tolist():
+        begin = i + 1 - context
+        if begin < doc_start[i]:
+            continue
+        entry = table.setdefault(tuple(tokens[begin:i + 1].tolist()), {"counts": {}, "total": 0, "top": 0, "best": 0})
+        if entry["total"]:
+            confidence[i] = np.float32(entry["best"]) / np.float32(entry["total"])
+            if confidence[i] >= np.float32(threshold):
+                hint[i], gate[i] = entry["top"], True
+        target = int(tokens[i + 1])
+        count = entry["counts"][target] = entry["counts"].get(target, 0) + 1
+        entry["total"] += 1
+        if count > entry["best"]:
+            entry["top"], entry["best"] = target, count
+    return Hints(hint, gate, confidence)
+
+
+NGRAM_C = r"""
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* A context is kept as the position that first showed it, and compared token by token: hashes only find a place. */
+typedef struct { uint32_t seen_at, total, best; uint16_t top; } Entry;        /* seen_at 0: empty */
+/* Counts per (context, token) exist only for contexts that were followed by more than one token. */
+typedef struct { uint64_t key; uint32_t count; } Count;                       /* count 0: empty */
+typedef struct { Count *slots; uint64_t mask, used; } Counts;
+
+static uint64_t mix(uint64_t x) {
+    x ^= x >> 32; x *= 0xd6e8feb86659fd93u; x ^= x >> 32; x *= 0xd6e8feb86659fd93u; return x ^ (x >> 32);
+}
+
+static uint64_t hash_context(const uint16_t *context, int length) {
+    uint64_t h = 0;
+    for (int i = 0; i < length; i += 4) {
+        uint64_t word = 0;
+        memcpy(&word, context + i, 2 * (length - i < 4 ? length - i : 4));
+        h = mix(h ^ word) + 0x9e3779b97f4a7c15u;
+    }
+    return mix(h);
+}
+
+static uint32_t *find_count(Counts *c, uint64_t key) {
+    if (2 * (c->used + 1) > c->mask + 1) {                                    /* at most half full: grow fourfold */
+        Counts bigger = { calloc(4 * (c->mask + 1), sizeof(Count)), 4 * (c->mask + 1) - 1, 0 };
+        if (!bigger.slots) return NULL;
+        for (uint64_t i = 0; i <= c->mask; i++)
+            if (c->slots[i].count) *find_count(&bigger, c->slots[i].key) = c->slots[i].count;
+        free(c->slots);
+        *c = bigger;
+    }
+    uint64_t at = mix(key) & c->mask;
+    while (c->slots[at].count && c->slots[at].key != key) at = (at + 1) & c->mask;
+    if (!c->slots[at].count) { c->slots[at].key = key; c->used++; }
+    return &c->slots[at].count;
+}
+
+/* Returns 0, or 1 when memory ran out. */
+int ngram_hints(const uint16_t *tokens, const int64_t *order, int64_t num_targets, const int64_t *doc_start,
+                int context, float threshold, int32_t *hint, uint8_t *gate, float *confidence) {
+    enum { AHEAD = 16 };                                                      /* hides the latency of table look-ups */
+    uint64_t capacity = 1024, hashes[2 * AHEAD];
+    while (3 * capacity < 4 * (uint64_t)num_targets) capacity *= 2;
+    Entry *table = calloc(capacity, sizeof(Entry));
+    Counts counts = { calloc(1024, sizeof(Count)), 1023, 0 };
+    int failed = !table || !counts.slots;
+    for (int64_t k = -AHEAD; k < num_targets && !failed; k++) {
+        if (k + AHEAD < num_targets) {
+            int64_t i = order[k + AHEAD];
+            if (i + 1 - context >= doc_start[i]) {
+                uint64_t h = hash_context(tokens + i + 1 - context, context) & (capacity - 1);
+                hashes[(k + AHEAD) % (2 * AHEAD)] = h;
+                __builtin_prefetch(&table[h]);
+            }
+        }
+        if (k < 0) continue;
+        int64_t i = order[k], begin = i + 1 - context;
+        if (begin < doc_start[i]) continue;
+        uint64_t at = hashes[k % (2 * AHEAD)];
+        while (table[at].seen_at && memcmp(tokens + table[at].seen_at - context, tokens + begin, 2 * context))
+            at = (at + 1) & (capacity - 1);
+        Entry *e = &table[at];
+        uint16_t y = tokens[i + 1];
+        if (!e->seen_at) {
+            *e = (Entry){ (uint32_t)(i + 1), 1, 1, y };
+            continue;
+        }
+        confidence[i] = (float)e->best / (float)e->total;
+        if (confidence[i] >= threshold) { hint[i] = e->top; gate[i] = 1; }
+        if (e->total == e->best && y == e->top) { e->total++; e->best++; continue; }
+        if (e->total == e->best) {                                            /* the first deviating token */
+            uint32_t *c = find_count(&counts, at << 16 | e->top);
+            if (!c) { failed = 1; break; }
+            *c = e->best;
+        }
+        uint32_t *c = find_count(&counts, at << 16 | y);
+        if (!c) { failed = 1; break; }
+        e->total++;
+        if (++*c > e->best) { e->top = y; e->best = *c; }
+    }
+    free(table);
+    free(counts.slots);
+    return failed;
+}
+"""
+
+
+def ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarray, context: int,
+                threshold: float) -> Hints:
+    """ngram_hints_plain in C, exactly; raises MemoryError when the table does not fit."""
+    tokens, order, doc_start = (np.ascontiguousarray(x, dtype) for x, dtype in (
+        (tokens, np.uint16), (order, np.int64), (doc_start, np.int64)))
+    n = len(tokens) - 1
+    if len(doc_start) != n or (len(order) and not 0 <= order.min() <= order.max() < n):
+        raise ValueError(f"ngram_hints: expected doc_start of {n} targets and order within them, found "
+                         f"{len(doc_start)} and {order.min()}..{order.max()}")
+    hints = Hints(np.zeros(n, np.int32), np.zeros(n, np.uint8), np.zeros(n, np.float32))
+    pointer = lambda x: ctypes.c_void_p(x.ctypes.data)                       # noqa: E731
+    failed = compile_c(NGRAM_C).ngram_hints(
+        pointer(tokens), pointer(order), ctypes.c_int64(len(order)), pointer(doc_start), ctypes.c_int(context),
+        ctypes.c_float(threshold), *map(pointer, hints))
+    if failed:
+        raise MemoryError(f"n-gram table for {len(order):,} targets does not fit into memory; free about "
+                          f"{len(order) * 45 >> 20} MiB")
+    return hints._replace(gate=hints.gate.astype(bool))
+
+
+def tilt(nll: Tensor, log_q_hint: Tensor, is_hit: Tensor, boost: Tensor) -> Tensor:
+    """nll after multiplying the hinted token's probability by exp(boost) and renormalizing; boost 0 changes nothing.
+
+    All (..., ) fp32: nll of the target, log-probability of the hint, whether the target is the hint, boost.
+    """
+    return nll - boost * is_hit + torch.log1p(log_q_hint.clamp_max(0.0).exp() * torch.expm1(boost))
+
+
+# --- 14 test-time training ----------------------------------------------------------------------------------
+# Documents are scored chunk by chunk; only then do their own adapters, and once the base, learn from them [TTT].
+
+LANES = 8                    # independent sequences of batches; R ranks run 8/R lanes each
+SPLIT_TOKENS = 8192          # a batch with a longer document is dealt to all lanes
+STEP_COST_TOKENS = 8000      # launch overhead of one chunk step in tokens of forward and backward; balances lanes
+
+
+class Documents(NamedTuple):
+    """start (n,) first token, length (n,) tokens including the next document's BOS; int64. Targets: length - 1."""
+    start: np.ndarray
+    length: np.ndarray
+
+
+def find_documents(tokens: np.ndarray) -> Documents:
+    """Documents begin at BOS and own the following BOS as their last target. A lone final BOS has no target."""
+    starts = np.flatnonzero(tokens == BOS).astype(np.int64)
+    ends = np.append(starts[1:] + 1, len(tokens))
+    lengths = ends - starts
+    return Documents(starts[lengths >= 2], lengths[lengths >= 2])
+
+
+class Batch(NamedTuple):
+    """Documents scored together, shortest first; `index` counts batches of equal size by ascending length."""
+    index: int
+    docs: tuple[int, ...]
+    is_full: bool            # full batches of a lane reuse its adapters; others get fresh ones
+
+
+Phase = list[list[Batch]]    # batches of each lane, in order
+
+
+def plan_batches(docs: Documents, *, batch_size: int, lanes: int = LANES, split_tokens: int = SPLIT_TOKENS,
+                 prefix_docs: int = 0, chunk: int = 48, window: int = 2560) -> list[Phase]:
+    """Deal all documents to lanes, in one or two phases. Depends on document lengths and settings only.
+
+    Batches of documents of similar length are queued longest first; each goes to the lane with the least work.
+    The first phase ends with the batch that brings the number of documents to prefix_docs (0: a single phase).
+    """
+    by_length = np.argsort(docs.length, kind="stable")
+    batches = [by_length[at:at + batch_size] for at in range(0, len(by_length), batch_size)]
+    queue_order = sorted(range(len(batches)), key=lambda b: -docs.length[batches[b]].max())
+    phases: list[Phase] = [[[] for _ in range(lanes)]]
+    loads = np.zeros(lanes)
+    seen, boundary = 0, min(prefix_docs, len(by_length))
+    for b in queue_order:
+        if 0 < boundary <= seen and len(phases) == 1:
+            phases.append([[] for _ in range(lanes)])
+            loads[:] = 0
+        members = batches[b]
+        parts = lanes if docs.length[members].max() > split_tokens else 1
+        for part in range(min(parts, len(members))):
+            share = members[part::parts]
+            lane = int(loads.argmin())
+            phases[-1][lane].append(Batch(b, tuple(share.tolist()), parts == 1 and len(share) == batch_size))
+            loads[lane] += batch_cost(docs.length[share], chunk, window)
+        seen += len(members)
+    return phases
+
+
+def num_chunks(length: np.ndarray, chunk: int) -> np.ndarray:
+    """Chunks of documents with `length` tokens, that is length - 1 targets."""
+    return -(-(length - 1) // chunk)
+
+
+def batch_cost(lengths: np.ndarray, chunk: int, window: int) -> float:
+    """Work of a batch in tokens: each chunk recomputes the window of every unfinished document."""
+    steps = np.arange(num_chunks(lengths, chunk).max())
+    active = (num_chunks(lengths, chunk)[None] > steps[:, None]).sum(1)
+    return float((active * np.minimum(chunk * (steps + 1), window) + STEP_COST_TOKENS).sum())
+
+
+class ScoredChunks(NamedTuple):
+    """Every (document, chunk) of a plan in the certified order; int64 (chunks,) each."""
+    doc: np.ndarray
+    chunk: np.ndarray
+    phase: np.ndarray
+
+
+def certified_order(phases: Sequence[Phase], docs: Documents, chunk: int) -> ScoredChunks:
+    """The one total order in which chunks count as scored: by phase, step of the lane, lane, row.
+
+    Every prediction depends only on tokens before it in this order, whatever the number of ranks and their speed.
+    """
+    columns: list[list[np.ndarray]] = [[] for _ in range(6)]
+    for phase, lanes in enumerate(phases):
+        for lane, batches in enumerate(lanes):
+            first_step = 0
+            for batch in batches:
+                counts = num_chunks(docs.length[list(batch.docs)], chunk)
+                total = int(counts.sum())
+                row = np.repeat(np.arange(len(counts)), counts)
+                chunk_index = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+                for column, values in zip(columns, (np.full(total, phase), first_step + chunk_index,
+                                                    np.full(total, lane), row, np.asarray(batch.docs)[row],
+                                                    chunk_index)):
+                    column.append(values)
+                first_step += int(counts.max())
+    phase, step, lane, row, doc, chunk_index = (np.concatenate(column).astype(np.int64) for column in columns)
+    order = np.lexsort((row, lane, step, phase))
+    return ScoredChunks(doc[order], chunk_index[order], phase[order])
+
+
+def targets_in_order(scored: ScoredChunks, docs: Documents, chunk: int) -> np.ndarray:
+    """Target indices (target i is token i + 1) in the certified order, int64."""
+    first = docs.start[scored.doc] + chunk * scored.chunk
+    counts = np.minimum(chunk, docs.length[scored.doc] - 1 - chunk * scored.chunk)
+    return np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+
+
+def select_prefix(scored: ScoredChunks, docs: Documents, chunk: int, prefix_docs: int) -> np.ndarray:
+    """Documents for the base adaptation: the first prefix_docs of phase 0 by their last chunk, shortest first."""
+    is_last = (scored.phase == 0) & (scored.chunk == num_chunks(docs.length[scored.doc], chunk) - 1)
+    chosen = scored.doc[is_last][:prefix_docs]
+    by_length = np.argsort(docs.length, kind="stable")
+    rank = np.empty(len(by_length), np.int64)
+    rank[by_length] = np.arange(len(by_length))
+    return chosen[np.argsort(rank[chosen])]
+
+
+class Window(NamedTuple):
+    """Where one chunk of each document lies; arrays (documents,)."""
+    start: np.ndarray        # first input token, counted from the document's start
+    length: np.ndarray       # input tokens
+    offset: np.ndarray       # the chunk's first position in the window
+    count: np.ndarray        # targets of the chunk
+
+
+def chunk_window(pred_len: np.ndarray, index: int, chunk: int, window: int) -> Window:
+    """The window of chunk `index` of documents with pred_len targets; the last window ends with its document."""
+    end = np.minimum(chunk * (index + 1), pred_len)
+    start = np.maximum(0, end - window)
+    return Window(start, end - start, chunk * index - start, end - chunk * index)
+
+
+DrawA = Callable[[str, int, tuple[int, ...]], Tensor]     # (kind, slot, shape) -> initial A
+
+
+class AdapterBank:
+    """Adapters and optimizer state of one batch; documents are rows and never mix.
+
+    `params` holds A (rows, R, in) and B (rows, out, R) of every slot and kind, fp32, A before B.
+    """
+
+    def __init__(self, cfg: Config, num_slots: int, rows: int, device: torch.device, draw: DrawA) -> None:
+        self.cfg, self.rows, self.draw = cfg, rows, draw
+        kinds = {"q": cfg.model_dim, "k": cfg.kv_dim, "v": cfg.kv_dim, "o": cfg.model_dim, "mlp": cfg.model_dim}
+        self.kinds = [kind for kind in kinds if getattr(cfg, f"ttt_{kind}_lora", True)]
+        self.names = [(kind, slot) for slot in range(num_slots) for kind in self.kinds] + [("head", num_slots)]
+        R, D = cfg.ttt_lora_rank, cfg.model_dim
+        self.params: list[Tensor] = []
+        for kind, slot in self.names:
+            out = kinds.get(kind, cfg.vocab_size)
+            self.params += [draw(kind, slot, (rows, R, D)), torch.zeros(rows, out, R, device=device)]
+        self.exp_avg = [torch.zeros_like(p) for p in self.params]
+        self.exp_avg_sq = [torch.zeros_like(p) for p in self.params]
+        self.steps = [torch.zeros((), device=device) for _ in self.params]
+
+    def reset(self) -> None:
+        """For a new batch: B and all optimizer state to zero; A stays unless TTT_WARM_START_A=0."""
+        for tensors in (self.params[1::2], self.exp_avg, self.exp_avg_sq, self.steps):
+            torch._foreach_zero_(tensors)
+        if not self.cfg.ttt_warm_start_a:
+            for (kind, slot), A in zip(self.names, self.params[::2]):
+                A.copy_(self.draw(kind, slot, tuple(A.shape)))
+
+    def leaves(self, first: int) -> list[Tensor]:
+        """The parameters of documents first, first + 1, ..., ready to be differentiated."""
+        return [p[first:].detach().requires_grad_() for p in self.params]
+
+    def adapters(self, leaves: Sequence[Tensor]) -> tuple[list[LayerAdapters], LowRank]:
+        """The adapters of every slot and of the head, over `leaves`."""
+        scale = self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank
+        made = [LowRank(A, B, scale) for A, B in zip(leaves[::2], leaves[1::2])]
+        per_slot = len(self.kinds)
+        slots = [LayerAdapters(**dict(zip(self.kinds, made[at:at + per_slot])))
+                 for at in range(0, len(made) - 1, per_slot)]
+        return slots, made[-1]
+
+    @torch.no_grad()
+    def step(self, grads: Sequence[Tensor], first: int) -> None:
+        """One AdamW step of documents first, first + 1, ... from gradients of exactly these rows."""
+        from torch.optim.adamw import adamw
+        cfg = self.cfg
+        adamw([p[first:] for p in self.params], list(grads), [m[first:] for m in self.exp_avg],
+              [v[first:] for v in self.exp_avg_sq], [], self.steps, fused=True, amsgrad=False, maximize=False,
+              beta1=cfg.ttt_beta1, beta2=cfg.ttt_beta2, lr=cfg.ttt_lora_lr, weight_decay=cfg.ttt_weight_decay, eps=1e-10)
+
+    @torch.no_grad()
+    def settle(self, missed_steps: Tensor) -> None:
+        """Give each document (rows,) the weight decay of the steps the batch took after it was finished."""
+        factor = (1 - self.cfg.ttt_lora_lr * self.cfg.ttt_weight_decay) ** missed_steps.double()
+        torch._foreach_mul_(self.params[::2], factor.float()[:, None, None])
+
+
+class Stream(NamedTuple):
+    """The validation split on the device, and what is known of each target before it is scored."""
+    tokens: Tensor           # (N,) int32
+    byte_counts: Tensor      # (N,) int32, by token position
+    hints: Tensor            # (N - 1,) int32, by target
+    boost: Tensor            # (N - 1,) fp32; 0 where no hint is used
+
+
+def score_batch(cfg: Config, run: Run, model: GPT, stream: Stream, docs: Documents, batch: Batch, bank: AdapterBank,
+                meter: BpbMeter, nll_by_target: Tensor | None = None) -> None:
+    """Score all chunks of a batch, each before anything has learnt from it; adapters learn after every chunk.
+
+    Documents are sorted by length, so the unfinished ones are always the last rows. nll_by_target (N - 1,) fp64
+    receives every scored (tilted) nll when given.
+    """
+    C, E = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
+    start, length = docs.start[list(batch.docs)], docs.length[list(batch.docs)]
+    counts = num_chunks(length, C)
+    within = torch.arange(C, device=run.device)
+    to_device = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(run.device, non_blocking=True)   # noqa: E731
+    for index in range(int(counts.max())):
+        first, first_learning = (int(np.searchsorted(counts, index + k, side="right")) for k in (0, 1))
+        w = chunk_window(length[first:] - 1, index, C, E)
+        width = min(C * (index + 1), E)
+        begin, size, offset, count = to_device(np.stack([start[first:] + w.start, w.length, w.offset, w.count]))[..., None]
+        position = torch.arange(width, device=run.device)
+        inputs = torch.where(position < size, stream.tokens[begin + torch.minimum(position, size - 1)], 0).long()
+        at = torch.minimum(offset + within, size - 1)                 # (documents, C) positions in the window
+        scored = within < count
+        target = begin + at                                           # target i is token i + 1
+        # Every graph sees rows that learn; what finished rows would contribute is never used.
+        leaves = bank.leaves(first)
+        slots, head = bank.adapters(leaves)
+        hidden = model(inputs, looping=True, adapters=slots)
+        hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
+        hints = stream.hints[target].long()
+        nll, log_q = model.score(hidden.flatten(0, 1), stream.tokens[target + 1].long().flatten(), hints.flatten(),
+                                 head(hidden).flatten(0, 1))
+        nll, log_q = nll.view_as(target), log_q.view_as(target)       # 1. scored by weights that never saw the chunk
+        tilted = tilt(nll.detach(), log_q.detach(), stream.tokens[target + 1] == hints, stream.boost[target])
+        meter.add(tilted, stream.byte_counts[target + 1], scored)     # 2. banked; it is never revised
+        if nll_by_target is not None:
+            nll_by_target[target[scored]] = tilted[scored].double()
+        if first_learning < len(batch.docs):                          # 3. only then learn from it
+            learning = first_learning - first
+            grads = torch.autograd.grad(nll[learning:].mean(1).sum(), leaves)
+            bank.step([grad[learning:] for grad in grads], first_learning)
+    bank.settle(to_device(counts.max() - counts))
+
+
+def lane_draws(cfg: Config, run: Run, lane: int) -> DrawA:
+    """Initial values of A, uniform(±1/sqrt(in)), from a generator of the lane's own."""
+    generator = run.generator(lane)
+
+    def draw(kind: str, slot: int, shape: tuple[int, ...]) -> Tensor:
+        bound = 1 / math.sqrt(shape[-1])
+        return torch.empty(shape, device=run.device).uniform_(-bound, bound, generator=generator)
+    return draw
+
+
+def score_phase(cfg: Config, run: Run, model: GPT, stream: Stream, docs: Documents, phase: Phase, meter: BpbMeter,
+                draws: Sequence[DrawA], label: str = "", nll_by_target: Tensor | None = None) -> None:
+    """Run this rank's lanes of one phase, one lane after the other."""
+    slots = sum(map(len, execution_order(cfg, True)))
+    mine = range(run.rank, len(phase), run.world_size)
+    total, done = sum(len(phase[lane]) for lane in mine), 0
+    for lane in mine:
+        reusable = None
+        for batch in phase[lane]:
+            if batch.is_full and reusable is not None:
+                bank = reusable
+                bank.reset()
+            else:
+                bank = AdapterBank(cfg, slots, len(batch.docs), run.device, draws[lane])
+                reusable = bank if batch.is_full else reusable
+            score_batch(cfg, run, model, stream, docs, batch, bank, meter, nll_by_target)
+            del bank
+            done += 1
+            if label and run.rank == 0:
+                nats, _, num_bytes = meter.sums.tolist()
+                lengths = docs.length[list(batch.docs)]
+                run.log(f"ttt batch:{done}/{total} bpb:{nats / math.log(2) / max(num_bytes, 1):.6f} "
+                        f"documents:{len(lengths)} doc_len:{lengths.min()}-{lengths.max()} lane:{lane} phase:{label}")
+
+
+def adapt_base(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, docs: Documents, chosen: np.ndarray) -> int:
+    """Train all base weights with SGD on documents that have been scored. Returns the number of steps.
+
+    The documents are joined in the given order and cut in chunks; the last chunk is skipped. Ranks take contiguous
+    runs of whole documents of a chunk; gradients are weighted by tokens, so the split does not matter.
+    """
+    joined = np.concatenate([tokens[s:s + n] for s, n in zip(docs.start[chosen], docs.length[chosen])])
+    S = cfg.ttt_eval_seq_len
+    num = -(-(len(joined) - 1) // cfg.global_ttt_chunk_tokens)
+    params = list(model.parameters())
+    trained = [p for p in params if p.requires_grad]
+    sgd = torch.optim.SGD(trained, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
+    steps = 0
+    for chunk in range(num - 1):
+        sgd.param_groups[0]["lr"] = global_sgd_lr(cfg.global_ttt_lr, num, chunk)
+        seqs = cfg.global_ttt_chunk_tokens // S
+        for first in range(0, seqs, cfg.global_ttt_batch_seqs):
+            at = chunk * cfg.global_ttt_chunk_tokens + first * S
+            size = min(cfg.global_ttt_batch_seqs, seqs - first) * S
+            begin, end = rank_share(joined[at:at + size], run.rank, run.world_size)
+            model.zero_grad(set_to_none=True)
+            if end > begin:
+                inputs, targets = (torch.from_numpy(joined[at + k + begin:at + k + end].astype(np.int64)).to(run.device)
+                                   for k in (0, 1))
+                bounds = torch.from_numpy(segment_bounds(joined[at + begin:at + end], S)).to(run.device)
+                _mark_segments_dynamic(cfg, bounds)
+                loss = model.loss(inputs, targets, bounds, looping=True, segment_cap=S)
+                (loss * ((end - begin) / size)).backward()
+            for p in trained:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if run.world_size > 1:
+                flat = run.sum(torch.cat([p.grad.flatten() for p in trained]))
+                for p, grad in zip(trained, flat.split([p.numel() for p in trained])):
+                    p.grad = grad.view_as(p)
+            torch.nn.utils.clip_grad_norm_(trained, cfg.global_ttt_grad_clip)
+            sgd.step()
+            with torch.no_grad():
+                for cap in (model.softcap_pos, model.softcap_neg):
+                    cap.clamp_(min=1.0)
+            steps += 1
+    model.zero_grad(set_to_none=True)
+    return steps
+
+
+def rank_share(tokens: np.ndarray, rank: int, world_size: int) -> tuple[int, int]:
+    """[begin, end) of this rank's part of a row, cut only where documents begin, in nearly equal lengths."""
+    starts = np.concatenate([[0], np.flatnonzero(tokens == BOS), [len(tokens)]])
+    ideal = np.arange(world_size + 1) * len(tokens) / world_size
+    cuts = starts[np.abs(starts[:, None] - ideal).argmin(0)]
+    cuts[0], cuts[-1] = 0, len(tokens)
+    return int(cuts[rank]), int(cuts[rank + 1])
+
+
+def warm_up_ttt(cfg: Config, run: Run, model: GPT) -> None:
+    """Compile and run, on random tokens, the graphs that test-time training will use."""
+    timer = Timer(run)
+    model.graphs = make_graphs(run, dynamic=True)
+    if cfg.compile:
+        rng = np.random.default_rng(cfg.seed)
+        C, E = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
+        lengths = np.array([2 * C + 1] * (cfg.ttt_batch_size - 1) + [E + 3 * C])
+        tokens = rng.integers(2, cfg.vocab_size, lengths.sum() + 1).astype(np.uint16)
+        docs = Documents(np.cumsum(lengths) - lengths, lengths)
+        slots = sum(map(len, execution_order(cfg, True)))
+        stream = make_stream(run, tokens, np.ones_like(tokens), None, cfg)
+        for rows in sorted({cfg.ttt_batch_size, min(2, cfg.ttt_batch_size)}, reverse=True):
+            members = tuple(range(cfg.ttt_batch_size - rows, cfg.ttt_batch_size))
+            score_batch(cfg, run, model, stream, docs, Batch(0, members, False),
+                        AdapterBank(cfg, slots, rows, run.device, lane_draws(cfg, run, LANES)), BpbMeter(run))
+        if cfg.phased_ttt_prefix_docs:
+            model.requires_grad_(True)
+            for size in (cfg.global_ttt_chunk_tokens // E * E, E):
+                row = torch.from_numpy(rng.integers(2, cfg.vocab_size, size + 1)).to(run.device)
+                bounds = torch.from_numpy(segment_bounds(np.zeros(size), E)).to(run.device)
+                _mark_segments_dynamic(cfg, bounds)
+                model.loss(row[:-1], row[1:], bounds, looping=True, segment_cap=E).backward()
+            model.zero_grad(set_to_none=True)
+            model.requires_grad_(False)
+    run.log(f"ttt_lora:compile warmup done ({timer.seconds():.1f}s)")
+
+
+def make_stream(run: Run, tokens: np.ndarray, byte_counts: np.ndarray, hints: Hints | None, cfg: Config) -> Stream:
+    n = len(tokens) - 1
+    return Stream(torch.from_numpy(tokens.astype(np.int32)).to(run.device),
+                  torch.from_numpy(byte_counts.astype(np.int32)).to(run.device),
+                  torch.from_numpy(hints.hint if hints else np.zeros(n, np.int32)).to(run.device),
+                  torch.from_numpy((hints.gate if hints else np.zeros(n)) * np.float32(cfg.token_boost)
+                                   ).float().to(run.device))
+
+
+def make_hints(cfg: Config, run: Run, tokens: np.ndarray, order: np.ndarray, docs: Documents) -> Hints | None:
+    """Hints of all targets, counted in the certified order on rank 0 and sent to the others; logged."""
+    if not cfg.ngram_tilt_enabled:
+        return None
+    timer = Timer(run)
+    n = len(tokens) - 1
+    if run.rank == 0:
+        doc_start = np.repeat(docs.start, docs.length - 1)
+        doc_start = np.pad(doc_start, (0, n - len(doc_start)))        # nothing follows a lone final BOS
+        hints = ngram_hints(tokens, order, doc_start, cfg.token_order - 1, cfg.token_threshold)
+    else:
+        hints = Hints(np.zeros(n, np.int32), np.zeros(n, bool), np.zeros(n, np.float32))
+    if run.world_size > 1:
+        hints = Hints(*(run.broadcast(torch.from_numpy(x).to(run.device)).cpu().numpy() for x in hints))
+    gated = int(hints.gate.sum())
+    run.log(f"ngram_tilt:hints total={n} gated={gated} token_gate={gated} within_gate=0 word_gate=0 agree2plus=0")
+    run.log(f"ngram_tilt:precompute_done elapsed={timer.seconds():.2f}s total_targets={n}")
+    return hints
+
+
+def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset) -> Score:
+    """The final score: every target once, in the certified order, with hints and adapters; reads data in its clock."""
+    model.requires_grad_(False)
+    warm_up_ttt(cfg, run, model)
+    run.barrier()
+    timer = Timer(run)
+    tokens, byte_counts = data.load_validation()
+    docs = find_documents(tokens)
+    prefix = min(cfg.phased_ttt_prefix_docs, len(docs.start))
+    phases = plan_batches(docs, batch_size=cfg.ttt_batch_size, prefix_docs=prefix, chunk=cfg.ttt_chunk_size,
+                          window=cfg.ttt_eval_seq_len)
+    scored = certified_order(phases, docs, cfg.ttt_chunk_size)
+    order = targets_in_order(scored, docs, cfg.ttt_chunk_size)
+    hints = make_hints(cfg, run, tokens, order, docs)
+    stream = make_stream(run, tokens, byte_counts, hints, cfg)
+    run.log(f"ttt_phased: total_docs:{len(docs.start)} prefix_docs:{prefix} suffix_docs:{len(docs.start) - prefix} "
+            f"num_phases:1 boundaries:[{prefix}]")
+    if cfg.audit:
+        audit_order(run, order, len(tokens) - 1)
+    meter = BpbMeter(run)
+    draws = [lane_draws(cfg, run, lane) for lane in range(LANES)]
+    for number, phase in enumerate(phases):
+        score_phase(cfg, run, model, stream, docs, phase, meter, draws, f"{number + 1}/{len(phases)}")
+        if number == 0 and prefix:
+            run.barrier()
+            phase_timer = Timer(run)
+            model.requires_grad_(True)
+            chosen = select_prefix(scored, docs, cfg.ttt_chunk_size, prefix)
+            steps = adapt_base(cfg, run, model, tokens, docs, chosen)
+            model.requires_grad_(False)
+            run.log(f"ttt adapted_base documents:{len(chosen)} sgd_steps:{steps} elapsed_s:{phase_timer.seconds():.1f} "
+                    f"eval_time_s:{timer.seconds():.1f}")
+    score = meter.result()
+    seconds = timer.seconds()
+    run.log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms "
+            f"targets:{score.tokens} bytes:{score.bytes}")
+    run.log(f"total_eval_time:{seconds:.1f}s")
+    if score.tokens != len(tokens) - 1:
+        raise RuntimeError(f"scored {score.tokens:,} of {len(tokens) - 1:,} targets; every target must count once")
+    if cfg.eval_wallclock_seconds and seconds > cfg.eval_wallclock_seconds:
+        run.log(f"eval warning over_budget_s:{seconds - cfg.eval_wallclock_seconds:.1f} "
+                f"budget_s:{cfg.eval_wallclock_seconds:g}")
+    return score
+
+
+def audit_order(run: Run, order: np.ndarray, num_targets: int) -> None:
+    """Check that the order holds every target exactly once and write it beside the log (int64, raw)."""
+    if len(order) != num_targets or not np.array_equal(np.sort(order), np.arange(num_targets)):
+        raise RuntimeError("audit: the scoring order does not hold every target exactly once")
+    if run.rank == 0:
+        path = run.log_path.with_suffix(".order.bin")
+        order.astype("<i8").tofile(path)
+        run.log(f"audit targets:{num_targets} order_file:{path} "
+                f"sha256:{hashlib.sha256(order.astype('<i8').tobytes()).hexdigest()}")
+
+
+# --- 15 pipeline --------------------------------------------------------------------------------------------
+# The run as one visible sequence.
+
+def log_start(cfg: Config, run: Run, data: Dataset, tokenizer: Path, model: GPT) -> None:
+    for field in sorted(dataclasses.fields(cfg), key=lambda f: f.name):
+        value = getattr(cfg, field.name)
+        if field.name in ("data_path", "tokenizer_path") and value:
+            value = "/".join(Path(value).parts[-2:])                  # logs are published; home folders are not
+        run.log(f"  {field.name}: {int(value) if isinstance(value, bool) else value}")
+    gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else platform.machine()
+    run.log(f"versions python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__} "
+            f"triton:{triton.__version__ if triton else 'none'} device:\"{gpu}\" world_size:{run.world_size} "
+            f"compute_dtype:{str(run.compute_dtype).removeprefix('torch.')}")
+    run.log(f"run run_id:{run.run_id} tokenizer:{tokenizer.name} "
+            f"data_source:{'manifest' if data.manifest else 'unverified' if cfg.allow_unverified else 'check_figures'}")
+    run.log(f"train_shards: {len(data.train)}")
+    run.log(f"val_tokens: {data.val_tokens}")
+    run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
+    run.log("source:\n" + Path(__file__).read_text(encoding="utf-8") + "source_end", file_only=True)
+
+
+def seed_everything(seed: int) -> None:
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def run_pipeline(cfg: Config, run: Run) -> None:
+    data = Dataset.open(cfg)
+    tokenizer = check_tokenizer(cfg, data)
+    seed_everything(cfg.seed)
+    model = GPT(cfg, run.compute_dtype).to(run.device)
+    log_start(cfg, run, data, tokenizer, model)
+    if run.device.type == "cuda" and not (cfg.compile or cfg.allow_slow):
+        raise ConfigError("COMPILE=0 on a GPU is several times slower; set ALLOW_SLOW=1 to accept that")
+    model.attend = choose_attention(run)
+
+    if not cfg.ttt_eval_only:
+        train_s = 0.0
+        if cfg.quantize_only:
+            read_checkpoint(cfg, run, model)
+        else:
+            train_s = train(cfg, run, data, model)
+            write_checkpoint(cfg, run, model)
+        diagnose(cfg, run, model, data, "pre-quantization post-ema")
+        if cfg.prequant_only:
+            return
+        timer = Timer(run)
+        stats = collect_hessians(cfg, run, model, data.train, cfg.gptq_calibration_batches)
+        calibration_s = timer.seconds()
+        run.log(f"GPTQ:collected {1 + len(MATRIX_NAMES) * cfg.num_layers} Hessians in {calibration_s:.1f}s")
+        if not cfg.quantize_only:
+            run.log(f"train clock_s:{train_s + calibration_s:.1f} steps_s:{train_s:.1f} "
+                    f"calibration_s:{calibration_s:.1f} budget_s:{cfg.max_wallclock_seconds:g}")
+        write_artifact(cfg, run, *quantize(cfg, run, model, stats))
+    read_artifact(cfg, run, model)                        # score what ships, not what trained
+    diagnose(cfg, run, model, data, "quantized")
+    if cfg.ttt_enabled:
+        evaluate_ttt(cfg, run, model, data)
+
+
+# --- 16 main ------------------------------------------------------------------------------------------------
+# Exit codes: 0 success, 1 a check or the run failed, 2 bad settings or usage.
+
+def main(argv: Sequence[str]) -> int:
+    if argv:
+        is_help = list(argv) in (["--help"], ["-h"])
+        print(f"{__doc__}\nSettings (environment variables):\n\n{settings_table()}" if is_help else
+              f"unexpected arguments {list(argv)}; settings are environment variables, see --help",
+              file=sys.stdout if is_help else sys.stderr)
+        return 0 if is_help else 2
+    try:
+        cfg = Config.from_env(os.environ)
+        with Run.start(cfg) as run:
+            run_pipeline(cfg, run)
+    except (ConfigError, DataError, ArtifactError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
