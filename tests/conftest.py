@@ -1,0 +1,79 @@
+"""Fixtures shared by all tests: golden vectors, tiny models and data, and what the machine can run."""
+import os
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+import train_gpt as gpt
+
+# One thread: the tensors are tiny, and the result does not depend on the machine's number of cores.
+torch.set_num_threads(1)
+settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
+settings.load_profile("deterministic")
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skip_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    skip_gloo = pytest.mark.skip(reason="this torch has no gloo backend")
+    has_gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(skip_gpu)
+        if "two_process" in item.keywords and not has_gloo:
+            item.add_marker(skip_gloo)
+
+
+@pytest.fixture(autouse=True)
+def _same_seed_for_every_test() -> None:
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The root of this repository."""
+    return REPO
+
+
+def _vector_folders() -> list[Path]:
+    named = os.environ.get("VECTORS_DIR")
+    first = Path(named) if named else REPO.parent / "shared" / "vectors"
+    return [first, REPO / "tests" / "vectors"]
+
+
+@pytest.fixture(scope="session")
+def vectors_dir() -> Path:
+    """The folder of golden vectors: VECTORS_DIR, ../shared/vectors, or tests/vectors."""
+    for folder in _vector_folders():
+        if folder.is_dir():
+            return folder
+    pytest.skip(f"no golden vectors in {' or '.join(map(str, _vector_folders()))}; set VECTORS_DIR")
+
+
+@pytest.fixture(scope="session")
+def load_vectors() -> Callable[[str], dict[str, np.ndarray]]:
+    """load_vectors(name) returns all arrays of NAME.npz; skips the test when no folder has it."""
+    loaded: dict[str, dict[str, np.ndarray]] = {}
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        if name not in loaded:
+            path = next((folder / f"{name}.npz" for folder in _vector_folders()
+                         if (folder / f"{name}.npz").is_file()), None)
+            if path is None:
+                pytest.skip(f"no {name}.npz in {' or '.join(map(str, _vector_folders()))}; set VECTORS_DIR")
+            with np.load(path) as archive:
+                loaded[name] = {key: archive[key] for key in archive.files}
+        return loaded[name]
+    return load
+
+
+@pytest.fixture
+def make_run(capsys: pytest.CaptureFixture) -> Callable[..., gpt.Run]:
+    """make_run(cfg) is one process on the CPU that logs to stdout only."""
+    return lambda cfg, **kwargs: gpt.Run(cfg, **kwargs)
