@@ -8,8 +8,6 @@ import pytest
 import torch
 from hypothesis import settings
 
-import train_gpt as gpt
-
 # One thread: the tensors are tiny, and the result does not depend on the machine's number of cores.
 torch.set_num_threads(1)
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
@@ -71,9 +69,3 @@ def load_vectors() -> Callable[[str], dict[str, np.ndarray]]:
                 loaded[name] = {key: archive[key] for key in archive.files}
         return loaded[name]
     return load
-
-
-@pytest.fixture
-def make_run(capsys: pytest.CaptureFixture) -> Callable[..., gpt.Run]:
-    """make_run(cfg) is one process on the CPU that logs to stdout only."""
-    return lambda cfg, **kwargs: gpt.Run(cfg, **kwargs)
