@@ -2,28 +2,32 @@
 
     python prepare_caseops_data.py --docs docs.jsonl --out DIR                    # build shards
     python prepare_caseops_data.py --docs docs.jsonl --train-tokenizer 8192 --sp my.model
+    python prepare_caseops_data.py verify DIR                                     # say what is wrong with shards
+    python prepare_caseops_data.py download                                       # fetch the published ones
 
 Documents are JSON Lines with a string field `text` (plain, .gz, .xz or .zst). The first --val-docs documents
 are the validation split and never enter the training shards. The output does not depend on --workers.
 
-Contents: documents · tokenizer files · encoding · shards · build · training a tokenizer · command line
+Contents: documents · encoding batches · shards · build · training a tokenizer · verify · download · command line
 """
 
 import argparse
+import contextlib
 import dataclasses
+import errno
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import lzma
 import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
+import tempfile
 import time
-from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -35,23 +39,19 @@ import sentencepiece
 from tqdm import tqdm
 
 import lossless_caps
+from caseops_encoder import (BOS_ID, CHARSMAP, MAX_SENTENCE_LENGTH, NORMALIZER_NAME, NORMALIZER_SPEC,
+                             OFFICIAL_CHARSMAP_SHA256, OPERATOR_IDS, TRAINER_SPEC, CompileError, DocumentEncoder,
+                             ModelFile, PrepareError, Tokenizer, compile_encoder, proto_bytes_field, proto_fields)
 
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 HEADER_BYTES = 1024
 DEFAULT_SHARD_TOKENS = 10**8
 DEFAULT_VAL_DOCS = 50_000
-BOS_ID = 1
-OPERATOR_IDS = [4, 5, 6, 7]
 SHIPPED_TOKENIZER = Path(__file__).resolve().parent / "tokenizers" / "caseops_8192.model"
-OFFICIAL_CHARSMAP_SHA256 = "51d3684747b35ef99cd4802f37cc1ee0c6bec4d060814f774efb1066d3c167f2"
 MANIFEST_NAME = "manifest.json"
 STAGING_NAME = ".partial"
 SHARD_NAME = re.compile(r"fineweb_(train|val|val_bytes)_(\d{6})\.bin")
 FREE_SOURCES = ("wikipedia", "podcasts", "digitalgov", "novels", "speeches", "c4", "fineweb", "fineweb_edu")
-
-
-class PrepareError(Exception):
-    """Something a user or a file caused; the message says what was expected, what was found and how to fix it."""
 
 
 # -----------------------------------------------------------------------------
@@ -63,10 +63,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class DocumentFile:
-    """A JSON Lines file, decompressed by its suffix and hashed as stored while it is read.
-
-    After `finish()`, `sha256` is that of the whole file even when reading stopped early.
-    """
+    """A JSON Lines file, decompressed by its suffix and hashed as stored while it is read."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -103,11 +100,13 @@ class DocumentFile:
                                f"after line {number:,} ({error}); fetch the file again") from None
 
     def finish(self) -> str:
-        """Read what is left, close, and return the SHA-256 of the stored file."""
+        """Read what is left and return the SHA-256 of the stored file."""
         while self._raw.read(_READ_BYTES):
             pass
-        self._raw.close()
         return self._raw.sha256.hexdigest()
+
+    def close(self) -> None:
+        self._raw.close()
 
 
 class _HashingReader(io.RawIOBase):
@@ -253,353 +252,58 @@ def parse_documents(batch: Batch) -> Iterator[tuple[int, str, int, dict]]:
 
 
 # -----------------------------------------------------------------------------
-# Tokenizer files: the few facts needed from the model file, read without the protobuf package
-
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        shift += 7
-        if byte < 128:
-            return value, at
-
-
-def _proto_fields(data: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
-    """Yield (field number, value, field as stored) of one protobuf message; non-varint values are bytes."""
-    at = 0
-    while at < len(data):
-        start = at
-        key, at = _read_varint(data, at)
-        wire = key & 7
-        if wire == 0:
-            value, at = _read_varint(data, at)
-        else:
-            if wire == 2:
-                size, at = _read_varint(data, at)
-            elif wire in (1, 5):
-                size = 8 if wire == 1 else 4
-            else:
-                raise IndexError(f"wire type {wire}")
-            value = data[at:at + size]
-            at += size
-            if len(value) != size:
-                raise IndexError("cut short")
-        yield key >> 3, value, data[start:at]
-
-
-def _proto_dict(data: bytes) -> dict[int, int | bytes]:
-    return {number: value for number, value, _ in _proto_fields(data)}
-
-
-def _bytes_field(number: int, value: bytes) -> bytes:
-    """Return a length-delimited protobuf field as stored."""
-    stored, size = bytearray([number << 3 | 2]), len(value)
-    while size > 127:
-        stored.append(size & 127 | 128)
-        size >>= 7
-    stored.append(size)
-    return bytes(stored) + value
-
-
-# Field numbers of sentencepiece_model.proto.
-_PIECES, _TRAINER_SPEC, _NORMALIZER_SPEC = 1, 2, 3
-_PIECE_TEXT, _PIECE_SCORE, _PIECE_TYPE = 1, 2, 3
-_NORMAL, _USER_DEFINED, _BYTE = 1, 4, 6
-_MODEL_TYPE, _BPE = 3, 2
-_MODEL_PREFIX, _MAX_SENTENCE_LENGTH, _WHITESPACE_SUFFIX = 2, 18, 24
-_NORMALIZER_NAME, _CHARSMAP, _DUMMY_PREFIX, _REMOVE_EXTRA_SPACES, _ESCAPE_SPACES = 1, 2, 3, 4, 5
-
-
-@dataclasses.dataclass
-class ModelFile:
-    """What matters of a SentencePiece model file."""
-    path: Path
-    data: bytes
-    sha256: str
-    pieces: list[tuple[str, int]]         # (text, type) in id order
-    charsmap: bytes
-    has_exact_memo: bool                  # fragments between spaces may be encoded on their own
-    no_memo_reason: str
-
-    @classmethod
-    def read(cls, path: Path) -> "ModelFile":
-        """Read and check a CaseOps tokenizer; raise PrepareError when its layout is not the one of this project."""
-        path = Path(path)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise PrepareError(f"{path}: expected a SentencePiece model, found: {error.strerror}; name one with --sp "
-                               "or train one with --train-tokenizer") from None
-        pieces, trainer, normalizer = [], {}, {}
-        try:
-            for field, value, _ in _proto_fields(data):
-                if field == _PIECES:
-                    piece = _proto_dict(value)
-                    pieces.append((piece[_PIECE_TEXT].decode("utf-8"), piece.get(_PIECE_TYPE, _NORMAL)))
-                elif field == _TRAINER_SPEC:
-                    trainer = _proto_dict(value)
-                elif field == _NORMALIZER_SPEC:
-                    normalizer = _proto_dict(value)
-        except (IndexError, KeyError, AttributeError, TypeError, ValueError):
-            raise PrepareError(f"{path}: expected a SentencePiece model file, found {len(data):,} bytes of something "
-                               "else or a damaged file; fetch it again") from None
-        _check_layout(path, pieces)
-
-        charsmap = normalizer.get(_CHARSMAP, b"")
-        reason = ""
-        if trainer.get(_MODEL_TYPE, 1) != _BPE:
-            reason = "it is not a BPE model"
-        elif hashlib.sha256(charsmap).hexdigest() != OFFICIAL_CHARSMAP_SHA256:
-            reason = "its character map is not the official one"
-        elif (normalizer.get(_DUMMY_PREFIX, 1), normalizer.get(_REMOVE_EXTRA_SPACES, 1),
-              normalizer.get(_ESCAPE_SPACES, 1), trainer.get(_WHITESPACE_SUFFIX, 0)) != (0, 1, 1, 0):
-            reason = "it treats white space differently"
-        elif any("\u2581" in text[1:] for text, kind in pieces if kind == _NORMAL):
-            reason = "a piece has a space after its first character"
-        elif [text for text, kind in pieces if kind == _USER_DEFINED] != list(lossless_caps.OPERATORS):
-            reason = "it has user-defined pieces besides the operators"
-        return cls(path, data, hashlib.sha256(data).hexdigest(), pieces, charsmap, not reason, reason)
-
-
-def _check_layout(path: Path, pieces: list[tuple[str, int]]) -> None:
-    """Raise PrepareError unless BOS, operators and bytes have the ids that the format promises."""
-    hint = "use a tokenizer made by --train-tokenizer or the official CaseOps one"
-    if not 264 <= len(pieces) <= 65536:
-        raise PrepareError(f"{path}: expected 264 to 65,536 pieces, found {len(pieces):,}; {hint}")
-    found = [pieces[i][0] for i in OPERATOR_IDS]
-    kinds = [pieces[i][1] for i in OPERATOR_IDS]
-    if found != list(lossless_caps.OPERATORS) or kinds != [_USER_DEFINED] * 4:
-        raise PrepareError(f"{path}: expected the operators U+E001 to U+E004 as user-defined ids 4 to 7, found "
-                           f"{[ascii(piece) for piece in found]}; {hint}")
-    if pieces[BOS_ID][0] != "<s>":
-        raise PrepareError(f"{path}: expected <s> with id {BOS_ID}, found {pieces[BOS_ID][0]!r}; {hint}")
-    if any(kind != _BYTE for _, kind in pieces[8:264]):
-        raise PrepareError(f"{path}: expected the 256 byte pieces as ids 8 to 263, found others; {hint}")
-
-
-# -----------------------------------------------------------------------------
-# Encoding: documents to token ids, and for validation to original bytes per token
-
-class Tokenizer:
-    """The SentencePiece library behind the two questions asked of it: ids, and ids with their spans.
-
-    Which alignment call exists depends on the release; `alignment` says which one was chosen.
-    """
-
-    def __init__(self, model: ModelFile):
-        self.model = model
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model.data)
-        except RuntimeError as error:
-            raise PrepareError(f"{model.path}: SentencePiece {sentencepiece.__version__} cannot load it "
-                               f"({error}); fetch it again") from None
-        if hasattr(self._processor, "encode_as_offset_mapping"):
-            self.alignment = "encode_as_offset_mapping"
-        elif hasattr(self._processor, "encode_as_immutable_proto"):
-            self.alignment = "encode_as_immutable_proto"
-        else:
-            raise PrepareError(f"SentencePiece {sentencepiece.__version__} offers neither encode_as_offset_mapping nor "
-                               "encode_as_immutable_proto, found in 0.2.0 to 0.2.3; install one of those")
-
-    def ids(self, caseops: str) -> list[int]:
-        return self._processor.encode(caseops)
-
-    def ids_of_each(self, caseops: list[str]) -> list[list[int]]:
-        # One thread: worker processes, not the library, use the other cores.
-        return self._processor.encode(caseops, num_threads=1)
-
-    def align(self, caseops: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return ids and, for each, its half-open span of code points in `caseops`."""
-        if self.alignment == "encode_as_offset_mapping":
-            mapping = self._processor.encode_as_offset_mapping(caseops)
-            return mapping["ids"], mapping["offsets"]
-        pieces = self._processor.encode_as_immutable_proto(caseops).pieces
-        return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
-
-
-def encode_document(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int], int, int]:
-    """Return (ids, original bytes per id, lead, trail) of one document, without BOS: the definition of the format.
-
-    lead, trail   original bytes before the first and after the last token's span; in no per-token value.
-    The sum of everything is the UTF-8 length of `text`, which must hold no lone surrogates.
-    """
-    caseops = lossless_caps.encode(text)
-    ids, spans = tokenizer.align(caseops)
-    bytes_before = list(itertools.accumulate(lossless_caps.byte_weights(caseops), initial=0))
-    if not ids:
-        return [], [], bytes_before[-1], 0
-    values = [bytes_before[end] - bytes_before[begin] for begin, end in spans]
-    return ids, values, bytes_before[spans[0][0]], bytes_before[-1] - bytes_before[spans[-1][1]]
-
-
-class DocumentEncoder:
-    """`encode_document` made fast by remembering what each space-separated fragment encodes to.
-
-    Exact, because no word, normalization rule or piece crosses a space: after the first token of a document,
-    " " + fragment always gives the same ids. Leading and trailing white space inside a fragment, empty fragments
-    and deleted characters only move bytes, which the loop in `ids_and_bytes` carries to the next token.
-    A tokenizer for which that is not known to hold is asked for whole documents instead.
-    """
-
-    # An entry takes roughly 300 bytes; past these limits the memo starts afresh, which changes speed, not output.
-    MAX_ENTRIES = 1 << 19
-    MAX_CHARACTERS = 1 << 25
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self._memo_ids: dict[str, bytes] = {}
-        self._memo_bytes: dict[str, tuple[bytes, bytes, int]] = {}
-        self._memo_characters = 0
-
-    def ids(self, texts: list[str]) -> list[bytes]:
-        """Return the native uint16 token stream of each document, BOS first."""
-        bos = array("H", [BOS_ID]).tobytes()
-        if not self.tokenizer.model.has_exact_memo:
-            return [bos + array("H", self.tokenizer.ids(lossless_caps.encode(text))).tobytes() for text in texts]
-        heads, bodies = [], []
-        for text in texts:
-            fragments = _fragments(text)
-            head: list[int] = []
-            at = 0
-            while at < len(fragments) and not head:
-                head = self.tokenizer.ids(lossless_caps.encode(fragments[at])) if fragments[at] else []
-                at += 1
-            heads.append(bos + array("H", head).tobytes())
-            bodies.append(fragments[at:])
-        self._learn_ids(bodies)
-        lookup = self._memo_ids.__getitem__
-        return [head + b"".join(map(lookup, body)) for head, body in zip(heads, bodies)]
-
-    def ids_and_bytes(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray, int, int]]:
-        """Return (uint16 tokens with BOS, uint32 original bytes of each, lead, trail) of each document."""
-        if not self.tokenizer.model.has_exact_memo:
-            return [self._whole(text) for text in texts]
-        bodies = [_fragments(text) for text in texts]
-        self._learn_bytes(bodies)
-        return [self._assemble(body) for body in bodies]
-
-    def _whole(self, text: str) -> tuple[np.ndarray, np.ndarray, int, int]:
-        ids, values, lead, trail = encode_document(self.tokenizer, text)
-        return np.array([BOS_ID, *ids], np.uint16), np.array([0, *values], np.uint32), lead, trail
-
-    def _assemble(self, fragments: list[str]) -> tuple[np.ndarray, np.ndarray, int, int]:
-        lead = at = 0
-        tail = 0
-        ids, values = [], []
-        while at < len(fragments) and not ids:
-            ids, values, before, tail = encode_document(self.tokenizer, fragments[at])
-            # The space after a fragment that leaves no token belongs to the edge, too.
-            lead += before + (0 if ids else at + 1 < len(fragments))
-            at += 1
-        ids_parts, values_parts = [array("H", [BOS_ID, *ids]).tobytes()], [array("I", [0, *values]).tobytes()]
-        count = 1 + len(ids)
-        carried: list[tuple[int, int]] = []       # (token position, bytes of folded white space before it)
-        memo = self._memo_bytes
-        for fragment in itertools.islice(fragments, at, None):
-            fragment_ids, fragment_values, fragment_tail = memo[fragment]
-            if fragment_ids:
-                if tail:
-                    carried.append((count, tail))
-                    tail = 0
-                ids_parts.append(fragment_ids)
-                values_parts.append(fragment_values)
-                count += len(fragment_ids) >> 1
-            tail += fragment_tail
-        bytes_per_token = np.frombuffer(b"".join(values_parts), np.uint32).copy()
-        for position, extra in carried:
-            bytes_per_token[position] += extra
-        return np.frombuffer(b"".join(ids_parts), np.uint16), bytes_per_token, lead, tail
-
-    def _learn_ids(self, bodies: list[list[str]]) -> None:
-        missing = self._missing(bodies, self._memo_ids)
-        # Fragments hold no newline, so one transform serves all. The operator in front keeps the leading space,
-        # which the normalizer would strip; its own id is dropped again.
-        caseops = lossless_caps.encode("\n".join(missing)).split("\n")
-        for fragment, ids in zip(missing, self.tokenizer.ids_of_each([_CONTEXT + part for part in caseops])):
-            self._memo_ids[fragment] = array("H", ids[1:]).tobytes()
-
-    def _learn_bytes(self, bodies: list[list[str]]) -> None:
-        missing = self._missing(bodies, self._memo_bytes)
-        caseops = lossless_caps.encode("\n".join(missing)).split("\n")
-        for fragment, part in zip(missing, caseops):
-            in_context = _CONTEXT + part
-            ids, spans = self.tokenizer.align(in_context)
-            before = list(itertools.accumulate(lossless_caps.byte_weights(in_context), initial=0))
-            values = [before[end] - before[begin] for begin, end in spans[1:]]
-            self._memo_bytes[fragment] = (array("H", ids[1:]).tobytes(), array("I", values).tobytes(),
-                                          before[-1] - before[spans[-1][1]])
-
-    def _missing(self, bodies: list[list[str]], memo: dict) -> list[str]:
-        if len(memo) > self.MAX_ENTRIES or self._memo_characters > self.MAX_CHARACTERS:
-            memo.clear()
-            self._memo_characters = 0
-        missing = list(set().union(*bodies).difference(memo))
-        self._memo_characters += sum(map(len, missing))
-        return missing
-
-
-_CONTEXT = lossless_caps.TITLE + " "
-
-
-def _fragments(text: str) -> list[str]:
-    # A newline is white space of one byte like the space, so it may stand in for it.
-    return text.replace("\n", " ").split(" ")
-
+# Encoding batches, in this process or in workers
 
 @dataclasses.dataclass
 class EncodedBatch:
     """What a worker returns: raw arrays and sums, so that little crosses the process border."""
     num_documents: int
-    tokens: bytes                         # native uint16, every document with its BOS
-    lengths: bytes                        # native int64, tokens of each document
-    sidecar: bytes                        # native uint16 like tokens, empty for training documents
+    tokens: np.ndarray                    # uint16, every document with its BOS
+    lengths: np.ndarray                   # int64, tokens of each document
+    sidecar: np.ndarray                   # uint16 like tokens, empty for training documents
+    replaced: np.ndarray                  # int64, lone surrogates replaced in each document
     text_bytes: int
     edge_bytes: int
-    empty_documents: int
-    replaced_surrogates: int
 
 
 def encode_batch(encoder: DocumentEncoder, batch: Batch, edge_bytes: str) -> EncodedBatch:
     """Encode the documents of one batch; sidecar values only for validation."""
-    documents, texts, replaced_total, text_bytes = [], [], 0, 0
+    tokens, sidecar, replaced_of_document = [], [], []
+    text_bytes = edge_total = 0
     for document, text, replaced, _ in parse_documents(batch):
-        documents.append(document)
-        texts.append(text)
-        replaced_total += replaced
+        replaced_of_document.append(replaced)
         text_bytes += len(text) if text.isascii() else len(text.encode("utf-8"))
-    if batch.split != "val":
-        streams = encoder.ids(texts)
-        lengths = np.array([len(stream) >> 1 for stream in streams], np.int64)
-        return EncodedBatch(len(texts), b"".join(streams), lengths.tobytes(), b"", text_bytes, 0,
-                            int((lengths == 1).sum()), replaced_total)
-
-    tokens_parts, sidecar_parts, lengths, edge_total = [], [], [], 0
-    for document, (tokens, values, lead, trail) in zip(documents, encoder.ids_and_bytes(texts)):
+        if batch.split == "train":
+            tokens.append(encoder.encode_ids(text))
+            continue
+        ids, values, lead, trail = encoder.encode(text)
         edge_total += lead + trail
-        if edge_bytes == "attach" and len(tokens) > 1:
+        if edge_bytes == "attach" and len(ids) > 1:
             values[1] += lead
             values[-1] += trail
-        if len(values) and values.max() > 0xFFFF:
+        if values.max() > 0xFFFF:
             at = int(values.argmax())
             raise PrepareError(
                 f"{batch.path} document {document:,}: expected at most 65,535 original bytes per token, found "
-                f"{int(values[at]):,} for token {at:,} (a very long run of white space?); shorten the run in the source")
-        tokens_parts.append(tokens.tobytes())
-        sidecar_parts.append(values.astype(np.uint16).tobytes())
-        lengths.append(len(tokens))
-    lengths = np.array(lengths, np.int64)
-    return EncodedBatch(len(texts), b"".join(tokens_parts), lengths.tobytes(), b"".join(sidecar_parts), text_bytes,
-                        edge_total, int((lengths == 1).sum()), replaced_total)
+                f"{int(values[at]):,} for token {at:,} (a very long run of white space?); shorten it in the source")
+        tokens.append(ids)
+        sidecar.append(values.astype(np.uint16))
+    return EncodedBatch(len(tokens), _joined(tokens), np.array([len(ids) for ids in tokens], np.int64),
+                        _joined(sidecar), np.array(replaced_of_document, np.int64), text_bytes, edge_total)
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.zeros(0, np.uint16)
 
 
 _worker_encoder: DocumentEncoder | None = None
 
 
-def _start_worker(model_path: Path) -> None:
+def _start_worker(model_path: Path, library: Path | str) -> None:
     global _worker_encoder
-    _worker_encoder = DocumentEncoder(Tokenizer(ModelFile.read(model_path)))
+    # The parent decides when to stop; a second traceback from every worker would bury its message.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _worker_encoder = DocumentEncoder(Tokenizer(ModelFile.read(model_path)), library)
 
 
 def _work(batch: Batch, edge_bytes: str) -> EncodedBatch:
@@ -608,26 +312,35 @@ def _work(batch: Batch, edge_bytes: str) -> EncodedBatch:
 
 def encode_batches(todo: Iterable[Batch], model: ModelFile, edge_bytes: str, workers: int) -> Iterator[EncodedBatch]:
     """Yield the encoded form of each batch in order, whatever the number of processes."""
-    if workers == 1:
-        encoder = DocumentEncoder(Tokenizer(model))
-        for batch in todo:
-            yield encode_batch(encoder, batch, edge_bytes)
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (model.path,))
-    window = deque()
-    try:
-        for batch in todo:
-            window.append(pool.submit(_work, batch, edge_bytes))
-            # A bounded window keeps memory independent of the input size when the writer is the slow part.
-            if len(window) >= 3 * workers:
+    with tempfile.TemporaryDirectory(prefix="caseops_") as folder:
+        reason, library = model.slow_reason, ""
+        if not reason:
+            try:
+                library = compile_encoder(folder)
+            except CompileError as error:
+                reason = str(error)
+        if reason:
+            print(f'encoder:library reason:"{reason}" (same output, several times slower)', file=sys.stderr)
+        if workers == 1:
+            encoder = DocumentEncoder(Tokenizer(model), library)
+            for batch in todo:
+                yield encode_batch(encoder, batch, edge_bytes)
+            return
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (model.path, library))
+        window = deque()
+        try:
+            for batch in todo:
+                window.append(pool.submit(_work, batch, edge_bytes))
+                # A bounded window keeps memory independent of the input size when the writer is the slow part.
+                if len(window) >= 3 * workers:
+                    yield window.popleft().result()
+            while window:
                 yield window.popleft().result()
-        while window:
-            yield window.popleft().result()
-    except BrokenProcessPool:
-        raise PrepareError(f"a worker process died (out of memory?); expected {workers} workers to live, "
-                           "run again with fewer --workers") from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        except BrokenProcessPool:
+            raise PrepareError(f"expected {workers} worker processes to live, found one dead (out of memory?); "
+                               "run again with fewer --workers") from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 # -----------------------------------------------------------------------------
@@ -665,7 +378,9 @@ class ShardWriter:
     def abandon(self) -> None:
         """Let go of the open file without completing it."""
         if self._file is not None:
-            self._file.close()
+            # Closing writes what is buffered, which fails again on a full disk.
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None
 
     def _open(self) -> None:
@@ -727,11 +442,9 @@ def build(docs: Path, out: Path, sp: Path = SHIPPED_TOKENIZER, val_docs: int | N
         raise PrepareError(f"--workers {workers}: expected at least 1")
     val_docs_given = val_docs is not None or val_docs_file is not None
     sources = _sources(docs, val_docs_file, val_docs, train_docs)
-    if not model.has_exact_memo:
-        print(f"encoding:whole-documents reason:\"{model.no_memo_reason}\" (exact, but several times slower)", file=sys.stderr)
 
-    settings = {"docs": str(docs.resolve()), "val_docs_file": str(val_docs_file), "tokenizer": model.sha256,
-                "val_docs": val_docs, "shard_tokens": shard_tokens, "edge_bytes": edge_bytes,
+    settings = {"docs": str(docs.resolve()), "docs_bytes": docs.stat().st_size, "val_docs_file": str(val_docs_file),
+                "tokenizer": model.sha256, "val_docs": val_docs, "shard_tokens": shard_tokens, "edge_bytes": edge_bytes,
                 "train_docs": train_docs, "max_train_tokens": max_train_tokens}
     finished = _claim(out, settings, overwrite)
     if finished:
@@ -742,18 +455,25 @@ def build(docs: Path, out: Path, sp: Path = SHIPPED_TOKENIZER, val_docs: int | N
                                  show_progress)
         if not manifest["docs_train"] and not val_docs_given:
             raise PrepareError(f"{docs}: expected more than {DEFAULT_VAL_DOCS:,} documents, found "
-                               f"{manifest['docs_val']:,}, so nothing is left for training; choose a smaller --val-docs")
+                               f"{manifest['docs_val']:,}, so none is left for training; choose a smaller --val-docs")
         shutil.copyfile(model.path, staging / model.path.name)
         # From here on an interrupted run is completed by the next one, because the staged manifest is there.
         _write_json(staging / MANIFEST_NAME, manifest)
         _publish(out)
-    except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise PrepareError(f"{out}: expected room to write, found: {error.strerror or error}; "
-                           "free some space or choose another --out, then run again") from error
-    except Exception:
-        shutil.rmtree(staging, ignore_errors=True)
+    except BaseException as error:
+        # A complete staged build is kept: the next run only has to rename it.
+        if not (staging / MANIFEST_NAME).exists():
+            shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError):
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise PrepareError(
+                f"{out}: expected {'room for the shards' if is_full else 'to read and write files'}, found: "
+                f"{error.strerror or error}; {'free some space' if is_full else 'check the disk'} or choose another "
+                "--out, then run again") from error
         raise
+    finally:
+        for source, _ in sources:
+            source.close()
     return manifest
 
 
@@ -761,30 +481,32 @@ def _sources(docs: Path, val_docs_file: Path | None, val_docs: int | None,
              train_docs: int | None) -> list[tuple[DocumentFile, SplitRule]]:
     """Open the document files in writing order, each with its rule of which document goes to which split."""
     if val_docs_file is None:
-        stated = _stated_val_docs(docs)
-        if stated is not None and val_docs not in (None, stated):
-            raise PrepareError(f"--val-docs {val_docs:,}: expected {stated:,} as the source manifest beside {docs} "
-                               "states; leave the option out")
-        if val_docs is None:
-            val_docs = DEFAULT_VAL_DOCS if stated is None else stated
-        return [(DocumentFile(docs), SplitRule(val_docs, train_docs))]
+        return [(DocumentFile(docs), SplitRule(resolve_val_docs(docs, val_docs), train_docs))]
     if docs.resolve() == Path(val_docs_file).resolve():
-        raise PrepareError(f"--val-docs-file {val_docs_file}: expected another file than --docs, found the same one, so "
+        raise PrepareError(f"--val-docs-file {val_docs_file}: expected another file than --docs, found the same, so "
                            "every validation document would be trained on; leave it out and use --val-docs")
     everything = 2**62
     return [(DocumentFile(val_docs_file), SplitRule(everything if val_docs is None else val_docs, 0)),
             (DocumentFile(docs), SplitRule(0, train_docs))]
 
 
-def _stated_val_docs(docs: Path) -> int | None:
-    """Return `docs_val` of the manifest that accompanies the published document file, None without one."""
-    path = docs.with_name(docs.name.split(".jsonl")[0] + ".source_manifest.json")
-    if not path.exists():
-        return None
-    try:
-        stated = json.loads(path.read_text("utf-8")).get("docs_val")
-    except (ValueError, AttributeError):
-        raise PrepareError(f"{path}: expected a JSON object, found something else; fetch it again") from None
+def resolve_val_docs(docs: Path, val_docs: int | None) -> int:
+    """Return how many documents of `docs` are validation: what its source manifest states, what is asked, 50,000.
+
+    Raises PrepareError when the manifest that accompanies the published document file states another number.
+    """
+    path = Path(docs).with_name(Path(docs).name.split(".jsonl")[0] + ".source_manifest.json")
+    stated = None
+    if path.exists():
+        try:
+            stated = json.loads(path.read_text("utf-8")).get("docs_val")
+        except (ValueError, AttributeError):
+            raise PrepareError(f"{path}: expected a JSON object, found something else; fetch it again") from None
+    if stated is None:
+        return DEFAULT_VAL_DOCS if val_docs is None else val_docs
+    if val_docs not in (None, stated):
+        raise PrepareError(f"--val-docs {val_docs:,}: expected {stated:,}, as {path.name} beside the documents states; "
+                           "leave the option out")
     return stated
 
 
@@ -800,8 +522,8 @@ def _claim(out: Path, settings: dict, overwrite: bool) -> dict | None:
                 return json.loads((out / MANIFEST_NAME).read_text("utf-8"))
         old = sorted(path for path in out.iterdir() if path.name.startswith("fineweb_") and path.suffix == ".bin")
         if old and not overwrite:
-            raise PrepareError(f"{out}: expected no shards, found {len(old)} (first {old[0].name}); choose another --out, "
-                               "or pass --overwrite to remove them")
+            raise PrepareError(f"{out}: expected no shards, found {len(old)} (first {old[0].name}); choose another "
+                               "--out, or pass --overwrite to remove them")
         # The manifest goes first: shards without one are never taken for a complete build.
         for path in [out / MANIFEST_NAME, *old]:
             path.unlink(missing_ok=True)
@@ -824,11 +546,13 @@ def _publish(out: Path) -> None:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    with open(path, "w", encoding="utf-8") as file:
+    temporary = path.with_name(path.name + STAGING_NAME)
+    with open(temporary, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def _write_splits(staging: Path, sources: list[tuple[DocumentFile, SplitRule]], model: ModelFile, shard_tokens: int,
@@ -839,7 +563,7 @@ def _write_splits(staging: Path, sources: list[tuple[DocumentFile, SplitRule]], 
     documents = {"val": 0, "train": 0}
     val_sums = {"sidecar_bytes": 0, "original_bytes": 0, "edge_bytes": 0}
     replaced = empty = 0
-    # The split of a batch is remembered here because results come back without their input.
+    # Results come back without their input, so the split of each batch is remembered here.
     splits: deque[str] = deque()
     files = [source for source, _ in sources]
     meter = _Meter(files, max_train_tokens, show_progress)
@@ -854,36 +578,31 @@ def _write_splits(staging: Path, sources: list[tuple[DocumentFile, SplitRule]], 
     try:
         for result in encoded:
             split = splits.popleft()
-            tokens = np.frombuffer(result.tokens, np.uint16)
-            num_documents = result.num_documents
-            is_full = False
+            tokens, kept = result.tokens, result.num_documents
             if split == "train" and max_train_tokens is not None:
-                ends = np.cumsum(np.frombuffer(result.lengths, np.int64))
-                num_documents = int(np.searchsorted(ends, max_train_tokens - writers["train"].total, side="right"))
-                is_full = num_documents < result.num_documents
-                tokens = tokens[:ends[num_documents - 1] if num_documents else 0]
+                ends = np.cumsum(result.lengths)
+                kept = int(np.searchsorted(ends, max_train_tokens - writers["train"].total, side="right"))
+                tokens = tokens[:ends[kept - 1] if kept else 0]
             writers[split].append(tokens)
-            documents[split] += num_documents
-            replaced += result.replaced_surrogates
-            empty += result.empty_documents
+            documents[split] += kept
+            replaced += int(result.replaced[:kept].sum())
+            empty += int((result.lengths[:kept] == 1).sum())
             if split == "val":
-                sidecar = np.frombuffer(result.sidecar, np.uint16)
-                assert len(sidecar) == len(tokens)
-                writers["val_bytes"].append(sidecar)
-                val_sums["sidecar_bytes"] += int(sidecar.sum(dtype=np.int64))
+                assert len(result.sidecar) == len(tokens)
+                writers["val_bytes"].append(result.sidecar)
+                val_sums["sidecar_bytes"] += int(result.sidecar.sum(dtype=np.int64))
                 val_sums["original_bytes"] += result.text_bytes
                 val_sums["edge_bytes"] += result.edge_bytes
-            meter.update(num_documents, result.text_bytes, writers["train"].total)
-            if is_full:
+            meter.update(kept, result.text_bytes, writers["train"].total)
+            if kept < result.num_documents:
                 break
+        for writer in writers.values():
+            writer.finish()
     finally:
+        for writer in writers.values():
+            writer.abandon()
         encoded.close()
         meter.close()
-        if sys.exc_info()[0] is not None:
-            for writer in writers.values():
-                writer.abandon()
-    for writer in writers.values():
-        writer.finish()
 
     attached = val_sums["edge_bytes"] if edge_bytes == "attach" else 0
     missing = val_sums["original_bytes"] - val_sums["sidecar_bytes"] - val_sums["edge_bytes"] + attached
@@ -942,7 +661,8 @@ class _Meter:
 # -----------------------------------------------------------------------------
 # Training a tokenizer: the official fields, the official character map with any library release
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int = 8192, charsmap_from: Path = SHIPPED_TOKENIZER) -> bytes:
+def train_tokenizer(documents: Iterable[str], vocab_size: int = 8192,
+                    charsmap_from: Path = SHIPPED_TOKENIZER) -> bytes:
     """Train a CaseOps BPE tokenizer and return the model file's content.
 
     documents      training texts, not yet transformed. Those whose caseops form exceeds 4,192 bytes are left out,
@@ -969,7 +689,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int = 8192, charsmap_f
         raise PrepareError(f"{charsmap_from}: expected a tokenizer with the official character map, found another map; "
                            f"use {SHIPPED_TOKENIZER.name}")
     normalize = sentencepiece.SentencePieceProcessor(model_proto=donor.data).normalize
-    normalized = (normalize(text).replace("\u2581", " ") for text in texts if len(text.encode("utf-8")) <= MAX_TRAINING_BYTES)
+    normalized = (normalize(text).replace("\u2581", " ") for text in texts
+                  if len(text.encode("utf-8")) <= MAX_TRAINING_BYTES)
     data = _run_trainer(normalized, normalization_rule_name="identity",
                         max_sentence_length=64 * MAX_TRAINING_BYTES, **fields)
     return _with_charsmap(data, donor.charsmap)
@@ -995,32 +716,36 @@ def _run_trainer(texts: Iterator[str], **fields) -> bytes:
 def _with_charsmap(data: bytes, charsmap: bytes) -> bytes:
     """Return the model file `data` with the given map named nmt_nfkc and the default sentence length limit."""
     message = b""
-    for number, value, stored in _proto_fields(data):
-        if number == _NORMALIZER_SPEC:
-            kept = [old for key, _, old in _proto_fields(value) if key not in (_NORMALIZER_NAME, _CHARSMAP)]
-            named = _bytes_field(_NORMALIZER_NAME, b"nmt_nfkc") + _bytes_field(_CHARSMAP, charsmap)
-            stored = _bytes_field(number, named + b"".join(kept))
-        elif number == _TRAINER_SPEC:
-            kept = [old for key, _, old in _proto_fields(value) if key != _MAX_SENTENCE_LENGTH]
-            stored = _bytes_field(number, b"".join(kept))
+    for number, value, stored in proto_fields(data):
+        if number == NORMALIZER_SPEC:
+            kept = [old for key, _, old in proto_fields(value) if key not in (NORMALIZER_NAME, CHARSMAP)]
+            named = proto_bytes_field(NORMALIZER_NAME, b"nmt_nfkc") + proto_bytes_field(CHARSMAP, charsmap)
+            stored = proto_bytes_field(number, named + b"".join(kept))
+        elif number == TRAINER_SPEC:
+            kept = [old for key, _, old in proto_fields(value) if key != MAX_SENTENCE_LENGTH]
+            stored = proto_bytes_field(number, b"".join(kept))
         message += stored
     return message
 
 
-def training_documents(docs: Path, skip: int, sources: Iterable[str] = (), show_progress: bool = False) -> Iterator[str]:
+def training_documents(docs: Path, skip: int, sources: Iterable[str] = (),
+                       show_progress: bool = False) -> Iterator[str]:
     """Yield the texts of `docs` after the first `skip` documents, only from the named sources when any are given."""
     wanted = frozenset(sources)
     file = DocumentFile(docs)
     meter = _Meter([file], None, show_progress)
-    for batch in batches(file, SplitRule(skip, None)):
-        if batch.split == "train":
-            text_bytes = 0
-            for _, text, _, record in parse_documents(batch):
-                text_bytes += len(text)
-                if not wanted or record.get("source") in wanted:
-                    yield text
-            meter.update(batch.num_documents, text_bytes, 0)
-    meter.close()
+    try:
+        for batch in batches(file, SplitRule(skip, None)):
+            if batch.split == "train":
+                text_bytes = 0
+                for _, text, _, record in parse_documents(batch):
+                    text_bytes += len(text)
+                    if not wanted or record.get("source") in wanted:
+                        yield text
+                meter.update(batch.num_documents, text_bytes, 0)
+    finally:
+        meter.close()
+        file.close()
 
 
 def write_tokenizer(path: Path, data: bytes) -> ModelFile:
@@ -1041,26 +766,503 @@ def write_tokenizer(path: Path, data: bytes) -> ModelFile:
 
 
 # -----------------------------------------------------------------------------
+# Verify: read every value of a shard directory and say what is wrong with it
+
+# Check figures of the published export, from public training logs; it comes without a manifest of ours.
+PUBLISHED_NAME = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
+PUBLISHED_TOKENIZER = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
+PUBLISHED_TOKENIZER_SHA256 = "97754754561f20def5edd99765ca0668f880bd94e67316d54aa10ab25f45cc4d"
+PUBLISHED_VAL_TOKENS = (47_851_521, 47_853_568)
+PUBLISHED_TARGETS = 47_851_520
+PUBLISHED_TARGET_BYTES, PUBLISHED_TARGET_BYTES_TOLERANCE = 151_074_499, 2
+PUBLISHED_TRAIN_SHARDS = 80
+
+OVERLAP_LIMIT = 0.001                     # share of validation documents that may recur in training by chance
+_VALUES_AT_ONCE = 1 << 22
+_NEVER_FROM_TEXT = (0, 2, 3)              # pad, end of sequence, unknown
+
+
+@dataclasses.dataclass
+class SeriesFacts:
+    """Sums over all shards of one series."""
+    shards: int = 0
+    values: int = 0
+    bos: int = 0
+    total: int = 0                        # of the values; for a sidecar, bytes
+    target_total: int = 0                 # of the first PUBLISHED_TARGETS values after the first
+
+
+class DirectoryCheck:
+    """One pass over a shard directory; `violations` collects a plain sentence for each thing that is wrong."""
+
+    def __init__(self, folder: Path, overlap_limit: float = OVERLAP_LIMIT, show_progress: bool = True):
+        self.folder = Path(folder)
+        self.violations: list[str] = []
+        self._overlap_limit = overlap_limit
+        self._facts = {"train": SeriesFacts(), "val": SeriesFacts(), "val_bytes": SeriesFacts()}
+        self._names: dict[str, list[str]] = {series: [] for series in self._facts}
+        self._values: dict[str, int] = {}             # per sound file, from its header
+        if not self.folder.is_dir():
+            raise PrepareError(f"{folder}: expected a directory of shards, found none; check the path")
+        self._manifest = self._read_manifest()
+        self._vocab_size = self._read_vocab_size()
+        self._find_shards()
+        size = sum((self.folder / name).stat().st_size for name in self._values)
+        self._bar = tqdm(total=size, unit="B", unit_scale=True, desc="verify", disable=None if show_progress else True)
+
+    def run(self) -> list[str]:
+        """Check everything, print one line per series, and return the violations."""
+        try:
+            self._check_tokens("val")
+            val_documents = self._val_documents
+            self._check_sidecar()
+            self._check_tokens("train")
+        finally:
+            self._bar.close()
+        for series, facts in self._facts.items():
+            detail = f"bytes:{facts.total}" if series == "val_bytes" else f"documents:{facts.bos}"
+            print(f"verify series:{series} shards:{facts.shards} values:{facts.values} {detail}")
+        val, sidecar = self._facts["val"], self._facts["val_bytes"]
+        if val.values:
+            print(f"verify bytes_per_token:{sidecar.total / val.values:.4f}")
+        self._check_overlap(len(val_documents))
+        if self._manifest is None:
+            self._check_published_figures()
+        else:
+            self._check_manifest_sums()
+        return self.violations
+
+    # -- what the directory says about itself
+
+    def _read_manifest(self) -> dict | None:
+        path = self.folder / MANIFEST_NAME
+        if not path.exists():
+            print("verify manifest:none")
+            return None
+        try:
+            manifest = json.loads(path.read_text("utf-8"))
+            if manifest.get("format") != 1 or not isinstance(manifest.get("files"), dict):
+                raise ValueError("no `format` 1 with `files`")
+            return manifest
+        except (ValueError, AttributeError) as error:
+            self.violations.append(f"{MANIFEST_NAME} is not a manifest of this format ({error}).")
+            return None
+
+    def _read_vocab_size(self) -> int | None:
+        stated = (self._manifest or {}).get("tokenizer") or {}
+        models = [self.folder / stated["file"]] if "file" in stated else sorted(self.folder.glob("*.model"))
+        if not models or not models[0].exists():
+            print("verify tokenizer:none (ids are checked against the manifest only)")
+            return stated.get("vocab_size")
+        try:
+            model = ModelFile.read(models[0])
+        except PrepareError as error:
+            self.violations.append(f"The tokenizer is unusable: {error}.")
+            return stated.get("vocab_size")
+        if stated and (model.sha256, len(model.pieces)) != (stated.get("sha256"), stated.get("vocab_size")):
+            self.violations.append(f"{model.path.name} is not the tokenizer that the manifest names: it has "
+                                   f"{len(model.pieces):,} pieces and SHA-256 {model.sha256[:16]}..., the manifest says "
+                                   f"{stated.get('vocab_size')} and {str(stated.get('sha256'))[:16]}....")
+        print(f"verify tokenizer:{model.path.name} vocab_size:{len(model.pieces)} sha256:{model.sha256[:16]}")
+        return len(model.pieces)
+
+    def _find_shards(self) -> None:
+        numbers: dict[str, list[int]] = {series: [] for series in self._facts}
+        for path in sorted(self.folder.glob("fineweb_*.bin")):
+            match = SHARD_NAME.fullmatch(path.name)
+            if not match:
+                self.violations.append(f"{path.name} does not follow fineweb_(train|val|val_bytes)_NNNNNN.bin.")
+                continue
+            numbers[match[1]].append(int(match[2]))
+            self._names[match[1]].append(path.name)
+            self._check_header(path)
+        for series, found in numbers.items():
+            gaps = sorted(set(range(max(found, default=-1) + 1)) - set(found))
+            if gaps:
+                self.violations.append(f"Numbering of fineweb_{series} has {len(gaps)} gaps, the first at "
+                                       f"{gaps[0]:06d}; fetch or build the missing shards.")
+            if not found:
+                self.violations.append(f"There is no fineweb_{series} shard.")
+        if (self.folder / STAGING_NAME).exists():
+            self.violations.append(f"{STAGING_NAME} is left from an interrupted build; run the build again.")
+        for name in (self._manifest or {}).get("files", {}):
+            # A download may leave out the last training shards.
+            if not (self.folder / name).exists() and not name.startswith("fineweb_train_"):
+                self.violations.append(f"{name} is in the manifest but not in the directory.")
+
+    def _check_header(self, path: Path) -> None:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header = file.read(HEADER_BYTES)
+        magic, version, values = np.frombuffer(header[:12], "<i4").tolist() if len(header) >= 12 else (0, 0, 0)
+        if size == 0:
+            self.violations.append(f"{path.name} is empty; fetch or build it again.")
+        elif len(header) < HEADER_BYTES or (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+            self.violations.append(f"{path.name} is not a token shard: expected magic {SHARD_MAGIC} and version "
+                                   f"{SHARD_VERSION}, found {magic} and {version}.")
+        elif values <= 0 or size != HEADER_BYTES + 2 * values:
+            self.violations.append(f"{path.name} has the wrong size: its header promises {values:,} values "
+                                   f"({HEADER_BYTES + 2 * values:,} bytes), it has {size:,} bytes.")
+        else:
+            self._values[path.name] = values
+
+    # -- what the values say
+
+    def _chunks(self, series: str) -> Iterator[np.ndarray]:
+        """Yield the values of a series in pieces of bounded size, counting and hashing the files on the way."""
+        facts = self._facts[series]
+        for name in self._names[series]:
+            if name not in self._values:
+                continue
+            stated = (self._manifest or {}).get("files", {}).get(name)
+            facts.shards += 1
+            sha256 = hashlib.sha256()
+            with open(self.folder / name, "rb") as file:
+                sha256.update(file.read(HEADER_BYTES))
+                while data := file.read(2 * _VALUES_AT_ONCE):
+                    if stated:
+                        sha256.update(data)
+                    values = np.frombuffer(data, "<u2")
+                    first, last = max(1, facts.values), min(PUBLISHED_TARGETS + 1, facts.values + len(values))
+                    if first < last:
+                        facts.target_total += int(values[first - facts.values:last - facts.values].sum(dtype=np.int64))
+                    facts.values += len(values)
+                    facts.total += int(values.sum(dtype=np.int64))
+                    self._bar.update(len(data))
+                    yield values
+            if self._manifest is not None and not stated:
+                self.violations.append(f"{name} is not in the manifest; it comes from another build.")
+            elif stated and (stated.get("values"), stated.get("sha256")) != (self._values[name], sha256.hexdigest()):
+                self.violations.append(f"{name} is not the file that the manifest lists: it has {self._values[name]:,} "
+                                       f"values and SHA-256 {sha256.hexdigest()[:16]}..., the manifest says "
+                                       f"{stated.get('values')} and {str(stated.get('sha256'))[:16]}....")
+
+    def _documents(self, series: str) -> Iterator[bytes]:
+        """Yield a 16-byte hash for each document with at least one token besides BOS, checking ids on the way."""
+        facts = self._facts[series]
+        largest, specials = -1, 0
+        is_first = True
+        begun: list[np.ndarray] = []      # pieces of the document that the last chunk ended in
+        for tokens in self._chunks(series):
+            if is_first and tokens[0] != BOS_ID:
+                self.violations.append(f"The {series} split begins with id {int(tokens[0])}, not with BOS ({BOS_ID}); "
+                                       "its first document is cut or the data was built without BOS.")
+            is_first = False
+            largest = max(largest, int(tokens.max()))
+            specials += int(np.isin(tokens, _NEVER_FROM_TEXT).sum())
+            starts = np.flatnonzero(tokens == BOS_ID)
+            facts.bos += len(starts)
+            documents = np.split(tokens, starts)
+            begun.append(documents[0])
+            for document in documents[1:]:
+                yield from _hash_document(begun)
+                begun = [document]
+        yield from _hash_document(begun)
+        if self._vocab_size is not None and largest >= self._vocab_size:
+            self.violations.append(f"The {series} split has id {largest}, beyond the vocabulary of {self._vocab_size:,}; "
+                                   "shards and tokenizer do not belong together.")
+        if specials:
+            self.violations.append(f"The {series} split has {specials:,} ids among {_NEVER_FROM_TEXT} (padding, end of "
+                                   "sequence, unknown), which documents never give.")
+
+    def _check_tokens(self, series: str) -> None:
+        """Read one split; remember validation documents, count those that recur in training."""
+        if series == "val":
+            self._val_documents = set(self._documents("val"))
+            return
+        self._train_repeats = 0
+        self._val_in_train: set[bytes] = set()
+        for document in self._documents("train"):
+            if document in self._val_documents:
+                self._train_repeats += 1
+                self._val_in_train.add(document)
+
+    def _check_sidecar(self) -> None:
+        token_lengths, byte_lengths = ([self._values.get(name) for name in self._names[series]]
+                                       for series in ("val", "val_bytes"))
+        if token_lengths != byte_lengths or None in token_lengths:
+            self.violations.append("Validation tokens and byte sidecar differ in shards or lengths: "
+                                   f"{token_lengths[:4]} and {byte_lengths[:4]} values in the first shards.")
+            for _ in self._chunks("val_bytes"):
+                pass
+            return
+        bos_bytes = operators = operators_with_bytes = 0
+        previous = 0
+        tokens_again = self._again("val")
+        for values in self._chunks("val_bytes"):
+            tokens = next(tokens_again)
+            before = np.concatenate([[previous], tokens[:-1]])
+            previous = tokens[-1]
+            bos_bytes += int(values[tokens == BOS_ID].sum(dtype=np.int64))
+            # An escaped operator stands for 3 bytes, and the first token of a document may carry edge bytes.
+            is_operator = (np.isin(tokens, OPERATOR_IDS) & (before != OPERATOR_IDS[3]) & (before != BOS_ID))
+            operators += int(is_operator.sum())
+            operators_with_bytes += int((values[is_operator] > 0).sum())
+        if bos_bytes:
+            self.violations.append(f"The sidecar gives {bos_bytes:,} bytes to BOS tokens, which stand for none.")
+        # Deleted control characters after an operator count with it, but they are rare.
+        if operators_with_bytes > max(1, operators // 100):
+            self.violations.append(f"The sidecar gives bytes to {operators_with_bytes:,} of {operators:,} case operators, "
+                                   "which stand for none; bits per byte would come out too low.")
+        if not self._facts["val_bytes"].total:
+            self.violations.append("The sidecar sums to 0 bytes.")
+
+    def _again(self, series: str) -> Iterator[np.ndarray]:
+        for name in self._names[series]:
+            with open(self.folder / name, "rb") as file:
+                file.seek(HEADER_BYTES)
+                while data := file.read(2 * _VALUES_AT_ONCE):
+                    yield np.frombuffer(data, "<u2")
+
+    # -- what must hold between them
+
+    def _check_overlap(self, num_documents: int) -> None:
+        found = len(self._val_in_train)
+        print(f"verify overlap val_documents:{found}/{num_documents} train_documents:{self._train_repeats}")
+        if found > self._overlap_limit * num_documents:
+            self.violations.append(
+                f"{found:,} of {num_documents:,} distinct validation documents ({100 * found / num_documents:.1f} %) are "
+                f"also in the training shards ({self._train_repeats:,} times): the split leaks, scores on it mean "
+                "nothing. Build both splits in one run.")
+
+    def _check_manifest_sums(self) -> None:
+        val, sidecar, train = self._facts["val"], self._facts["val_bytes"], self._facts["train"]
+        stated_val, stated_train = self._manifest.get("val") or {}, self._manifest.get("train") or {}
+        pairs = [("validation tokens", stated_val.get("tokens"), val.values),
+                 ("validation documents", self._manifest.get("docs_val"), val.bos),
+                 ("sidecar bytes", stated_val.get("sidecar_bytes"), sidecar.total)]
+        listed = [name for name in self._manifest["files"] if name.startswith("fineweb_train_")]
+        if sorted(listed) == self._names["train"]:
+            pairs += [("training tokens", stated_train.get("tokens"), train.values),
+                      ("training documents", self._manifest.get("docs_train"), train.bos)]
+        for what, stated, found in pairs:
+            if stated != found:
+                self.violations.append(f"The manifest states {stated} {what}, the shards hold {found:,}.")
+        edge = stated_val.get("edge_bytes", 0) if self._manifest.get("edge_bytes") == "drop" else 0
+        original = stated_val.get("original_bytes")
+        if original is not None and sidecar.total + edge > original:
+            self.violations.append(f"The sidecar and edge bytes sum to {sidecar.total + edge:,}, more than the "
+                                   f"{original:,} bytes of the documents; bits per byte would come out too low.")
+
+    def _check_published_figures(self) -> None:
+        val, sidecar, train = self._facts["val"], self._facts["val_bytes"], self._facts["train"]
+        low, high = PUBLISHED_VAL_TOKENS
+        wrong = []
+        if not low <= val.values <= high:
+            wrong.append(f"validation has {val.values:,} tokens, expected {low:,} to {high:,}")
+        if val.bos != DEFAULT_VAL_DOCS:
+            wrong.append(f"validation has {val.bos:,} documents, expected {DEFAULT_VAL_DOCS:,}")
+        if abs(sidecar.target_total - PUBLISHED_TARGET_BYTES) > PUBLISHED_TARGET_BYTES_TOLERANCE:
+            wrong.append(f"its first {PUBLISHED_TARGETS:,} targets have {sidecar.target_total:,} bytes, expected "
+                         f"{PUBLISHED_TARGET_BYTES:,}")
+        if train.shards > PUBLISHED_TRAIN_SHARDS:
+            wrong.append(f"training has {train.shards:,} shards, expected at most {PUBLISHED_TRAIN_SHARDS}")
+        short = [name for name in self._names["train"] if self._values.get(name, 0) != DEFAULT_SHARD_TOKENS]
+        if short:
+            wrong.append(f"{short[0]} and {len(short) - 1} more training shards do not have {DEFAULT_SHARD_TOKENS:,} "
+                         "tokens")
+        if wrong:
+            self.violations.append("Without a manifest only the published export can be trusted, and this is not it: "
+                                   + "; ".join(wrong) + ".")
+
+
+def _hash_document(parts: list[np.ndarray]) -> Iterator[bytes]:
+    """Yield the hash of a document given in parts, nothing for one without tokens after its BOS."""
+    sha = hashlib.blake2b(digest_size=16)
+    length = 0
+    for part in parts:
+        length += len(part)
+        sha.update(part.data)
+    if length > 1:
+        yield sha.digest()
+
+
+def verify(folder: Path, overlap_limit: float = OVERLAP_LIMIT, show_progress: bool = True) -> list[str]:
+    """Check a shard directory, print its figures, and return a sentence for each violation (none: it is sound).
+
+    overlap_limit   share of validation documents that may also be in the training shards. Web text repeats itself,
+                    so a few do; a wrong split gives tens of per cent.
+    Raises PrepareError when `folder` is not a directory.
+    """
+    return DirectoryCheck(folder, overlap_limit, show_progress).run()
+
+
+# -----------------------------------------------------------------------------
+# Download: the published export, into the layout that run.sh expects
+
+PUBLISHED_REPO = "romeerp/parameter-golf-caseops-v1"
+DEFAULT_DOWNLOAD_ROOT = Path("data") / "datasets"
+
+
+def download(root: Path = DEFAULT_DOWNLOAD_ROOT, repo: str = PUBLISHED_REPO, revision: str = "main",
+             train_shards: int = PUBLISHED_TRAIN_SHARDS) -> Path:
+    """Fetch tokenizer, validation and the first `train_shards` training shards; return their directory.
+
+    A file gets its final name once its size, and SHA-256 where the hub states one, are right; a second call goes
+    on where the first stopped. Raises PrepareError when the repository lacks files or a download fails.
+    """
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import HTTPError
+    except ImportError:
+        raise PrepareError("download needs the package huggingface_hub, which is not installed; "
+                           "run `pip install huggingface_hub`") from None
+    folder = Path(root) / PUBLISHED_NAME
+    staging = folder / DOWNLOAD_STAGING_NAME
+    again = "check the connection and run again; finished files and the begun one are kept"
+    try:
+        info = huggingface_hub.HfApi().repo_info(repo, repo_type="dataset", revision=revision, files_metadata=True)
+        wanted = _choose_files(repo, info.siblings or [], train_shards)
+        missing = [file for file in wanted if not _has_size(folder / Path(file.rfilename).name, file.size)]
+        staging.mkdir(parents=True, exist_ok=True)
+        needed, free = sum(file.size for file in missing), shutil.disk_usage(staging).free
+        if needed > free:
+            raise PrepareError(f"{folder}: expected {needed / 1e9:.1f} GB of free space, found {free / 1e9:.1f} GB; "
+                               "free some, or fetch fewer --train-shards")
+        for number, file in enumerate(missing, start=1):
+            name = Path(file.rfilename).name
+            print(f"download file:{name} bytes:{file.size} number:{number}/{len(missing)}", flush=True)
+            staged = Path(huggingface_hub.hf_hub_download(repo, file.rfilename, repo_type="dataset", revision=info.sha,
+                                                          local_dir=staging))
+            _check_download(staged, file, staging)
+            os.replace(staged, folder / name)
+    except (HTTPError, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise PrepareError(f"{repo}: expected to download it, found: {reason}; {again}") from error
+    shutil.rmtree(staging)
+    return folder
+
+
+DOWNLOAD_STAGING_NAME = ".download"
+
+
+def _choose_files(repo: str, files: list, train_shards: int) -> list:
+    """Return the repository's files to fetch, the small ones first; raise PrepareError when some are missing."""
+    shards: dict[Path, dict[str, dict[int, object]]] = {}
+    for file in files:
+        match = SHARD_NAME.fullmatch(Path(file.rfilename).name)
+        if match:
+            shards.setdefault(Path(file.rfilename).parent, {}).setdefault(match[1], {})[int(match[2])] = file
+    folders = [folder for folder in shards if folder.name == PUBLISHED_NAME] or list(shards)
+    if len(folders) != 1:
+        raise PrepareError(f"{repo}: expected one folder of shards named {PUBLISHED_NAME}, found "
+                           f"{sorted(map(str, folders)) or 'none'}; check --repo and --revision")
+    series = shards[folders[0]]
+    models = [file for file in files if file.rfilename.endswith(".model")]
+    models = [file for file in models if Path(file.rfilename).name == PUBLISHED_TOKENIZER] or models
+    if len(models) != 1:
+        raise PrepareError(f"{repo}: expected one tokenizer model, found {[file.rfilename for file in models]}; "
+                           "check --repo and --revision")
+    available = len(series.get("train", {}))
+    if train_shards > available:
+        raise PrepareError(f"{repo}: expected {train_shards} training shards, found {available}; "
+                           f"pass --train-shards {available}")
+    manifest = [file for file in files if Path(file.rfilename) == folders[0] / MANIFEST_NAME]
+    wanted = models + manifest
+    for name, count in (("val", None), ("val_bytes", None), ("train", train_shards)):
+        numbered = series.get(name, {})
+        for number in range(len(numbered) if count is None else count):
+            if number not in numbered:
+                raise PrepareError(f"{repo}: expected fineweb_{name}_{number:06d}.bin, found a gap; "
+                                   "check --repo and --revision")
+            wanted.append(numbered[number])
+        if not numbered:
+            raise PrepareError(f"{repo}: expected fineweb_{name}_*.bin, found none; check --repo and --revision")
+    empty = [file.rfilename for file in wanted if not file.size]
+    if empty:
+        raise PrepareError(f"{repo}: expected data in every file, found {empty[0]} with no bytes; the repository is "
+                           "damaged, try another --revision")
+    return wanted
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _check_download(path: Path, file, staging: Path) -> None:
+    """Raise PrepareError unless the fetched file has the size and hash that the hub states; the file is then gone."""
+    found = path.stat().st_size
+    stated = file.lfs.sha256 if file.lfs else None
+    problem = ""
+    if found != file.size:
+        problem = f"{file.size:,} bytes, found {found:,}"
+    elif stated:
+        sha256 = hashlib.sha256()
+        with open(path, "rb") as data:
+            while block := data.read(_READ_BYTES):
+                sha256.update(block)
+        if sha256.hexdigest() != stated:
+            problem = f"SHA-256 {stated[:16]}..., found {sha256.hexdigest()[:16]}..."
+    if problem:
+        # Without the client's own notes on it the file would pass for complete in the next run.
+        shutil.rmtree(staging)
+        raise PrepareError(f"{path.name}: expected {problem}; the download is damaged, run again to fetch it again")
+
+
+# -----------------------------------------------------------------------------
 # Command line
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit code (0 done, 1 a check or the run failed, 2 bad usage)."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    commands = {"build": _build_command, "verify": _verify_command, "download": _download_command}
+    is_named = bool(arguments) and arguments[0] in commands
+    command = commands[arguments[0]] if is_named else _build_command
     try:
-        return _build_command(arguments)
+        return command(arguments[1:] if is_named else arguments)
     except PrepareError as error:
         print(f"prepare_caseops_data.py: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print("prepare_caseops_data.py: interrupted; no half-written file has a final name, run again to start over",
-              file=sys.stderr)
-        return 1
+        print("prepare_caseops_data.py: interrupted; no half-written file has a final name, run again", file=sys.stderr)
+    return 1
+
+
+def _verify_command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="prepare_caseops_data.py verify",
+        description="Read every value of a shard directory, ours or another's, and say what is wrong with it.",
+        epilog="Exit code 1 and one sentence for each violation.")
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--overlap-limit", type=float, default=OVERLAP_LIMIT, metavar="SHARE",
+                        help="share of validation documents that may recur in training (default %(default)s)")
+    options = parser.parse_args(arguments)
+    if not 0 <= options.overlap_limit <= 1:
+        parser.error(f"--overlap-limit {options.overlap_limit}: expected 0 to 1")
+    return _print_violations(verify(options.folder, options.overlap_limit))
+
+
+def _print_violations(violations: list[str]) -> int:
+    for sentence in violations:
+        print(f"violation: {sentence}")
+    print(f"verify violations:{len(violations)}")
+    return 1 if violations else 0
+
+
+def _download_command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="prepare_caseops_data.py download",
+        description="Fetch the published CaseOps shards and tokenizer, then verify them. Run again to resume.")
+    parser.add_argument("--out", type=Path, default=DEFAULT_DOWNLOAD_ROOT, metavar="ROOT",
+                        help=f"the shards go to ROOT/{PUBLISHED_NAME} (default {DEFAULT_DOWNLOAD_ROOT})")
+    parser.add_argument("--train-shards", type=int, default=PUBLISHED_TRAIN_SHARDS, metavar="N",
+                        help="training shards of 10^8 tokens, 200 MB each (default %(default)s)")
+    parser.add_argument("--repo", default=PUBLISHED_REPO, help="dataset repository (default %(default)s)")
+    parser.add_argument("--revision", default="main", help="branch, tag or commit (default %(default)s)")
+    options = parser.parse_args(arguments)
+    if options.train_shards < 1:
+        parser.error(f"--train-shards {options.train_shards}: expected at least 1")
+    folder = download(options.out, options.repo, options.revision, options.train_shards)
+    exit_code = _print_violations(verify(folder))
+    print(f"DATA_PATH={folder}")
+    print(f"TOKENIZER_PATH={next(iter(sorted(folder.glob('*.model'))))}")
+    return exit_code
 
 
 def _build_command(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="prepare_caseops_data.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Build CaseOps token shards from documents, or train a CaseOps tokenizer, or both.",
+        description="Build CaseOps token shards from documents, or train a CaseOps tokenizer, or both. "
+                    "Other commands: `verify DIR`, `download` (each has --help).",
         epilog="""The validation split is the first --val-docs documents of --docs. With --val-docs-file it is the first
 --val-docs documents of that file instead (all of them by default), and all of --docs is training data.""")
     add = parser.add_argument
@@ -1086,7 +1288,7 @@ def _build_command(arguments: list[str]) -> int:
     if options.tokenizer_sources and options.train_tokenizer is None:
         parser.error("--tokenizer-sources needs --train-tokenizer")
     if options.train_tokenizer is not None and not 264 < options.train_tokenizer <= 65536:
-        parser.error(f"--train-tokenizer {options.train_tokenizer}: expected 265 to 65,536")
+        parser.error(f"--train-tokenizer {options.train_tokenizer}: expected 265 to {65536:,}")
     for name, least in (("val_docs", 0), ("train_docs", 0), ("max_train_tokens", 1), ("shard_tokens", 1), ("workers", 1)):
         value = getattr(options, name)
         if value is not None and value < least:
