@@ -1,0 +1,216 @@
+"""Section 11: containers that refuse damage, codes and tensors that come back bit for bit."""
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt as gpt
+from helpers import random_model, tiny_config
+
+SHAPES = (dict(), dict(num_layers=3, model_dim=24, num_kv_heads=2, loop_end=1, parallel_start_layer=2, mlp_mult=1.5),
+          dict(vocab_size=9, num_layers=4, num_loops=0, parallel_start_layer=4, embed_bits=5, matrix_bits=4),
+          dict(awq_lite_group_size=8, awq_lite_group_top_k=3, lqer_rank=3, lqer_asym_group=8, lqer_top_k=6),
+          dict(awq_lite_enabled=False, lqer_asym_enabled=False))
+
+
+def quantized_model(cfg: gpt.Config, seed: int = 0) -> tuple[dict[str, gpt.Quantized], dict[str, torch.Tensor]]:
+    """A random model, quantized as a run would do it but with an identity Hessian."""
+    model = random_model(cfg, seed).requires_grad_(False)
+    keys = {"head": cfg.model_dim} | {f"{kind}.{layer}": cfg.mlp_dim if kind == "down" else cfg.model_dim
+                                      for layer in range(cfg.num_layers) for kind in ("qkv", "o", "up", "down")}
+    stats = gpt.Calibration({key: 4 * torch.eye(cols) for key, cols in keys.items()}, dict.fromkeys(keys, 4), 1)
+    return gpt.quantize(cfg, gpt.Run(cfg), model, stats)
+
+
+def as_rank_zero(cfg: gpt.Config, run_id: str = "r") -> gpt.Run:
+    run = gpt.Run(cfg)
+    run.run_id = run_id
+    return run
+
+
+# --- codes and tensors --------------------------------------------------------------------------------------
+
+def test_recorded_codes_round_trip_through_streams_and_container(load_vectors, tmp_path):
+    z = load_vectors("serialization")
+    groups: dict[str, list[np.ndarray]] = {}
+    for name in sorted(key for key in z if key.startswith("q_")):
+        groups.setdefault(name.split("_")[-1], []).append(z[name])
+    assert groups
+    stacks = {kind: np.stack(members) for kind, members in groups.items()}
+    cfg, path = tiny_config(), tmp_path / "codes.artifact"
+    gpt.write_container(path, gpt.ARTIFACT_MAGIC, cfg, {kind: gpt.encode_codes(stack) for kind, stack in stacks.items()})
+    for kind, stream in gpt.read_container(path, gpt.ARTIFACT_MAGIC, cfg).items():
+        restored = gpt.decode_codes(stream, stacks[kind].shape)
+        assert restored.dtype == np.int8 and np.array_equal(restored, stacks[kind]), kind
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)), st.integers(0, 2**31), st.sampled_from((1, 7, 31, 127)))
+def test_codes_of_any_shape_round_trip(shape, seed, limit):
+    codes = np.random.default_rng(seed).integers(-limit, limit + 1, shape).astype(np.int8)
+    restored = gpt.decode_codes(gpt.encode_codes(codes), shape)
+    assert restored.dtype == np.int8 and np.array_equal(restored, codes)
+
+
+def test_extreme_code_values_round_trip():
+    for codes in (np.full((2, 3, 4), -128, np.int8), np.zeros((1, 64, 64), np.int8),
+                  np.arange(-128, 128).astype(np.int8).reshape(1, 16, 16)):
+        assert np.array_equal(gpt.decode_codes(gpt.encode_codes(codes), codes.shape), codes)
+
+
+def test_skewed_codes_cost_fewer_bytes_than_they_occupy():
+    codes = np.random.default_rng(0).normal(0, 2, (2, 128, 128)).round().astype(np.int8)
+    assert len(gpt.encode_codes(codes)) < 0.7 * codes.nbytes
+
+
+def test_tensors_of_every_stored_type_round_trip_bit_for_bit():
+    tensors = {"scalar": torch.tensor(0.1), "half": torch.randn(3, 5).half(), "empty": torch.zeros(0, 4),
+               "codes": torch.randint(-128, 128, (4, 4), dtype=torch.int8), "starts": torch.tensor([64, 192], dtype=torch.int16),
+               "strided": torch.randn(6, 4).T, "special": torch.tensor([float("inf"), -0.0, 1e-45])}
+    restored = gpt.unpack_tensors(gpt.pack_tensors(tensors))
+    assert list(restored) == list(tensors)
+    for name, t in tensors.items():
+        assert restored[name].dtype == t.dtype and restored[name].shape == t.shape
+        assert restored[name].numpy().tobytes() == t.contiguous().numpy().tobytes(), name
+
+
+# --- the whole artifact -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes", SHAPES)
+def test_restored_weights_equal_the_dequantized_ones_bit_for_bit(changes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = tiny_config(**changes)
+    quantized, passed = quantized_model(cfg)
+    run, model = as_rank_zero(cfg), gpt.GPT(cfg)
+    gpt.write_artifact(cfg, run, quantized, passed)
+    gpt.read_artifact(cfg, run, model)
+    for name, q in quantized.items():
+        group, _, layer = name.partition(".")
+        W = getattr(model, group)
+        assert torch.equal(W[int(layer)] if layer else W, gpt.dequantize(q)), name
+    for name, value in passed.items():
+        assert torch.equal(getattr(model, name), value.float()), name
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_artifacts_of_the_same_model_are_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = tiny_config()
+    model = quantized_model(cfg)
+    for run_id in "ab":
+        gpt.write_artifact(cfg, as_rank_zero(cfg, run_id), *model)
+    first, second = (gpt.artifact_path(as_rank_zero(cfg, run_id)).read_bytes() for run_id in "ab")
+    assert first == second
+
+
+def test_size_report_adds_the_file_and_the_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cfg, run = tiny_config(), as_rank_zero(tiny_config())
+    gpt.write_artifact(cfg, run, *quantized_model(cfg))
+    lines = dict(line.split(": ") for line in capsys.readouterr().out.splitlines() if ": " in line and "bytes" in line)
+    sizes = {key: int(value.split()[0]) for key, value in lines.items() if value.endswith(" bytes")}
+    model_bytes = sizes["Serialized model quantized+pergroup"]
+    assert model_bytes == gpt.artifact_path(run).stat().st_size
+    assert sizes["Total submission size quantized+pergroup"] == model_bytes + sizes["Code size (compressed)"]
+
+
+def test_checkpoint_restores_fp32_weights_exactly(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cfg, run = tiny_config(), as_rank_zero(tiny_config())
+    model, restored = random_model(cfg), random_model(cfg, seed=1)
+    gpt.write_checkpoint(cfg, run, model)
+    gpt.read_checkpoint(cfg, run, restored)
+    for (name, p), q in zip(model.named_parameters(), restored.parameters()):
+        assert torch.equal(p, q), name
+    size = gpt.checkpoint_path(run).stat().st_size
+    assert f"Serialized model: {size} bytes" in capsys.readouterr().out
+
+
+# --- refusals -----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def container(tmp_path):
+    """A path and settings of a small valid file."""
+    cfg, path = tiny_config(), tmp_path / "folder" / "a.artifact"
+    streams = {"one": b"first stream", "two": bytes(range(256)), "empty": b""}
+    assert gpt.write_container(path, gpt.ARTIFACT_MAGIC, cfg, streams) == path.stat().st_size
+    assert gpt.read_container(path, gpt.ARTIFACT_MAGIC, cfg) == streams
+    return path, cfg
+
+
+def refuse(path, cfg, match, magic=gpt.ARTIFACT_MAGIC):
+    with pytest.raises(gpt.ArtifactError, match=match) as caught:
+        gpt.read_container(path, magic, cfg)
+    assert str(path) in str(caught.value)
+
+
+def test_every_changed_byte_is_refused(container):
+    path, cfg = container
+    good = path.read_bytes()
+    for at in range(len(good)):
+        damaged = bytearray(good)
+        damaged[at] ^= 0x10
+        path.write_bytes(damaged)
+        refuse(path, cfg, "beginning with" if at < 8 else "truncated or corrupted")
+
+
+def test_every_truncation_and_appended_bytes_are_refused(container):
+    path, cfg = container
+    good = path.read_bytes()
+    for length in range(len(good)):
+        path.write_bytes(good[:length])
+        refuse(path, cfg, "not a file of that kind" if length < 8 else "truncated or corrupted")
+    path.write_bytes(good + b"\0")
+    refuse(path, cfg, "truncated or corrupted")
+
+
+def test_foreign_missing_and_swapped_files_are_refused(container, tmp_path):
+    path, cfg = container
+    foreign = tmp_path / "weights.pt"
+    foreign.write_bytes(b"PK\x03\x04" + bytes(200))
+    refuse(foreign, cfg, "not a file of that kind")
+    refuse(path, cfg, "not a file of that kind", magic=gpt.CHECKPOINT_MAGIC)
+    refuse(tmp_path / "absent", cfg, "cannot be read.*check RUN_ID")
+    refuse(tmp_path, cfg, "cannot be read")
+
+
+def test_another_format_version_is_refused(container, monkeypatch):
+    path, cfg = container
+    monkeypatch.setattr(gpt, "FORMAT_VERSION", gpt.FORMAT_VERSION + 1)
+    gpt.write_container(path, gpt.ARTIFACT_MAGIC, cfg, {})
+    monkeypatch.undo()
+    refuse(path, cfg, f"format version {gpt.FORMAT_VERSION + 1}, expected {gpt.FORMAT_VERSION}")
+
+
+def test_other_model_settings_are_refused_by_name_and_value(container):
+    path, cfg = container
+    refuse(path, dataclasses.replace(cfg, num_loops=3, rope_base=500.0), r"NUM_LOOPS=2 \(now 3\).*ROPE_BASE=10000.0 \(now 500.0\)")
+    # Settings that do not change the meaning of the weights may differ.
+    gpt.read_container(path, gpt.ARTIFACT_MAGIC, dataclasses.replace(cfg, seed=7, ttt_lora_lr=0.5))
+
+
+@pytest.mark.parametrize("fail_at", ("fsync", "replace"))
+def test_failed_write_leaves_the_old_file_and_no_debris(container, monkeypatch, fail_at):
+    path, cfg = container
+    before = path.read_bytes()
+
+    def fail(*args):
+        raise OSError("disk full")
+    monkeypatch.setattr(os, fail_at, fail)
+    with pytest.raises(OSError, match="disk full"):
+        gpt.write_container(path, gpt.ARTIFACT_MAGIC, cfg, {"other": b"x" * 100})
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_only_rank_zero_writes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg, run = tiny_config(), as_rank_zero(tiny_config())
+    run.rank = 1
+    gpt.write_checkpoint(cfg, run, random_model(cfg))
+    gpt.write_artifact(cfg, run, *quantized_model(cfg))
+    assert not list(tmp_path.rglob("*.*"))

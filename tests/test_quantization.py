@@ -1,0 +1,320 @@
+"""Section 10: rounding with GPTQ, protected columns, low-rank corrections, calibration statistics."""
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as gpt
+from helpers import random_model, tiny_config, write_dataset
+
+PROTECTED_GROUP = 64                # quantization.md §1; gptq.npz records only the starts
+
+
+def as_tensor(x) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(x))
+
+
+def weighted_error(W: torch.Tensor, dequantized: torch.Tensor, H: torch.Tensor) -> float:
+    """Σ over rows of E H Eᵀ, in fp64."""
+    E = (W - dequantized).double()
+    return float(((E @ H.double()) * E).sum())
+
+
+def correlated_hessian(cols: int, seed: int, tokens: int = 256) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, cols, generator=generator) @ torch.randn(cols, cols, generator=generator)
+    return x.T @ x / tokens
+
+
+def plain_rounding(W: torch.Tensor, scale: torch.Tensor, max_code: int) -> torch.Tensor:
+    return (W / scale.float()[:, None]).round().clamp(-max_code, max_code).to(torch.int8)
+
+
+# --- golden vectors -----------------------------------------------------------------------------------------
+
+def test_gptq_matches_every_recorded_case(load_vectors):
+    z = load_vectors("gptq")
+    cases = sorted(name[:-2] for name in z if name.endswith("_W"))
+    assert cases
+    for case in cases:
+        W, H = as_tensor(z[f"{case}_W"]).float(), as_tensor(z[f"{case}_H"])
+        limit, sigmas = int(z[f"{case}_clip_range"]), float(z[f"{case}_clip_sigmas"])
+        scale = gpt.row_scale(W, sigmas, limit)
+        assert torch.equal(scale, as_tensor(z[f"{case}_scale"])), case
+        starts = tuple(z[f"{case}_protect_starts"].tolist()) if f"{case}_protect_starts" in z else ()
+        high = scale_high = None
+        if starts:
+            high = torch.zeros(W.shape[1], dtype=torch.bool)
+            for start in starts:
+                high[start:start + PROTECTED_GROUP] = True
+            scale_high = gpt.row_scale(W, sigmas, 127)
+            assert torch.equal(scale_high, as_tensor(z[f"{case}_scale_hi"])), case
+        codes = gpt.gptq(W[None], H[None], scale[None], limit, high, scale_high[None] if starts else None, 127)[0]
+        want = as_tensor(z[f"{case}_Q"])
+        difference = (codes.int() - want.int()).abs()
+        assert (difference == 0).double().mean() >= 0.999 and difference.max() <= 1, case
+
+        recorded = gpt.dequantize(gpt.Quantized(want, scale, starts, PROTECTED_GROUP if starts else 0, scale_high))
+        torch.testing.assert_close(recorded, as_tensor(z[f"{case}_dequant"]), rtol=0, atol=1e-6)
+        ours = gpt.dequantize(gpt.Quantized(codes, scale, starts, PROTECTED_GROUP if starts else 0, scale_high))
+        assert weighted_error(W, ours, H) == pytest.approx(float(z[f"{case}_weighted_error"]), rel=1e-3), case
+
+
+def test_factor_packing_is_exact_from_given_factors(load_vectors):
+    z = load_vectors("lqer")
+    A, B = as_tensor(z["A"]), as_tensor(z["B"])
+    group = B.numel() // len(z["sB"])
+    packed = gpt.pack_factors(A, B, group)
+    for name, value in packed._asdict().items():
+        assert torch.equal(value, as_tensor(z[name])), name
+    torch.testing.assert_close(gpt.correction(packed), as_tensor(z["delta"]), rtol=0, atol=1e-6)
+    symmetric = gpt.pack_factors(A, B, group, asymmetric=False)
+    for name, value in symmetric._asdict().items():
+        assert torch.equal(value, as_tensor(z[f"sym_{name}"])), name
+
+
+def test_factors_from_a_residual_match_up_to_the_sign_of_each_component(load_vectors):
+    z = load_vectors("lqer")
+    A_want, B_want = as_tensor(z["A"]), as_tensor(z["B"])
+    A, B = gpt.top_components(as_tensor(z["E"]), A_want.shape[1])
+    sign = torch.sign((B * B_want).sum(-1))
+    torch.testing.assert_close(A * sign, A_want, rtol=0, atol=1e-4)
+    torch.testing.assert_close(B * sign[:, None], B_want, rtol=0, atol=1e-4)
+    packed = gpt.pack_factors(A * sign, B * sign[:, None], B.numel() // len(z["sB"]))
+    assert torch.equal(packed.qA, as_tensor(z["qA"])) and torch.equal(packed.qB, as_tensor(z["qB"]))
+
+
+def archive_matrices(z, cfg) -> dict[str, gpt.Matrix]:
+    """The large tensors of quant_pipeline.npz with the bits and clip range of their class."""
+    matrices = {}
+    for name in (key[:-2] for key in z if key.endswith("_Q")):
+        kind = name.split("_")[0]
+        sigmas = {"emb": cfg.embed_clip_sigmas, "up": cfg.mlp_clip_sigmas, "down": cfg.mlp_clip_sigmas}.get(
+            kind, cfg.attn_clip_sigmas)
+        bits = int(re.search(r"int(\d)\)", str(z[f"{name}_method"]))[1])
+        assert bits == (cfg.embed_bits if kind == "emb" else cfg.matrix_bits)
+        matrices[name] = gpt.Matrix(*(as_tensor(z[f"{name}_{part}"]).float() for part in ("W", "H", "act_rms")), bits, sigmas)
+    return matrices
+
+
+def method_of(bits: int, q: gpt.Quantized) -> str:
+    """How the reference names what was done to a matrix."""
+    text = f"gptq (int{bits})" + ("+awqgrpint8" if q.protect_starts else "")
+    return text if q.factors is None else text + ("+lqer_asym" if q.factors.sA.ndim == 0 else "+lqer")
+
+
+def factors_with_signs_of(residual: torch.Tensor, want_qA: torch.Tensor, group: int) -> gpt.Factors:
+    """Our factors of a residual, packed with the recorded sign of each component: the 2-bit code is not symmetric."""
+    A, B = gpt.top_components(residual, want_qA.shape[1])
+    sign = torch.where((A * want_qA.float()).sum(0) < 0, -1.0, 1.0)
+    return gpt.pack_factors(A * sign, B * sign[:, None], group)
+
+
+def test_whole_quantization_selects_and_restores_as_recorded(load_vectors):
+    z = load_vectors("quant_pipeline")
+    cfg = gpt.Config(lqer_rank=int(z["lqer_rank"]), lqer_asym_group=int(z["lqer_group"]), lqer_top_k=int(z["lqer_top_k"]),
+                   awq_lite_group_size=int(z["protect_group"]))
+    matrices = archive_matrices(z, cfg)
+    done = gpt.quantize_matrices(cfg, matrices)
+    assert list(done) == list(matrices)
+    for name, q in done.items():
+        assert method_of(matrices[name].bits, q) == str(z[f"{name}_method"]), name
+        assert torch.equal(q.scale, as_tensor(z[f"{name}_scale"])), name
+        assert list(q.protect_starts) == (z[f"{name}_protect_starts"].tolist() if f"{name}_protect_starts" in z else []), name
+        if q.protect_starts:
+            assert torch.equal(q.scale_high, as_tensor(z[f"{name}_scale_hi"])), name
+        difference = (q.codes.int() - as_tensor(z[f"{name}_Q"]).int()).abs()
+        assert (difference == 0).double().mean() >= 0.999 and difference.max() <= 1, name
+        residual = matrices[name].W - gpt.dequantize(q._replace(codes=as_tensor(z[f"{name}_Q"]), factors=None))
+        if f"{name}_lqer_qA" in z:
+            q = q._replace(factors=factors_with_signs_of(residual, as_tensor(z[f"{name}_lqer_qA"]), cfg.lqer_asym_group))
+            same = [(a.int() - as_tensor(z[f"{name}_lqer_{part}"]).int()).abs() for part, a in
+                    (("qA", q.factors.qA), ("qB", q.factors.qB))]
+            assert all((d == 0).double().mean() >= 0.99 and d.max() <= 1 for d in same), name
+            for part in ("sA", "sB"):
+                torch.testing.assert_close(getattr(q.factors, part), as_tensor(z[f"{name}_lqer_{part}"]), rtol=2e-3, atol=0)
+            # From here on the recorded codes and factors: dequantization itself must be exact.
+            q = q._replace(factors=gpt.Factors(*(as_tensor(z[f"{name}_lqer_{part}"]) for part in gpt.Factors._fields)))
+        elif q.factors is not None:                               # symmetric: not recorded, and blind to signs
+            A, B = gpt.top_components(residual, cfg.lqer_rank)
+            q = q._replace(factors=gpt.pack_factors(A, B, cfg.lqer_asym_group))
+        W = gpt.dequantize(q._replace(codes=as_tensor(z[f"{name}_Q"])))
+        head, sums = as_tensor(z[f"{name}_dequant_head16"]), as_tensor(z[f"{name}_dequant_row_checksum"])
+        if torch.equal(head, head.bfloat16().float()):            # the reference's embedding is bf16, ours fp32
+            W = W.bfloat16().float()
+        torch.testing.assert_close(W[:len(head)], head, rtol=0, atol=1e-5)
+        torch.testing.assert_close(W.double().sum(-1), sums.double(), rtol=0, atol=1e-5 * W.shape[1])
+        assert float((matrices[name].W - W).double().norm()) == pytest.approx(float(z[f"{name}_err_fro"]), rel=1e-4), name
+
+
+def test_pass_through_tensors_survive_as_fp16(load_vectors):
+    z = load_vectors("quant_pipeline")
+    names = [key.removesuffix("_roundtrip") for key in z if key.endswith("_roundtrip")]
+    assert names
+    for name in names:
+        stored = gpt.unpack_tensors(gpt.pack_tensors({name: as_tensor(z[f"{name}_W"]).half()}))[name]
+        assert torch.equal(stored.float(), as_tensor(z[f"{name}_roundtrip"])), name
+
+
+# --- properties ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", range(3))
+def test_identity_hessian_reproduces_rounding(seed):
+    W = torch.randn(2, 24, 150, generator=torch.Generator().manual_seed(seed))
+    scale = torch.stack([gpt.row_scale(m, 10.0, 31) for m in W])
+    codes = gpt.gptq(W, torch.eye(150).expand(2, -1, -1), scale, 31)
+    for m, s, c in zip(W, scale, codes):
+        assert torch.equal(c, plain_rounding(m, s, 31))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_correlated_hessian_beats_rounding(seed):
+    W = torch.randn(20, 140, generator=torch.Generator().manual_seed(100 + seed))
+    H = correlated_hessian(140, seed)
+    scale = gpt.row_scale(W, 10.0, 15)
+    codes = gpt.gptq(W[None], H[None], scale[None], 15)[0]
+    error, rounding = (weighted_error(W, gpt.dequantize(gpt.Quantized(c, scale)), H)
+                       for c in (codes, plain_rounding(W, scale, 15)))
+    assert error < 0.7 * rounding
+
+
+def test_matrices_quantized_together_equal_matrices_quantized_alone():
+    W = torch.randn(3, 16, 70, generator=torch.Generator().manual_seed(7))
+    H = torch.stack([correlated_hessian(70, seed) for seed in range(3)])
+    scale = torch.stack([gpt.row_scale(m, 11.0, 31) for m in W])
+    together = gpt.gptq(W, H, scale, 31)
+    for k in range(3):
+        assert torch.equal(together[k], gpt.gptq(W[k:k + 1], H[k:k + 1], scale[k:k + 1], 31)[0])
+
+
+def test_dead_inputs_get_code_zero_and_weights_are_left_unchanged():
+    W = torch.randn(8, 40, generator=torch.Generator().manual_seed(3))
+    H = correlated_hessian(40, 3)
+    dead = torch.tensor([0, 17, 39])
+    H[dead], H[:, dead] = 0.0, 0.0
+    before = W.clone()
+    codes = gpt.gptq(W[None], H[None], gpt.row_scale(W, 11.0, 31)[None], 31)[0]
+    assert not codes[:, dead].any() and codes.any()
+    assert torch.equal(W, before)
+
+
+def test_codes_stay_within_their_limits():
+    W = torch.randn(16, 64, generator=torch.Generator().manual_seed(4))
+    high = torch.arange(64) < 32
+    codes = gpt.gptq(W[None], correlated_hessian(64, 4)[None], gpt.row_scale(W, 1.0, 7)[None], 7, high,
+                   gpt.row_scale(W, 1.0, 127)[None], 127)[0]
+    assert codes[:, ~high].abs().max() == 7 and 7 < codes[:, high].abs().max() <= 127
+
+
+def test_constant_and_zero_rows_do_not_produce_nan():
+    W = torch.zeros(3, 32)
+    W[1] = 0.5
+    q = gpt.quantize_matrices(tiny_config(awq_lite_enabled=False, lqer_enabled=False),
+                            {"m": gpt.Matrix(W, torch.eye(32), torch.ones(32), 6, 11.5)})["m"]
+    assert gpt.dequantize(q).isfinite().all() and not q.codes[0].any()
+
+
+def test_disagreeing_shapes_and_unusable_hessians_are_refused():
+    W = torch.randn(1, 4, 8)
+    with pytest.raises(ValueError, match=r"expected H \(1, 8, 8\).*found \(1, 9, 9\)"):
+        gpt.gptq(W, torch.eye(9)[None], torch.ones(1, 4), 31)
+    with pytest.raises(ValueError, match="not positive definite"):
+        gpt.gptq(W, -torch.eye(8)[None] - 0.5, torch.ones(1, 4), 31)
+    with pytest.raises(ValueError, match="not positive definite"):
+        gpt.gptq(W, torch.full((1, 8, 8), float("nan")), torch.ones(1, 4), 31)
+
+
+def test_protection_takes_the_most_salient_whole_groups_and_the_earlier_on_ties():
+    W, H = torch.ones(4, 20), torch.eye(20)
+    matrices = {"a": gpt.Matrix(W, H, torch.ones(20), 6, 13.0), "b": gpt.Matrix(W, H, torch.ones(20), 6, 13.0),
+                "eight": gpt.Matrix(100 * W, H, torch.ones(20), 8, 13.0)}
+    assert gpt.select_protected(matrices, 8, 1, 8) == {"a": [0]}
+    assert gpt.select_protected(matrices, 8, 3, 8) == {"a": [0, 8], "b": [0]}
+    salient = torch.ones(20)
+    salient[16:] = 1000.0                                          # an incomplete group does not compete
+    salient[8:16] = 2.0
+    assert gpt.select_protected({**matrices, "b": matrices["b"]._replace(act_rms=salient)}, 8, 1, 8) == {"b": [8]}
+    assert gpt.select_protected(matrices, 8, 0, 8) == {}
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (5, 64)])
+def test_top_components_are_the_best_low_rank_approximation(shape):
+    E = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    A, B = gpt.top_components(E, 2)
+    U, S, Vt = torch.linalg.svd(E, full_matrices=False)
+    torch.testing.assert_close(A @ B, U[:, :2] * S[:2] @ Vt[:2], rtol=0, atol=1e-4)
+    torch.testing.assert_close(B @ B.T, torch.eye(2), rtol=0, atol=1e-5)
+
+
+def test_packing_falls_back_to_symmetric_when_groups_do_not_fit():
+    A, B = torch.randn(10, 2), torch.randn(2, 33)
+    packed = gpt.pack_factors(A, B, 32)
+    assert packed.sA.shape == (10,) and packed.sB.shape == (2,)
+    assert packed.qA.abs().max() <= 7 and packed.qB.abs().max() <= 7
+    assert torch.nn.functional.cosine_similarity(gpt.correction(packed).flatten(), (A @ B).flatten(), dim=0) > 0.97
+
+
+def test_corrections_go_to_the_largest_residuals():
+    generator = torch.Generator().manual_seed(6)
+    matrices = {f"m{k}": gpt.Matrix(size * torch.randn(16, 64, generator=generator), correlated_hessian(64, k),
+                                  torch.ones(64), 6, 11.5) for k, size in enumerate((1.0, 5.0, 0.1, 3.0))}
+    done = gpt.quantize_matrices(tiny_config(lqer_top_k=2, awq_lite_enabled=False), matrices)
+    assert [name for name, q in done.items() if q.factors is not None] == ["m1", "m3"]
+    off = gpt.quantize_matrices(tiny_config(lqer_enabled=False, awq_lite_enabled=False), matrices)
+    assert all(q.factors is None and not q.protect_starts for q in off.values())
+    assert all(torch.equal(off[name].codes, done[name].codes) for name in matrices)
+
+
+# --- calibration --------------------------------------------------------------------------------------------
+
+def as_rank(cfg, rank: int, world_size: int):
+    """A rank whose collectives do nothing: only its own share of the work is seen."""
+    return SimpleNamespace(cfg=cfg, rank=rank, world_size=world_size, device=torch.device("cpu"), sum=lambda x: x)
+
+
+def test_calibration_counts_every_execution_of_a_looped_layer(tmp_path):
+    cfg = tiny_config()
+    write_dataset(tmp_path)
+    model = random_model(cfg).requires_grad_(False)
+    paths = sorted(tmp_path.glob("fineweb_train_*.bin"))
+    stats = gpt.collect_hessians(cfg, gpt.Run(cfg), model, paths, 2)
+    tokens = 2 * cfg.row_tokens
+    executions = [layer for part in gpt.execution_order(cfg, True) for layer in part]
+    for layer in range(cfg.num_layers):
+        for kind, width in (("qkv", cfg.model_dim), ("o", cfg.model_dim), ("up", cfg.model_dim), ("down", cfg.mlp_dim)):
+            assert stats.counts[f"{kind}.{layer}"] == tokens * executions.count(layer)
+            assert stats.sums[f"{kind}.{layer}"].shape == (width, width)
+    assert stats.counts["head"] == tokens
+    # The head reads normed states: the mean square of its inputs is one.
+    assert float(stats.sums["head"].diagonal().sum()) / tokens / cfg.model_dim == pytest.approx(1.0, abs=1e-3)
+
+
+def test_ranks_share_calibration_batches_without_changing_the_sum(tmp_path):
+    cfg = tiny_config()
+    write_dataset(tmp_path)
+    model, paths = random_model(cfg), sorted(tmp_path.glob("fineweb_train_*.bin"))
+    whole = gpt.collect_hessians(cfg, gpt.Run(cfg), model, paths, 5)
+    parts = [gpt.collect_hessians(cfg, as_rank(cfg, rank, 2), model, paths, 5) for rank in range(2)]
+    assert parts[0].counts["head"] == 3 * cfg.row_tokens and parts[1].counts["head"] == 2 * cfg.row_tokens
+    for key, total in whole.sums.items():
+        torch.testing.assert_close(parts[0].sums[key] + parts[1].sums[key], total, rtol=1e-5, atol=1e-3)
+        assert parts[0].counts[key] + parts[1].counts[key] == whole.counts[key]
+
+
+def test_every_parameter_is_either_quantized_or_passed_through(tmp_path):
+    cfg = tiny_config()
+    write_dataset(tmp_path)
+    model = random_model(cfg).requires_grad_(False)
+    run = gpt.Run(cfg)
+    stats = gpt.collect_hessians(cfg, run, model, sorted(tmp_path.glob("fineweb_train_*.bin")), 2)
+    quantized, passed = gpt.quantize(cfg, run, model, stats)
+    assert {name.split(".")[0] for name in quantized} | passed.keys() == {name for name, _ in model.named_parameters()}
+    assert not {name.split(".")[0] for name in quantized} & passed.keys()
+    assert len(quantized) == 1 + len(gpt.MATRIX_NAMES) * cfg.num_layers
+    assert all(t.dtype == torch.float16 for t in passed.values())
+    for name, q in quantized.items():
+        group, _, layer = name.partition(".")
+        W = getattr(model, group)[int(layer)] if layer else getattr(model, group)
+        assert float((gpt.dequantize(q) - W).norm() / W.norm()) < 0.3, name
