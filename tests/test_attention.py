@@ -1,0 +1,147 @@
+"""Section 4: every attention backend computes causal attention inside segments, as written out here."""
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import train_gpt as gpt
+from helpers import tiny_config
+
+
+def attend_by_definition(q, k, v, cu_seqlens):
+    """One softmax over one masked score matrix per query head; head h reads key/value head h // (H/G)."""
+    N, H, K = q.shape
+    group = H // k.shape[1]
+    position = torch.arange(N, device=q.device)
+    segment = torch.bucketize(position, cu_seqlens.long()[1:], right=True)
+    mask = (segment[:, None] == segment) & (position[:, None] >= position)
+    heads = []
+    for head in range(H):
+        scores = (q[:, head] @ k[:, head // group].T / K ** 0.5).masked_fill(~mask, -torch.inf)
+        heads.append(scores.softmax(-1) @ v[:, head // group])
+    return torch.stack(heads, 1)
+
+
+def random_qkv(N, H, G, K, seed=0, dtype=torch.float32, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(N, heads, K, generator=generator).to(device, dtype) for heads in (H, G, G)]
+
+
+def longest(cu_seqlens):
+    return int(cu_seqlens.diff().max())
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(any), st.sampled_from([(4, 2), (4, 4), (3, 1)]),
+       st.integers(0, 9))
+@settings(max_examples=40)
+def test_math_attention_follows_the_definition(lengths, heads, seed):
+    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    q, k, v = random_qkv(sum(lengths), *heads, 8, seed)
+    out = gpt.attend_math(q, k, v, cu_seqlens, longest(cu_seqlens))
+    torch.testing.assert_close(out, attend_by_definition(q, k, v, cu_seqlens), rtol=0, atol=2e-6)
+
+
+def test_gradients_of_math_attention_follow_the_definition():
+    cu_seqlens = torch.tensor([0, 5, 5, 17, 20, 20], dtype=torch.int32)
+    leaves = [x.double().requires_grad_() for x in random_qkv(20, 4, 2, 8)]
+    weight = random_qkv(20, 4, 4, 8, seed=1)[0].double()
+    grads = [torch.autograd.grad((attend(*leaves) * weight).sum(), leaves) for attend in (
+        lambda *x: gpt.attend_math(*x, cu_seqlens, 12), lambda *x: attend_by_definition(*x, cu_seqlens))]
+    for found, expected in zip(*grads):
+        torch.testing.assert_close(found, expected)
+
+
+def test_segments_cannot_see_each_other_nor_the_future():
+    cu_seqlens = torch.tensor([0, 7, 20], dtype=torch.int32)
+    q, k, v = random_qkv(20, 4, 2, 8)
+    before = gpt.attend_math(q, k, v, cu_seqlens, 13)
+    k[:7] += 1
+    v[:7] -= 3
+    k[15:] *= 2
+    v[15:] += 5
+    after = gpt.attend_math(q, k, v, cu_seqlens, 13)
+    assert torch.equal(before[7:15], after[7:15])
+    assert not torch.equal(before[:7], after[:7]) and not torch.equal(before[15:], after[15:])
+
+
+def test_the_first_token_of_a_segment_returns_its_own_value():
+    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
+    q, k, v = random_qkv(9, 4, 2, 8)
+    out = gpt.attend_math(q, k, v, cu_seqlens, 5)
+    for first in (0, 4):
+        torch.testing.assert_close(out[first], v[first].repeat_interleave(2, 0))
+
+
+def test_a_machine_without_gpu_gets_plain_math_and_the_log_says_why(capsys):
+    assert gpt.choose_attention(gpt.Run(tiny_config())) is gpt.attend_math
+    assert capsys.readouterr().out == 'attention backend:math reason:"no GPU"\n'
+
+
+def pretend_gpu(monkeypatch, capability, fa3=None, fa4=None):
+    def loader(attend, name):
+        def load():
+            if attend is None:
+                raise ImportError(f"No module named '{name}'")
+            return attend
+        return load
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(gpt, "_load_flash_attention_3", loader(fa3, "flash_attn_interface"))
+    monkeypatch.setattr(gpt, "_load_flash_attention_4", loader(fa4, "flash_attn"))
+    return lambda **changes: gpt.Run(tiny_config(**changes), device=torch.device("cuda"))
+
+
+def test_flash_attention_3_comes_first_then_4(monkeypatch, capsys):
+    three, four = object(), object()
+    assert gpt.choose_attention(pretend_gpu(monkeypatch, (9, 0), three, four)()) is three
+    assert 'attention backend:flash_attention_3 reason:"first choice"' in capsys.readouterr().out
+    assert gpt.choose_attention(pretend_gpu(monkeypatch, (9, 0), None, four)()) is four
+    out = capsys.readouterr().out
+    assert "attention backend:flash_attention_4" in out and "No module named 'flash_attn_interface'" in out
+
+
+def test_a_gpu_without_fast_attention_stops_the_run_unless_slowness_is_allowed(monkeypatch, capsys):
+    run = pretend_gpu(monkeypatch, (9, 0))
+    with pytest.raises(gpt.ConfigError, match="no fast attention kernel .*requirements-gpu.txt.*ALLOW_SLOW=1"):
+        gpt.choose_attention(run())
+    assert gpt.choose_attention(run(allow_slow=True)) is gpt.attend_torch_varlen
+    assert "attention backend:torch_varlen reason:" in capsys.readouterr().out
+
+
+def test_an_older_gpu_is_told_which_compute_capability_is_needed(monkeypatch):
+    with pytest.raises(gpt.ConfigError, match="needs compute capability 9.0, found 8.0"):
+        gpt.choose_attention(pretend_gpu(monkeypatch, (8, 0), object(), object())())
+
+
+# GPU
+
+def gpu_backends():
+    """(name, loader) of every backend a GPU may use; a loader raises ImportError where the library is absent."""
+    return [("flash_attention_3", gpt._load_flash_attention_3), ("flash_attention_4", gpt._load_flash_attention_4),
+            ("torch_varlen", lambda: gpt.attend_torch_varlen), ("math", lambda: gpt.attend_math)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "load"), gpu_backends(), ids=[name for name, _ in gpu_backends()])
+@pytest.mark.parametrize("lengths", [[300], [1, 17, 0, 128, 256, 3, 0, 0], [64] * 5], ids=["one", "mixed", "even"])
+def test_gpu_backend_equals_math_forward_and_backward(name, load, lengths):
+    try:
+        attend = load()
+    except (ImportError, OSError) as error:
+        pytest.skip(f"{name}: {error}")
+    if name.startswith("flash") and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip(f"{name} needs compute capability 9.0")
+    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device="cuda")
+    max_seqlen = max(256, max(lengths))                        # as in training: a bound, not the maximum itself
+    inputs = random_qkv(sum(lengths), 8, 4, 64, dtype=torch.bfloat16, device="cuda")
+    weight = random_qkv(sum(lengths), 8, 8, 64, seed=1, dtype=torch.bfloat16, device="cuda")[0]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = attend(*leaves, cu_seqlens, max_seqlen)
+    found = [out, *torch.autograd.grad((out.float() * weight.float()).sum(), leaves)]
+    exact = [x.double().requires_grad_() for x in inputs]
+    expected_out = attend_by_definition(*exact, cu_seqlens)
+    expected = [expected_out, *torch.autograd.grad((expected_out * weight.double()).sum(), exact)]
+    for value, reference in zip(found, expected):
+        # bf16 keeps 8 bits: 2**-8 per rounding, a few roundings (probabilities, output, their gradients) in a row.
+        error = (value.double() - reference).norm() / reference.norm()
+        assert error < 0.015, f"{name}: relative error {error:.4f}"
+        assert (value.double() - reference).abs().max() < 0.06 * reference.abs().max()
