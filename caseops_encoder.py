@@ -8,8 +8,10 @@ not known to be exact, `DocumentEncoder` falls back to the definition and says w
 Contents: tokenizer files · the library · definition · fast encoder
 """
 
+import atexit
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import itertools
 import shutil
@@ -513,12 +515,18 @@ class CompileError(Exception):
     """The C routine cannot be built here; the message is the reason."""
 
 
-def compile_encoder(folder: Path) -> Path:
-    """Compile the C routine into `folder` and return the library's path; raise CompileError with the reason."""
+@functools.cache
+def compile_encoder() -> Path:
+    """Compile the C routine, once per process, and return the library's path; raise CompileError with the reason.
+
+    The file lies in a private temporary directory until this process ends, so that worker processes can load it.
+    """
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise CompileError("no C compiler (cc, gcc or clang) is installed")
-    source, library = Path(folder) / "caseops_encoder.c", Path(folder) / "caseops_encoder.so"
+    folder = tempfile.TemporaryDirectory(prefix="caseops_")
+    atexit.register(folder.cleanup)
+    source, library = Path(folder.name) / "caseops_encoder.c", Path(folder.name) / "caseops_encoder.so"
     source.write_text(_C_SOURCE, "utf-8")
     done = subprocess.run([compiler, "-std=c99", "-O2", "-shared", "-fPIC", "-o", library, source],
                           capture_output=True, text=True)
@@ -546,9 +554,7 @@ class DocumentEncoder:
         if self.reason:
             return
         try:
-            with tempfile.TemporaryDirectory(prefix="caseops_") as folder:
-                # The loaded library stays mapped after its file is gone.
-                self._lib = _load(compile_encoder(folder) if library is None else library)
+            self._lib = _load(compile_encoder() if library is None else library)
         except CompileError as error:
             self.reason = str(error)
             return

@@ -26,7 +26,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -312,35 +311,34 @@ def _work(batch: Batch, edge_bytes: str) -> EncodedBatch:
 
 def encode_batches(todo: Iterable[Batch], model: ModelFile, edge_bytes: str, workers: int) -> Iterator[EncodedBatch]:
     """Yield the encoded form of each batch in order, whatever the number of processes."""
-    with tempfile.TemporaryDirectory(prefix="caseops_") as folder:
-        reason, library = model.slow_reason, ""
-        if not reason:
-            try:
-                library = compile_encoder(folder)
-            except CompileError as error:
-                reason = str(error)
-        if reason:
-            print(f'encoder:library reason:"{reason}" (same output, several times slower)', file=sys.stderr)
-        if workers == 1:
-            encoder = DocumentEncoder(Tokenizer(model), library)
-            for batch in todo:
-                yield encode_batch(encoder, batch, edge_bytes)
-            return
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (model.path, library))
-        window = deque()
+    reason, library = model.slow_reason, ""
+    if not reason:
         try:
-            for batch in todo:
-                window.append(pool.submit(_work, batch, edge_bytes))
-                # A bounded window keeps memory independent of the input size when the writer is the slow part.
-                if len(window) >= 3 * workers:
-                    yield window.popleft().result()
-            while window:
+            library = compile_encoder()
+        except CompileError as error:
+            reason = str(error)
+    if reason:
+        print(f'encoder:library reason:"{reason}" (same output, several times slower)', file=sys.stderr)
+    if workers == 1:
+        encoder = DocumentEncoder(Tokenizer(model), library)
+        for batch in todo:
+            yield encode_batch(encoder, batch, edge_bytes)
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (model.path, library))
+    window = deque()
+    try:
+        for batch in todo:
+            window.append(pool.submit(_work, batch, edge_bytes))
+            # A bounded window keeps memory independent of the input size when the writer is the slow part.
+            if len(window) >= 3 * workers:
                 yield window.popleft().result()
-        except BrokenProcessPool:
-            raise PrepareError(f"expected {workers} worker processes to live, found one dead (out of memory?); "
-                               "run again with fewer --workers") from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        while window:
+            yield window.popleft().result()
+    except BrokenProcessPool:
+        raise PrepareError(f"expected {workers} worker processes to live, found one dead (out of memory?); "
+                           "run again with fewer --workers") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 # -----------------------------------------------------------------------------
