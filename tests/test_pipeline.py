@@ -1,0 +1,373 @@
+"""Sections 15 and 16: a whole run on a tiny model, its log, its resumed modes and its exit codes."""
+import contextlib
+import dataclasses
+import hashlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train_gpt as gpt
+import two_process_ttt
+from toy_data import VAL_LENGTHS, environment, write_run_data
+
+SETTINGS = dict(run_id="toy", iterations=3, warmup_steps=1, ema_decay=0.5, allow_unverified=False, audit=True,
+                ttt_batch_size=3, ttt_lora_lr=0.01, global_ttt_lr=0.01, phased_ttt_prefix_docs=5)
+
+
+class Finished:
+    """What a run in this process left: exit code, lines on stdout, text on stderr, and its folder."""
+
+    def __init__(self, folder: Path, arguments: tuple[str, ...] = (), **changes) -> None:
+        self.folder = folder
+        env = environment(**{**SETTINGS, "data_path": folder / "data", **changes})
+        out, err = io.StringIO(), io.StringIO()
+        with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+                patch.delenv(name, raising=False)
+            for name, value in env.items():
+                patch.setenv(name, value)
+            patch.chdir(folder)
+            self.code = gpt.main(list(arguments))
+        self.lines, self.errors = out.getvalue().splitlines(), err.getvalue()
+
+    def matches(self, pattern: str) -> list[re.Match]:
+        return [m for line in self.lines if (m := re.fullmatch(pattern, line))]
+
+    def one(self, pattern: str) -> re.Match:
+        """The only line that matches."""
+        found = self.matches(pattern)
+        assert len(found) == 1, f"{len(found)} lines match {pattern!r}:\n" + "\n".join(self.lines)
+        return found[0]
+
+    def score(self, name: str) -> tuple[str, ...]:
+        """(loss, bpb, targets, bytes) of a diagnostic, or of the final score, as printed."""
+        return self.one(rf"{name} val_loss:(\S+) val_bpb:(\S+) eval_time:\d+ms targets:(\d+) bytes:(\d+)").groups()
+
+
+PREQUANT, QUANTIZED, TTT = "diagnostic pre-quantization post-ema", "diagnostic quantized", "quantized_ttt_phased"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Finished:
+    """One uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_run_data(folder / "data")
+    return Finished(folder)
+
+
+@pytest.fixture
+def resumable(whole, tmp_path) -> Path:
+    """A copy of the folder the uninterrupted run left."""
+    return Path(shutil.copytree(whole.folder, tmp_path / "copy"))
+
+
+# --- the log ------------------------------------------------------------------------------------------------
+
+N = r"\d+"
+FLOAT = r"\d+\.\d+"
+LINES = {                                                           # logging.md, one line each
+    "settings": r"  matrix_lr: 0\.028",
+    "train_shards": "train_shards: 2",
+    "val_tokens": f"val_tokens: {sum(VAL_LENGTHS)}",
+    "params": rf"model_params:{N}",
+    "warmup": "warmup_step: 1/1",
+    "loop_warmup": "loop_warmup_step: 1/1",
+    "loops": r"layer_loop:enabled step:2 frac:0\.667 encoder:\[0, 1, 2, 1\] decoder:\[2, 1, 2, 3, 4\]",
+    "ema": "ema:applying EMA weights",
+    "prequant": rf"{PREQUANT} val_loss:\d+\.\d{{8}} val_bpb:\d+\.\d{{8}} eval_time:{N}ms( .*)?",
+    "serialized": rf"Serialized model: {N} bytes",
+    "code": rf"Code size \(uncompressed\): {N} bytes",
+    "code_compressed": rf"Code size \(compressed\): {N} bytes",
+    "hessians": r"GPTQ:collected 31 Hessians in \d+\.\ds",
+    "artifact": rf"Serialized model quantized\+pergroup: {N} bytes",
+    "total": rf"Total submission size quantized\+pergroup: {N} bytes",
+    "quantized": rf"{QUANTIZED} val_loss:\d+\.\d{{8}} val_bpb:\d+\.\d{{8}} eval_time:{N}ms( .*)?",
+    "ttt_warmup": r"ttt_lora:compile warmup done \(\d+\.\ds\)",
+    "hints": rf"ngram_tilt:hints total={sum(VAL_LENGTHS) - 1} gated=({N}) token_gate=\1 within_gate=0 word_gate=0 "
+             "agree2plus=0",
+    "precompute": rf"ngram_tilt:precompute_done elapsed=\d+\.\d\ds total_targets={sum(VAL_LENGTHS) - 1}",
+    "phases": r"ttt_phased: total_docs:13 prefix_docs:5 suffix_docs:8 num_phases:1 boundaries:\[5\]",
+    "ttt": rf"{TTT} val_loss:\d+\.\d{{8}} val_bpb:\d+\.\d{{8}} eval_time:{N}ms( .*)?",
+    "total_eval": r"total_eval_time:\d+\.\ds"}
+
+
+def test_whole_run_succeeds(whole):
+    assert whole.code == 0 and whole.errors == ""
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_log_has_the_line_people_grep(whole, line):
+    whole.one(LINES[line])
+
+
+def test_log_reports_training_progress(whole):
+    steps = whole.matches(rf"({N})/3 train_loss: {FLOAT} train_time: \d+\.\dm tok/s: {N}")
+    assert [int(m[1]) for m in steps] == [1, 2, 3]
+
+
+def test_log_lines_come_in_the_order_of_the_stages(whole):
+    stages = ["settings", "params", "warmup", "loop_warmup", "loops", "ema", "serialized", "prequant", "hessians",
+              "artifact", "quantized", "ttt_warmup", "hints", "phases", "ttt", "total_eval"]
+    places = [next(k for k, line in enumerate(whole.lines) if re.fullmatch(LINES[name], line)) for name in stages]
+    assert places == sorted(places)
+
+
+def test_log_lists_every_setting_sorted_and_no_home_folder(whole):
+    listed = [m[1] for m in whole.matches(r"  (\w+): .*")]
+    assert listed == sorted(field.name for field in dataclasses.fields(gpt.Config))
+    folder = whole.one(r"  data_path: (.*)")[1]
+    assert folder == "/".join((whole.folder / "data").parts[-2:])
+    assert not any(str(whole.folder) in line for line in whole.lines)
+
+
+def test_log_file_has_the_lines_of_stdout_and_the_source_once(whole):
+    text = (whole.folder / "logs" / "toy.txt").read_text()
+    source = Path(gpt.__file__).read_text()
+    assert text.count(source) == 1
+    rest = text.replace(f"source:\n{source}source_end\n", "")
+    assert rest.splitlines() == whole.lines
+
+
+def test_new_log_lines_follow_the_grammar(whole):
+    """An event word (or two), then key:value pairs."""
+    for event in ("versions", "run", "attention", "warmup done", "train speed", "train clock_s", "quantize", "artifact",
+                  "ttt batch", "ttt adapted_base", "audit"):
+        found = [line for line in whole.lines if line.startswith(event)]
+        assert found, event
+        for line in found:
+            assert re.fullmatch(r'\w+( \w+)*( [\w.]+:("[^"]*"|\[[^]]*\]|\S+))+', line), line
+
+
+def test_all_three_scores_cover_the_same_targets_and_bytes(whole):
+    counts = np.fromfile(whole.folder / "data" / "fineweb_val_bytes_000000.bin", "<u2", offset=1024)
+    want = str(sum(VAL_LENGTHS) - 1), str(counts[1:].sum())
+    assert [whole.score(name)[2:] for name in (PREQUANT, QUANTIZED, TTT)] == [want] * 3
+    for name in (PREQUANT, QUANTIZED, TTT):
+        loss, bpb, targets, num_bytes = map(float, whole.score(name))
+        assert bpb == pytest.approx(loss * targets / num_bytes / np.log(2), abs=1e-7)
+
+
+def test_reported_sizes_are_those_on_disk(whole):
+    size = {name: int(re.search(rf"({N}) bytes", whole.one(LINES[name])[0])[1])
+            for name in ("serialized", "artifact", "total", "code", "code_compressed")}
+    folder = whole.folder / "checkpoints"
+    assert size["serialized"] == (folder / "toy.weights").stat().st_size
+    assert size["artifact"] == (folder / "toy.artifact").stat().st_size
+    assert size["total"] == size["artifact"] + size["code_compressed"]
+    assert size["code"] == Path(gpt.__file__).stat().st_size
+    assert sorted(path.name for path in folder.iterdir()) == ["toy.artifact", "toy.weights"]
+
+
+def test_audit_leaves_the_full_scoring_order_beside_the_log(whole):
+    order = np.fromfile(whole.folder / "logs" / "toy.order.bin", "<i8")
+    assert np.array_equal(np.sort(order), np.arange(sum(VAL_LENGTHS) - 1))
+    audit = whole.one(rf"audit targets:({N}) order_file:logs/toy\.order\.bin sha256:([0-9a-f]{{64}})")
+    assert int(audit[1]) == len(order) and audit[2] == hashlib.sha256(order.tobytes()).hexdigest()
+
+
+# --- resumed and shortened runs -----------------------------------------------------------------------------
+
+def test_quantizing_a_checkpoint_again_gives_the_same_artifact_and_scores(whole, resumable):
+    artifact = resumable / "checkpoints" / "toy.artifact"
+    before = artifact.read_bytes()
+    artifact.unlink()
+    again = Finished(resumable, quantize_only=True)
+    assert again.code == 0 and artifact.read_bytes() == before
+    for name in (PREQUANT, QUANTIZED, TTT):
+        assert again.score(name) == whole.score(name)
+    assert not again.matches(r".*train_loss.*")
+
+
+def test_scoring_an_artifact_again_gives_the_same_scores(whole, resumable):
+    (resumable / "checkpoints" / "toy.weights").unlink()
+    again = Finished(resumable, ttt_eval_only=True)
+    assert again.code == 0
+    assert [again.score(name) for name in (QUANTIZED, TTT)] == [whole.score(name) for name in (QUANTIZED, TTT)]
+    assert not again.matches(rf"{PREQUANT}.*") and not again.matches("GPTQ:.*")
+
+
+def test_same_seed_repeats_the_whole_run_and_another_seed_does_not(whole, tmp_path):
+    write_run_data(tmp_path / "data")
+    again = Finished(tmp_path, prequant_only=True)
+    assert again.score(PREQUANT) == whole.score(PREQUANT)
+    assert Finished(tmp_path, prequant_only=True, seed=1).score(PREQUANT)[:2] != whole.score(PREQUANT)[:2]
+
+
+def test_prequant_only_stops_before_quantization(tmp_path):
+    write_run_data(tmp_path / "data")
+    short = Finished(tmp_path, prequant_only=True)
+    assert short.code == 0 and short.score(PREQUANT)
+    assert not short.matches("GPTQ:.*") and not short.matches(f"{QUANTIZED}.*")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["toy.weights"]
+
+
+def test_without_ttt_the_run_ends_with_the_quantized_diagnostic(whole, resumable):
+    short = Finished(resumable, ttt_eval_only=True, ttt_enabled=False)
+    assert short.code == 0 and short.lines[-1].startswith(QUANTIZED)
+    assert short.score(QUANTIZED) == whole.score(QUANTIZED)
+
+
+def test_without_tilt_no_hints_are_made(whole, resumable):
+    plain = Finished(resumable, ttt_eval_only=True, ngram_tilt_enabled=False)
+    assert plain.code == 0 and not plain.matches("ngram_tilt:.*")
+    assert plain.score(TTT)[2:] == whole.score(TTT)[2:] and plain.score(TTT)[1] != whole.score(TTT)[1]
+
+
+def test_wall_clock_stops_training_early_and_says_so(tmp_path):
+    write_run_data(tmp_path / "data")
+    stopped = Finished(tmp_path, prequant_only=True, iterations=10**6, max_wallclock_seconds=2.0, gptq_reserve_seconds=0.5,
+                       enable_looping_at=0.0)
+    assert stopped.code == 0
+    stopped.one("gptq:reserving 0.5s, effective=1500ms")
+    steps = int(stopped.one(rf"stopping_early: wallclock_cap train_time: {N}ms step: ({N})/1000000")[1])
+    stopped.one(r"layer_loop:enabled step:0 frac:0\.000 .*")
+    assert 0 < steps < 10**6
+
+
+def test_validation_tokens_are_not_read_before_training_has_ended(whole, tmp_path, monkeypatch):
+    """While training runs the validation shards hold nothing but their headers."""
+    write_run_data(tmp_path / "data")
+    shards = sorted((tmp_path / "data").glob("fineweb_val_*.bin"))
+    train = gpt.train
+
+    def train_without_validation(*args):
+        contents = {path: path.read_bytes() for path in shards}
+        for path, content in contents.items():
+            path.write_bytes(content[:gpt.SHARD_HEADER_BYTES])
+        seconds = train(*args)
+        for path, content in contents.items():
+            path.write_bytes(content)
+        return seconds
+    monkeypatch.setattr(gpt, "train", train_without_validation)
+    run = Finished(tmp_path, prequant_only=True)
+    assert run.code == 0 and len(shards) == 2
+    assert run.score(PREQUANT) == whole.score(PREQUANT)
+    weights = [(folder / "checkpoints" / "toy.weights").read_bytes() for folder in (tmp_path, whole.folder)]
+    assert weights[0] == weights[1]
+
+
+def test_before_training_only_headers_of_validation_shards_are_read(whole):
+    """Opening the data folder does not look at a single validation token."""
+    folder = whole.folder / "data"
+    read = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpt, "read_shard", lambda path: read.append(path))
+        patch.setattr(np, "fromfile", lambda path, *args, **kwargs: read.append(path))
+        patch.setattr(np, "memmap", lambda path, *args, **kwargs: read.append(path))
+        data = gpt.Dataset.open(gpt.Config(data_path=str(folder)))
+    assert data.val_tokens == sum(VAL_LENGTHS) and not read
+
+
+# --- exit codes and messages --------------------------------------------------------------------------------
+
+def test_bad_settings_and_usage_end_with_two(tmp_path):
+    for changes, message in (({"iteration": 3}, "did you mean ITERATIONS"), ({"iterations": "three"}, "a whole number"),
+                             ({"quantize_only": True, "ttt_eval_only": True}, "at most one of"),
+                             ({"within_boost": 1}, "not causal")):
+        run = Finished(tmp_path, **changes)
+        assert run.code == 2 and message in run.errors and run.lines == []
+    usage = Finished(tmp_path, ("--quick",))
+    assert usage.code == 2 and "--quick" in usage.errors
+    assert not list(tmp_path.iterdir())                             # nothing was started
+
+
+def test_help_ends_with_zero_and_lists_every_setting(tmp_path):
+    run = Finished(tmp_path, ("--help",))
+    assert run.code == 0
+    for field in dataclasses.fields(gpt.Config):
+        assert any(f"`{field.name.upper()}`" in line for line in run.lines), field.name
+
+
+def test_missing_data_checkpoint_and_artifact_end_with_one(tmp_path):
+    assert "no such folder" in check_failure(Finished(tmp_path))
+    write_run_data(tmp_path / "data")
+    assert "toy.weights: cannot be read" in check_failure(Finished(tmp_path, quantize_only=True))
+    assert "toy.artifact: cannot be read" in check_failure(Finished(tmp_path, ttt_eval_only=True))
+
+
+def test_damaged_and_foreign_artifacts_end_with_one(resumable):
+    assert "NUM_LOOPS=2 (now 1)" in check_failure(Finished(resumable, ttt_eval_only=True, num_loops=1))
+    path = resumable / "checkpoints" / "toy.artifact"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "truncated or corrupted" in check_failure(Finished(resumable, ttt_eval_only=True))
+
+
+def test_validation_without_bytes_ends_with_one(resumable):
+    path = resumable / "data" / "fineweb_val_bytes_000000.bin"
+    path.write_bytes(path.read_bytes()[:1024] + bytes(path.stat().st_size - 1024))
+    assert "sidecar is all zero" in check_failure(Finished(resumable, ttt_eval_only=True))
+
+
+def check_failure(run: Finished) -> str:
+    assert run.code == 1 and run.errors.startswith("error: ") and "Traceback" not in run.errors
+    return run.errors
+
+
+def test_command_line_passes_the_exit_code_on(repo, tmp_path):
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    done = subprocess.run([sys.executable, str(repo / "train_gpt.py")], cwd=tmp_path, env={**env, "ITERATION": "3"},
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "did you mean ITERATIONS" in done.stderr and "Traceback" not in done.stderr
+
+
+# --- two processes ------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def one_and_two(whole, tmp_path_factory):
+    """Results of scoring the same artifact in one process and on both ranks, and the launch's output."""
+    folder = Path(shutil.copytree(whole.folder, tmp_path_factory.mktemp("two") / "run"))
+    repo = gpt.REPO
+    settings = environment(**{**SETTINGS, "data_path": folder / "data", "ttt_eval_only": True, "global_ttt_lr": 0.05})
+    env = {**os.environ, **settings, "PYTHONPATH": f"{repo}{os.pathsep}{repo / 'tests'}", "OMP_NUM_THREADS": "1",
+           "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
+                           "--nproc_per_node=2", str(repo / "tests" / "two_process_ttt.py"), str(folder)],
+                          cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    order = (folder / "logs" / "toy.order.bin").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        cfg = gpt.Config.from_env(settings)
+        with gpt.Run.start(cfg, {}) as run:
+            one = two_process_ttt.results(cfg, run)
+    assert order == (folder / "logs" / "toy.order.bin").read_bytes()
+    return one, *(dict(np.load(folder / f"rank{rank}.npz")) for rank in (0, 1)), done.stdout.splitlines()
+
+
+@pytest.mark.two_process
+def test_two_processes_score_what_one_scores(one_and_two):
+    one, rank0, rank1, _ = one_and_two
+    for name in ("plain", "ttt"):
+        for field in ("tokens", "bytes"):
+            assert one[f"{name}_{field}"] == rank0[f"{name}_{field}"] == rank1[f"{name}_{field}"]
+        for field in ("loss", "bpb"):
+            assert rank0[f"{name}_{field}"] == rank1[f"{name}_{field}"]
+            assert rank0[f"{name}_{field}"] == pytest.approx(one[f"{name}_{field}"], abs=1e-6)
+
+
+@pytest.mark.two_process
+def test_two_processes_adapt_the_base_as_one_does(one_and_two):
+    """Both ranks end with the same weights, and their token-weighted halves are the whole gradient."""
+    one, rank0, rank1, lines = one_and_two
+    names = [name for name in one if name.startswith("weight_")]
+    assert len(names) == sum(map(len, gpt.PARAMETER_TABLE.values()))
+    for name in names:
+        assert np.array_equal(rank0[name], rank1[name]), name
+        np.testing.assert_allclose(rank0[name], one[name], rtol=0, atol=1e-5, err_msg=name)
+    assert sum(bool(re.match(r"ttt adapted_base documents:5 sgd_steps:[1-9]", line)) for line in lines) == 1
+
+
+@pytest.mark.two_process
+def test_two_processes_follow_the_same_plan_and_log_once(whole, one_and_two):
+    """The scoring order is the same file (checked where it is made) with the same digest; only rank 0 writes."""
+    lines = one_and_two[-1]
+    audits = [line for line in lines if line.startswith("audit ")]
+    assert audits == [whole.one("audit .*")[0]]
+    assert sum(line.startswith(TTT) for line in lines) == 1
