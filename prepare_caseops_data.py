@@ -796,6 +796,9 @@ class DirectoryCheck:
     def __init__(self, folder: Path, overlap_limit: float = OVERLAP_LIMIT, show_progress: bool = True):
         self.folder = Path(folder)
         self.violations: list[str] = []
+        self.val_documents: set[bytes] = set()        # hashes, without documents that have no tokens
+        self._val_in_train: set[bytes] = set()
+        self._train_repeats = 0
         self._overlap_limit = overlap_limit
         self._facts = {"train": SeriesFacts(), "val": SeriesFacts(), "val_bytes": SeriesFacts()}
         self._names: dict[str, list[str]] = {series: [] for series in self._facts}
@@ -812,7 +815,6 @@ class DirectoryCheck:
         """Check everything, print one line per series, and return the violations."""
         try:
             self._check_tokens("val")
-            val_documents = self._val_documents
             self._check_sidecar()
             self._check_tokens("train")
         finally:
@@ -823,7 +825,7 @@ class DirectoryCheck:
         val, sidecar = self._facts["val"], self._facts["val_bytes"]
         if val.values:
             print(f"verify bytes_per_token:{sidecar.total / val.values:.4f}")
-        self._check_overlap(len(val_documents))
+        self._check_overlap()
         if self._manifest is None:
             self._check_published_figures()
         else:
@@ -966,12 +968,10 @@ class DirectoryCheck:
     def _check_tokens(self, series: str) -> None:
         """Read one split; remember validation documents, count those that recur in training."""
         if series == "val":
-            self._val_documents = set(self._documents("val"))
+            self.val_documents = set(self._documents("val"))
             return
-        self._train_repeats = 0
-        self._val_in_train: set[bytes] = set()
         for document in self._documents("train"):
-            if document in self._val_documents:
+            if document in self.val_documents:
                 self._train_repeats += 1
                 self._val_in_train.add(document)
 
@@ -1014,8 +1014,8 @@ class DirectoryCheck:
 
     # -- what must hold between them
 
-    def _check_overlap(self, num_documents: int) -> None:
-        found = len(self._val_in_train)
+    def _check_overlap(self) -> None:
+        found, num_documents = len(self._val_in_train), len(self.val_documents)
         print(f"verify overlap val_documents:{found}/{num_documents} train_documents:{self._train_repeats}")
         if found > self._overlap_limit * num_documents:
             self.violations.append(
@@ -1107,7 +1107,7 @@ def download(root: Path = DEFAULT_DOWNLOAD_ROOT, repo: str = PUBLISHED_REPO, rev
                            "run `pip install huggingface_hub`") from None
     folder = Path(root) / PUBLISHED_NAME
     staging = folder / DOWNLOAD_STAGING_NAME
-    again = "check the connection and run again; finished files and the begun one are kept"
+    again = "check the connection and run again; finished files are kept"
     try:
         info = huggingface_hub.HfApi().repo_info(repo, repo_type="dataset", revision=revision, files_metadata=True)
         wanted = _choose_files(repo, info.siblings or [], train_shards)
