@@ -79,14 +79,14 @@ def archive_model(weights: Mapping[str, np.ndarray], cfg: gpt.Config, dtype: tor
 
 def random_model(cfg: gpt.Config, seed: int = 0, **kwargs: Any) -> gpt.GPT:
     """A model whose gates, scales and zero-initialized matrices all have an effect."""
-    model = gpt.GPT(cfg, **kwargs)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = gpt.GPT(cfg, **kwargs)
         for name, p in model.named_parameters():
             if name in gpt.PARAMETER_TABLE["muon"]:
-                p.copy_(torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5)
+                p.copy_(torch.randn(p.shape) / p.shape[-1] ** 0.5)
             elif "softcap" not in name:
-                p.add_(0.3 * torch.randn(p.shape, generator=generator))
+                p.add_(0.3 * torch.randn(p.shape))
         model.q_gain.clamp_(0.5, 2.0)
         model.softcap_pos.fill_(20.0)
         model.softcap_neg.fill_(12.0)

@@ -1,0 +1,212 @@
+"""Section 9: training as a whole, the wall clock, compile warm-up, and two processes that equal one."""
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as gpt
+import two_process
+from helpers import random_model, tiny_config, write_dataset
+
+
+@pytest.fixture
+def train_tiny(tmp_path, capsys):
+    """train_tiny(**changes) trains a tiny model and returns (model, log lines)."""
+    write_dataset(tmp_path / "data")
+
+    def train(model_seed=0, **changes):
+        cfg = tiny_config(data_path=str(tmp_path / "data"), **changes)
+        torch.manual_seed(model_seed)
+        model = gpt.GPT(cfg)
+        capsys.readouterr()
+        gpt.train(cfg, gpt.Run(cfg), gpt.Dataset.open(cfg), model)
+        return model, capsys.readouterr().out.splitlines()
+    return train
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+
+
+def test_training_lowers_the_loss(train_tiny):
+    _, lines = train_tiny(iterations=12, ema_decay=0.5, matrix_lr=0.01, tied_embed_lr=0.01)
+    losses = [float(m[1]) for line in lines if (m := re.match(r"\d+/12 train_loss: (\S+)", line))]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(train_tiny):
+    assert same_weights(train_tiny()[0], train_tiny()[0])
+
+
+def test_the_averaged_weights_are_what_training_leaves(train_tiny):
+    averaged, _ = train_tiny(ema_decay=1.0)
+    torch.manual_seed(0)
+    assert same_weights(averaged, gpt.GPT(averaged.cfg))              # decay 1 keeps the initial weights
+    assert not same_weights(train_tiny(ema_decay=0.0)[0], averaged)
+
+
+# Compile warm-up
+
+def test_warm_up_leaves_nothing_behind(train_tiny):
+    warm, lines = train_tiny(warmup_steps=2)
+    cold, _ = train_tiny(warmup_steps=0)
+    assert same_weights(warm, cold)
+    assert "warmup_step: 2/2" in lines and "loop_warmup_step: 2/2" in lines
+
+
+@pytest.mark.parametrize("seconds", [0.0, 600.0])
+def test_warm_up_restores_weights_optimizer_and_random_state(tmp_path, seconds):
+    write_dataset(tmp_path)
+    cfg = tiny_config(data_path=str(tmp_path), warmup_steps=2, max_wallclock_seconds=seconds)
+    run, model = gpt.Run(cfg), random_model(cfg)
+    optimizer = gpt.Optimizer(cfg, run, model)
+    weights, state = [p.detach().clone() for p in model.parameters()], torch.get_rng_state()
+    calibration_s = gpt.warm_up(cfg, run, gpt.Dataset.open(cfg), model, optimizer)
+    assert (calibration_s > 0) == (seconds > 0)
+    assert all(torch.equal(p, saved) for p, saved in zip(model.parameters(), weights))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not optimizer.adamw.state and optimizer.muon.momentum_buffers == [None] * len(optimizer.muon.banks)
+    assert not optimizer.grad_sum and optimizer.num_rows == 0 and all(p.grad is None for p in model.parameters())
+
+
+# Schedule and stop
+
+def test_looping_switches_on_once_at_its_share_of_the_steps(train_tiny):
+    _, lines = train_tiny(iterations=8, enable_looping_at=0.35)
+    switches = [line for line in lines if line.startswith("layer_loop:enabled")]
+    assert switches == ["layer_loop:enabled step:3 frac:0.375 encoder:[0, 1, 2, 1] decoder:[2, 1, 2, 3, 4]"]
+
+
+def test_looping_changes_the_training(train_tiny):
+    assert not same_weights(train_tiny(enable_looping_at=0.0)[0], train_tiny(enable_looping_at=2.0)[0])
+    assert not any("layer_loop" in line for line in train_tiny(num_loops=0)[1])
+
+
+def test_looping_from_the_first_step_is_reported_as_such(train_tiny):
+    speed = next(line for line in train_tiny(enable_looping_at=0.0)[1] if line.startswith("train speed"))
+    assert "loops_on_tok_per_s" in speed and "loops_off_tok_per_s" not in speed
+
+
+def test_without_a_wallclock_the_schedule_follows_the_steps():
+    cfg = tiny_config(iterations=10)
+    assert [gpt.plan_step(cfg, step, 1e6, 1e6, 1e6) for step in (0, 5, 9)] == [(0.0, False), (0.5, False), (0.9, False)]
+
+
+def test_progress_is_the_share_of_the_budget_without_the_reserve():
+    cfg = tiny_config(max_wallclock_seconds=600.0, gptq_reserve_seconds=4.0)
+    assert gpt.plan_step(cfg, 7, 298.0, 0.1, 4.0) == (0.5, False)
+    assert gpt.plan_step(cfg, 7, 595.9, 0.05, 4.0)[1] is False
+    assert gpt.plan_step(cfg, 7, 596.0, 0.0, 0.0) == (1.0, True)
+
+
+def test_training_stops_while_one_more_step_and_calibration_still_fit():
+    cfg = tiny_config(max_wallclock_seconds=600.0, gptq_reserve_seconds=0.0)
+    assert not gpt.plan_step(cfg, 7, 580.0, 5.0, 15.0)[1]
+    assert gpt.plan_step(cfg, 7, 580.0, 5.1, 15.0)[1] and gpt.plan_step(cfg, 7, 580.0, 5.0, 15.1)[1]
+
+
+def test_a_tiny_budget_stops_early_and_says_so(train_tiny):
+    _, lines = train_tiny(iterations=100_000, max_wallclock_seconds=0.05, gptq_reserve_seconds=0.01)
+    assert "gptq:reserving 0.01s, effective=40ms" in lines
+    assert any(re.fullmatch(r"stopping_early: wallclock_cap train_time: \d+ms step: \d+/100000", line) for line in lines)
+    assert lines[-1] == "ema:applying EMA weights"
+
+
+def test_the_clock_knows_the_longest_recent_step_and_the_steps_still_queued():
+    clock = gpt.StepClock(gpt.Run(tiny_config()))
+    assert (clock.now(), clock.longest_recent()) == (0.0, 0.0)
+    clock.ends = [1.0, 2.5, 3.0]
+    assert (clock.now(), clock.longest_recent()) == (3.0, 1.5)
+    clock.events = ["a step on the device"]
+    assert clock.now() == 3.5
+    clock.ends = [100.0, *np.arange(101.0, 110.0)]
+    assert clock.longest_recent() == 1.0
+
+
+def test_a_run_that_diverges_stops_with_advice(train_tiny):
+    with pytest.raises(RuntimeError, match="train_loss is nan after step 1; the run has diverged, lower MATRIX_LR"):
+        train_tiny(tied_embed_init_std=1e38)
+
+
+def test_log_lines_have_the_wording_that_people_grep(train_tiny):
+    _, lines = train_tiny(iterations=7, warmup_steps=1)
+    assert lines[:2] == ["warmup_step: 1/1", "loop_warmup_step: 1/1"]
+    steps = [line for line in lines if re.fullmatch(r"\d+/7 train_loss: \d+\.\d{4} train_time: \d+\.\dm tok/s: \d+", line)]
+    assert [int(line.split("/")[0]) for line in steps] == [1, 2, 3, 4, 5, 7]
+
+
+# Two processes
+
+@pytest.fixture(scope="module")
+def one_and_two(tmp_path_factory):
+    """The results of one process, of rank 0 and of rank 1, and the launch's output."""
+    folder, repo = tmp_path_factory.mktemp("two"), two_process.gpt.REPO
+    write_dataset(folder, train=(1900, 2500), val=(500, 333))
+    env = {**os.environ, "PYTHONPATH": f"{repo}{os.pathsep}{repo / 'tests'}", "OMP_NUM_THREADS": "1",
+           "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
+               "--nproc_per_node=2", str(repo / "tests" / "two_process.py"), str(folder)]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cfg = two_process.config(folder)
+    one = two_process.results(cfg, gpt.Run(cfg))
+    return one, *(dict(np.load(folder / f"rank{rank}.npz")) for rank in (0, 1)), done.stdout
+
+
+two_processes = pytest.mark.two_process
+
+
+@two_processes
+def test_two_processes_train_the_same_weights_as_one(one_and_two):
+    """Both sum the same eight clipped gradients, in another order.
+
+    One rounding of 2**-24 relative to the gradient's scale is amplified by Adam's division (gradients much smaller
+    than others in the tensor) and by Muon's polynomials (small singular values, at most a factor of 10**3 a step).
+    """
+    one, rank0, rank1, _ = one_and_two
+    names = [key for key in one if key.startswith("weight_")]
+    assert len(names) == sum(map(len, gpt.PARAMETER_TABLE.values()))
+    for name in names:
+        assert (rank0[name] == rank1[name]).all(), f"{name}: the replicas differ"
+        np.testing.assert_allclose(rank0[name], one[name], rtol=0, atol=1e-5, err_msg=name)
+
+
+@two_processes
+def test_two_processes_score_the_same_targets_as_one(one_and_two):
+    one, rank0, rank1, _ = one_and_two
+    for name in ("score_tokens", "score_bytes"):
+        assert one[name] == rank0[name] == rank1[name]
+    assert one["score_tokens"] == 500 + 333 - 1
+    for name in ("score_loss", "score_bpb"):
+        assert rank0[name] == rank1[name] and abs(rank0[name] - one[name]) <= 1e-12 * one[name]
+
+
+@two_processes
+def test_two_processes_collect_the_same_hessians_as_one(one_and_two):
+    one, rank0, rank1, _ = one_and_two
+    names = [key for key in one if key.startswith(("hessian_", "count_"))]
+    assert names
+    for name in names:
+        assert (rank0[name] == rank1[name]).all()
+        np.testing.assert_allclose(rank0[name], one[name], rtol=1e-5, atol=1e-6 * np.abs(one[name]).max())
+
+
+@two_processes
+def test_collectives_agree_on_every_rank(one_and_two):
+    one, *ranks, _ = one_and_two
+    assert (one["world_size"], one["sum"], one["max"], one["broadcast"]) == (1, 1, 1, 5)
+    assert one["agree"].tolist() == [0.1, 1e300]
+    for rank in ranks:
+        assert (rank["world_size"], rank["sum"], rank["max"], rank["broadcast"]) == (2, 3, 2, 5)
+        assert rank["agree"].tolist() == [0.1, 1e300]
+
+
+@two_processes
+def test_only_rank_0_writes_the_log(one_and_two):
+    lines = one_and_two[3].splitlines()
+    assert lines.count("ema:applying EMA weights") == 1
+    assert sum(line.startswith(f"{two_process.STEPS}/{two_process.STEPS} train_loss:") for line in lines) == 1

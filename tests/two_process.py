@@ -1,0 +1,48 @@
+"""What two gloo processes and one process must compute alike; run by torchrun and imported by test_training.py."""
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train_gpt as gpt
+from helpers import random_model, tiny_config
+
+STEPS = 4
+
+
+def config(folder: Path) -> gpt.Config:
+    # Looping switches on halfway; the caps, the skips and both loaders take part.
+    return tiny_config(data_path=str(folder), iterations=STEPS, enable_looping_at=0.5, run_id="two_process",
+                       gptq_calibration_batches=5)
+
+
+def results(cfg: gpt.Config, run: gpt.Run) -> dict[str, np.ndarray]:
+    """Weights after training, evaluation totals, calibration statistics, and what the collectives return."""
+    torch.set_num_threads(1)
+    data = gpt.Dataset.open(cfg)
+    model = random_model(cfg)
+    found = {}
+    score = gpt.evaluate_plain(cfg, run, model, *data.load_validation())
+    found.update({f"score_{name}": np.array(value) for name, value in score._asdict().items()})
+    stats = gpt.collect_hessians(cfg, run, model, data.train, cfg.gptq_calibration_batches)
+    for key, total in stats[0].items():
+        found[f"hessian_{key}"], found[f"count_{key}"] = total.numpy(), np.array(stats[1][key])
+    gpt.train(cfg, run, data, model)
+    found.update({f"weight_{name}": p.detach().numpy() for name, p in model.named_parameters()})
+    rank = torch.tensor([float(run.rank)])
+    found.update(world_size=np.array(run.world_size), sum=run.sum(rank + 1).numpy(), max=run.max(rank + 1).numpy(),
+                 broadcast=run.broadcast(rank + 5).numpy(), agree=np.array(run.agree([run.rank + 0.1, 1e300])))
+    run.barrier()
+    return found
+
+
+def main(folder: Path) -> None:
+    cfg = config(folder)
+    with gpt.Run.start(cfg, os.environ) as run:
+        np.savez(folder / f"rank{run.rank}.npz", **results(cfg, run))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
