@@ -235,17 +235,22 @@ def test_validation_tokens_are_not_read_before_training_has_ended(whole, tmp_pat
     """While training runs the validation shards hold nothing but their headers."""
     write_run_data(tmp_path / "data")
     shards = sorted((tmp_path / "data").glob("fineweb_val_*.bin"))
-    train = gpt.train
+    contents = {path: path.read_bytes() for path in shards}
+    open_data, train = gpt.Dataset.open, gpt.train
 
-    def train_without_validation(*args):
-        contents = {path: path.read_bytes() for path in shards}
+    def open_then_hide(cfg):
+        data = open_data(cfg)
         for path, content in contents.items():
             path.write_bytes(content[:gpt.SHARD_HEADER_BYTES])
+        return data
+
+    def train_then_show(*args):
         seconds = train(*args)
         for path, content in contents.items():
             path.write_bytes(content)
         return seconds
-    monkeypatch.setattr(gpt, "train", train_without_validation)
+    monkeypatch.setattr(gpt.Dataset, "open", open_then_hide)
+    monkeypatch.setattr(gpt, "train", train_then_show)
     run = Finished(tmp_path, prequant_only=True)
     assert run.code == 0 and len(shards) == 2
     assert run.score(PREQUANT) == whole.score(PREQUANT)

@@ -573,10 +573,10 @@ def test_base_adaptation_knows_only_the_chosen_documents(setup):
 
 # --- the whole evaluation -----------------------------------------------------------------------------------
 
-def evaluate(setup: Setup, cfg: gpt.Config, tmp_path) -> tuple[gpt.Score, gpt.GPT]:
+def evaluate(setup: Setup, cfg: gpt.Config, tmp_path, tokens: np.ndarray | None = None) -> tuple[gpt.Score, gpt.GPT]:
     torch.manual_seed(0)
     model = random_model(cfg)
-    data = SimpleNamespace(load_validation=lambda: (setup.tokens, setup.byte_counts))
+    data = SimpleNamespace(load_validation=lambda: (setup.tokens if tokens is None else tokens, setup.byte_counts))
     run = gpt.Run(cfg, log_path=tmp_path / "run.txt")
     return gpt.evaluate_ttt(cfg, run, model, data), model
 
@@ -596,6 +596,41 @@ def test_evaluation_without_prefix_leaves_the_base_unchanged(setup, tmp_path, ca
     assert "prefix_docs:0" in capsys.readouterr().out
     _, model = evaluate(setup, setup.cfg, tmp_path)
     assert not all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters()))
+
+
+def test_hints_are_counted_in_the_certified_order_inside_documents(setup):
+    tokens = np.append(np.tile(setup.tokens % 4 + np.where(setup.tokens == gpt.BOS, 0, 20), 2), gpt.BOS).astype(np.uint16)
+    docs, cfg = gpt.find_documents(tokens), setup.cfg
+    phases = gpt.plan_batches(docs, batch_size=3, chunk=cfg.ttt_chunk_size, window=cfg.ttt_eval_seq_len)
+    order = gpt.targets_in_order(gpt.certified_order(phases, docs, cfg.ttt_chunk_size), docs, cfg.ttt_chunk_size)
+    doc_start = np.repeat(docs.start, docs.length - 1)
+    hints = gpt.make_hints(cfg, gpt.Run(cfg), tokens, order, docs)
+    arguments = doc_start, cfg.token_order - 1, cfg.token_threshold
+    for got, want in zip(hints, gpt.ngram_hints_plain(tokens, order, *arguments)):
+        assert np.array_equal(got, want)
+    assert not np.array_equal(hints.gate, gpt.ngram_hints_plain(tokens, np.sort(order), *arguments).gate)
+    assert gpt.make_hints(dataclasses.replace(cfg, ngram_tilt_enabled=False), gpt.Run(cfg), tokens, order, docs) is None
+
+
+def test_future_tokens_cannot_change_the_score_of_a_whole_evaluation(setup, tmp_path, monkeypatch):
+    """Hints, carried adapters and the adapted base together: only what comes earlier in the certified order counts."""
+    kept = []
+    score_phase = gpt.score_phase
+    monkeypatch.setattr(gpt, "score_phase", lambda *args: score_phase(*args, nll_by_target=kept[-1]))
+    cfg = dataclasses.replace(setup.cfg, token_threshold=0.5)
+
+    def scores(tokens: np.ndarray) -> np.ndarray:
+        kept.append(torch.full((len(tokens) - 1,), float("nan"), dtype=torch.float64))
+        evaluate(setup, cfg, tmp_path, tokens)
+        return kept[-1].numpy()
+    before = scores(setup.tokens)
+    phases = setup.plan(prefix_docs=cfg.phased_ttt_prefix_docs)
+    order = setup.order(phases)
+    assert len(phases) == 2 and np.isfinite(before).all()
+    for cut in np.linspace(1, len(order) - 20, 6).astype(int):
+        after = scores(change_tokens(setup.tokens, order[cut:] + 1, cfg.vocab_size))
+        assert np.array_equal(before[order[:cut]], after[order[:cut]]), cut
+        assert (before[order[cut:]] != after[order[cut:]]).any()
 
 
 def test_audit_writes_the_order_and_refuses_one_with_gaps(setup, tmp_path):
