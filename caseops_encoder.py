@@ -2,8 +2,8 @@
 
 `encode_document` defines the result by asking the SentencePiece library for its alignment. `DocumentEncoder`
 gives the same an order of magnitude faster: the text between two spaces always encodes alike, so a C routine
-encodes each distinct stretch once and remembers it. Without a C compiler, or with a tokenizer for which that is
-not known to be exact, `DocumentEncoder` falls back to the definition and says why in `DocumentEncoder.reason`.
+encodes each distinct stretch once and remembers it. Without a C compiler, or with a tokenizer for which that
+is not known to be exact, `DocumentEncoder` falls back to the definition and says why in its `reason`.
 
 Contents: tokenizer files · the library · definition · fast encoder
 """
@@ -33,7 +33,7 @@ OFFICIAL_CHARSMAP_SHA256 = "51d3684747b35ef99cd4802f37cc1ee0c6bec4d060814f774efb
 
 
 class PrepareError(Exception):
-    """Something a user or a file caused; the message says what was expected, what was found and how to fix it."""
+    """Something a user or a file caused; the message says what was expected and found, and how to fix it."""
 
 
 # -----------------------------------------------------------------------------
@@ -113,31 +113,32 @@ class ModelFile:
     sha256: str
     pieces: list[Piece]                   # in id order
     charsmap: bytes
-    slow_reason: str                      # why text between spaces may not be encoded on its own; "" if it may
+    slow_reason: str                      # why text between spaces cannot be encoded on its own; "" if it can
 
     @classmethod
     def read(cls, path: Path) -> "ModelFile":
-        """Read and check a CaseOps tokenizer; raise PrepareError when its layout is not the one of this project."""
+        """Read a CaseOps tokenizer; raise PrepareError when its layout is not the one of this project."""
         path = Path(path)
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise PrepareError(f"{path}: expected a SentencePiece model, found: {error.strerror}; name one with --sp "
-                               "or train one with --train-tokenizer") from None
+            raise PrepareError(f"{path}: expected a SentencePiece model, found: {error.strerror}; name one "
+                               "with --sp or train one with --train-tokenizer") from None
         pieces, trainer, normalizer = [], {}, {}
         try:
             for field, value, _ in proto_fields(data):
                 if field == PIECES:
                     piece = _proto_dict(value)
+                    text, kind = piece[_PIECE_TEXT].decode("utf-8"), piece.get(_PIECE_TYPE, _NORMAL)
                     score = struct.unpack("<f", piece.get(_PIECE_SCORE, b"\0\0\0\0"))[0]
-                    pieces.append(Piece(piece[_PIECE_TEXT].decode("utf-8"), score, piece.get(_PIECE_TYPE, _NORMAL)))
+                    pieces.append(Piece(text, score, kind))
                 elif field == TRAINER_SPEC:
                     trainer = _proto_dict(value)
                 elif field == NORMALIZER_SPEC:
                     normalizer = _proto_dict(value)
         except (IndexError, KeyError, AttributeError, TypeError, ValueError, struct.error):
-            raise PrepareError(f"{path}: expected a SentencePiece model file, found {len(data):,} bytes of something "
-                               "else or a damaged file; fetch it again") from None
+            raise PrepareError(f"{path}: expected a SentencePiece model file, found {len(data):,} bytes of "
+                               "something else or a damaged file; fetch it again") from None
         _check_layout(path, pieces)
         charsmap = normalizer.get(CHARSMAP, b"")
         return cls(path, data, hashlib.sha256(data).hexdigest(), pieces, charsmap,
@@ -148,15 +149,18 @@ def _check_layout(path: Path, pieces: list[Piece]) -> None:
     """Raise PrepareError unless BOS, operators and bytes have the ids that the format promises."""
     hint = "use a tokenizer made by --train-tokenizer or the official CaseOps one"
     if not FIRST_BYTE_ID + 256 <= len(pieces) <= 65536:
-        raise PrepareError(f"{path}: expected {FIRST_BYTE_ID + 256} to 65,536 pieces, found {len(pieces):,}; {hint}")
+        raise PrepareError(f"{path}: expected {FIRST_BYTE_ID + 256} to 65,536 pieces, found {len(pieces):,}; "
+                           f"{hint}")
     found = [pieces[at] for at in OPERATOR_IDS]
-    if [(piece.text, piece.kind) for piece in found] != [(char, _USER_DEFINED) for char in lossless_caps.OPERATORS]:
-        raise PrepareError(f"{path}: expected the operators U+E001 to U+E004 as user-defined ids 4 to 7, found "
-                           f"{', '.join(ascii(piece.text) for piece in found)}; {hint}")
+    wanted = [(operator, _USER_DEFINED) for operator in lossless_caps.OPERATORS]
+    if [(piece.text, piece.kind) for piece in found] != wanted:
+        raise PrepareError(f"{path}: expected the operators U+E001 to U+E004 as user-defined ids 4 to 7, "
+                           f"found {', '.join(ascii(piece.text) for piece in found)}; {hint}")
     if pieces[BOS_ID].text != "<s>":
         raise PrepareError(f"{path}: expected <s> with id {BOS_ID}, found {pieces[BOS_ID].text!r}; {hint}")
     if any(piece.kind != _BYTE for piece in pieces[FIRST_BYTE_ID:FIRST_BYTE_ID + 256]):
-        raise PrepareError(f"{path}: expected the 256 byte pieces from id {FIRST_BYTE_ID} on, found others; {hint}")
+        raise PrepareError(f"{path}: expected the 256 byte pieces from id {FIRST_BYTE_ID} on, found others; "
+                           f"{hint}")
 
 
 def _slow_reason(pieces: list[Piece], trainer: dict, normalizer: dict, charsmap: bytes) -> str:
@@ -164,8 +168,8 @@ def _slow_reason(pieces: list[Piece], trainer: dict, normalizer: dict, charsmap:
         return "the tokenizer is not a BPE model"
     if hashlib.sha256(charsmap).hexdigest() != OFFICIAL_CHARSMAP_SHA256:
         return "the tokenizer's character map is not the official one"
-    if (normalizer.get(_DUMMY_PREFIX, 1), normalizer.get(_REMOVE_EXTRA_SPACES, 1), normalizer.get(_ESCAPE_SPACES, 1),
-            trainer.get(_WHITESPACE_SUFFIX, 0)) != (0, 1, 1, 0):
+    spaces = [normalizer.get(field, 1) for field in (_DUMMY_PREFIX, _REMOVE_EXTRA_SPACES, _ESCAPE_SPACES)]
+    if spaces != [0, 1, 1] or trainer.get(_WHITESPACE_SUFFIX, 0):
         return "the tokenizer treats white space differently"
     if any("\u2581" in piece.text[1:] for piece in pieces if piece.kind == _NORMAL):
         return "a piece of the tokenizer has a space after its first character"
@@ -185,15 +189,17 @@ class Tokenizer:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model.data)
         except RuntimeError as error:
-            raise PrepareError(f"{model.path}: expected a model that SentencePiece {sentencepiece.__version__} can load, "
-                               f"found: {error}; fetch it again") from None
+            raise PrepareError(f"{model.path}: expected a model that SentencePiece "
+                               f"{sentencepiece.__version__} can load, found: {error}; fetch it "
+                               "again") from None
         if hasattr(self._processor, "encode_as_offset_mapping"):
             self.alignment = "encode_as_offset_mapping"
         elif hasattr(self._processor, "encode_as_immutable_proto"):
             self.alignment = "encode_as_immutable_proto"
         else:
-            raise PrepareError("expected encode_as_offset_mapping or encode_as_immutable_proto, found neither in "
-                               f"SentencePiece {sentencepiece.__version__}; install a release from 0.2.0 to 0.2.3")
+            raise PrepareError("expected encode_as_offset_mapping or encode_as_immutable_proto, found "
+                               f"neither in SentencePiece {sentencepiece.__version__}; install a release "
+                               "from 0.2.0 to 0.2.3")
 
     def ids(self, caseops: str) -> list[int]:
         """Return the ids of caseops text."""
@@ -229,9 +235,9 @@ def encode_document(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[in
 # -----------------------------------------------------------------------------
 # Fast encoder: a C routine with a memo; the library is asked about stretches with unusual characters only
 
-# A stretch is the text between two spaces or newlines. It can be encoded on its own because no word, rule of the
-# character map or piece crosses a space. In plain stretches (visible ASCII and the usual quotation marks and dashes)
-# normalization changes nothing, so transform, merges and byte counts are a few loops.
+# A stretch is the text between two spaces or newlines. It can be encoded on its own because no word, rule of
+# the character map or piece crosses a space. In plain stretches (visible ASCII and the usual quotation marks and
+# dashes) normalization changes nothing, so transform, merges and byte counts are a few loops.
 _C_SOURCE = r"""
 #include <stdint.h>
 #include <stdlib.h>
@@ -244,7 +250,8 @@ typedef struct { uint64_t hash; int64_t key; int32_t key_bytes, is_head; int64_t
 
 typedef struct {
     /* vocabulary: piece bytes -> id and score; an empty slot has id UNKNOWN */
-    uint8_t *text; int64_t *piece_at; int32_t *piece_bytes; float *score; int32_t *piece_slot; uint64_t piece_mask;
+    uint8_t *text; int64_t *piece_at; int32_t *piece_bytes; float *score;
+    int32_t *piece_slot; uint64_t piece_mask;
     /* memo: stretch bytes -> entry; ids and values share one index */
     Entry *entries; int64_t num_entries, max_entries; int32_t *slots; uint64_t slot_mask;
     uint8_t *keys; int64_t key_bytes, max_key_bytes;
@@ -271,7 +278,8 @@ static uint64_t hash_bytes(const uint8_t *data, int64_t count, uint64_t seed) {
 static int32_t find_piece(const Encoder *e, const uint8_t *data, int32_t count) {
     for (uint64_t slot = hash_bytes(data, count, 0) & e->piece_mask;; slot = (slot + 1) & e->piece_mask) {
         int32_t id = e->piece_slot[slot];
-        if (id == UNKNOWN || (e->piece_bytes[id] == count && !memcmp(e->text + e->piece_at[id], data, count))) return id;
+        if (id == UNKNOWN) return id;
+        if (e->piece_bytes[id] == count && !memcmp(e->text + e->piece_at[id], data, count)) return id;
     }
 }
 
@@ -289,18 +297,20 @@ void encoder_clear(Encoder *e) {
 
 /* Bytes held by the memo. */
 int64_t encoder_memory(const Encoder *e) {
-    return e->max_entries * (int64_t)sizeof *e->entries + (int64_t)(e->slot_mask + 1) * 4 + e->max_key_bytes + e->max_ids * 6;
+    return e->max_entries * (int64_t)sizeof *e->entries + (int64_t)(e->slot_mask + 1) * 4
+        + e->max_key_bytes + e->max_ids * 6;
 }
 
-/* text: all pieces end to end, piece i being bytes ends[i-1]..ends[i]; is_normal: 1 where merges may form the piece. */
-Encoder *encoder_new(const uint8_t *text, const int64_t *ends, const float *score, const uint8_t *is_normal, int32_t count) {
+/* text: all pieces end to end, piece i being bytes ends[i-1]..ends[i]; is_normal: 1 where merges may form it. */
+Encoder *encoder_new(const uint8_t *text, const int64_t *ends, const float *score, const uint8_t *is_normal,
+                     int32_t count) {
     Encoder *e = calloc(1, sizeof *e);
     if (!e) return NULL;
     e->piece_mask = 1;
     while (e->piece_mask < 4 * (uint64_t)count) e->piece_mask <<= 1;
     int64_t slots = e->piece_mask--;
-    e->text = malloc(ends[count - 1] + 1); e->piece_at = malloc(count * 8); e->piece_bytes = malloc(count * 4);
-    e->score = malloc(count * 4); e->piece_slot = malloc(slots * 4);
+    e->text = malloc(ends[count - 1] + 1); e->piece_at = malloc(count * 8);
+    e->piece_bytes = malloc(count * 4); e->score = malloc(count * 4); e->piece_slot = malloc(slots * 4);
     e->max_entries = 1 << 12; e->slot_mask = (1 << 14) - 1; e->max_key_bytes = e->max_ids = 1 << 16;
     e->entries = malloc(e->max_entries * sizeof *e->entries); e->slots = malloc((e->slot_mask + 1) * 4);
     e->keys = malloc(e->max_key_bytes); e->ids = malloc(e->max_ids * 2); e->values = malloc(e->max_ids * 4);
@@ -345,8 +355,8 @@ static Entry *find(const Encoder *e, const uint8_t *key, int64_t count, int is_h
 }
 
 /* Add an entry whose ids and values, `count` of them, already stand at the end of e->ids and e->values. */
-static Entry *add(Encoder *e, const uint8_t *key, int64_t key_bytes, int is_head, uint64_t hash, int32_t count,
-                  int64_t lead, int64_t tail) {
+static Entry *add(Encoder *e, const uint8_t *key, int64_t key_bytes, int is_head, uint64_t hash,
+                  int32_t count, int64_t lead, int64_t tail) {
     if (!grow((void **)&e->entries, &e->max_entries, e->num_entries + 1, sizeof *e->entries)
         || !grow((void **)&e->keys, &e->max_key_bytes, e->key_bytes + key_bytes, 1)) return NULL;
     if (4 * (uint64_t)(e->num_entries + 1) > 3 * e->slot_mask) {
@@ -401,13 +411,14 @@ static void encode_segment(Encoder *e, const uint8_t *segment, int bytes, int32_
         memmove(start + best + 1, start + best + 2, (n - best - 1) * sizeof *start);
         memmove(pair + best, pair + best + 1, (n - best - 1) * sizeof *pair);
         n--;
-        if (best + 1 < n) pair[best] = find_piece(e, segment + start[best], start[best + 2] - start[best]);
-        if (best > 0) pair[best - 1] = find_piece(e, segment + start[best - 1], start[best + 1] - start[best - 1]);
+        for (int i = best > 0 ? best - 1 : 0; i <= best && i + 1 < n; i++)
+            pair[i] = find_piece(e, segment + start[i], start[i + 2] - start[i]);
     }
     for (int i = 0; i < n; i++) {
         const uint8_t *symbol = segment + start[i];
         int size = start[i + 1] - start[i];
-        int value = symbol[0] == 0xE2 && symbol[1] == 0x96 ? size - 2 : size;        /* the space mark is one byte of text */
+        /* The space mark, three bytes here, is one byte of the text. */
+        int value = symbol[0] == 0xE2 && symbol[1] == 0x96 ? size - 2 : size;
         int32_t id = find_piece(e, symbol, size);
         if (id != UNKNOWN) emit(e, count, id, value);
         else for (int k = 0; k < size; k++) emit(e, count, FIRST_BYTE + symbol[k], k + 1 == size ? value : 0);
@@ -447,10 +458,11 @@ static Entry *learn_plain(Encoder *e, const uint8_t *text, int bytes, int is_hea
 
    ids, values     room for `capacity` tokens; when more are needed nothing useful is written.
    edges           set to the bytes before the first and after the last token.
-   missing         room for `max_missing` stretches that only the library can encode: (start, bytes, is_head) each.
+   missing         room for `max_missing` stretches that only the library can encode, each as
+                   (start, bytes, is_head).
    Returns the number of tokens, or minus the number of missing stretches, or INT64_MIN when memory is short. */
-int64_t encoder_document(Encoder *e, const uint8_t *text, int64_t bytes, uint16_t *ids, uint32_t *values, int64_t capacity,
-                         int64_t *edges, int64_t *missing, int64_t max_missing) {
+int64_t encoder_document(Encoder *e, const uint8_t *text, int64_t bytes, uint16_t *ids, uint32_t *values,
+                         int64_t capacity, int64_t *edges, int64_t *missing, int64_t max_missing) {
     int64_t count = 0, lead = 0, tail = 0, num_missing = 0;
     int is_head = 1;
     if (capacity > 0) { ids[0] = BOS; values[0] = 0; }
@@ -464,8 +476,9 @@ int64_t encoder_document(Encoder *e, const uint8_t *text, int64_t bytes, uint16_
             if (c > ' ' && c < 0x7F) continue;
             if (c == 0xE2 && end + 2 < bytes && text[end + 1] == 0x80) {
                 uint8_t last = text[end + 2];
-                if (last == 0x93 || last == 0x94 || last == 0x98 || last == 0x99 || last == 0x9C || last == 0x9D) {
-                    end += 2; continue;
+                if ((last & 0xFE) == 0x98 || last == 0x93 || last == 0x94 || (last & 0xFE) == 0x9C) {
+                    end += 2;
+                    continue;
                 }
             }
             is_plain = 0;
@@ -517,9 +530,10 @@ class CompileError(Exception):
 
 @functools.cache
 def compile_encoder() -> Path:
-    """Compile the C routine, once per process, and return the library's path; raise CompileError with the reason.
+    """Compile the C routine, once per process, and return the library's path.
 
-    The file lies in a private temporary directory until this process ends, so that worker processes can load it.
+    The file lies in a private temporary directory until this process ends, so that workers can load it, too.
+    Raises CompileError with the reason.
     """
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
@@ -529,7 +543,7 @@ def compile_encoder() -> Path:
     source, library = Path(folder.name) / "caseops_encoder.c", Path(folder.name) / "caseops_encoder.so"
     source.write_text(_C_SOURCE, "utf-8")
     done = subprocess.run([compiler, "-std=c99", "-O2", "-shared", "-fPIC", "-o", library, source],
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, check=False)
     if done.returncode:
         last_line = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise CompileError(f"{Path(compiler).name} failed: {last_line}")
@@ -590,8 +604,9 @@ class DocumentEncoder:
             self._lib.encoder_free(self._native)
             self._native = self._new_native(self.tokenizer.model.pieces)
         while True:
-            count = self._lib.encoder_document(self._native, data, len(data), *self._pointers, self._edges.ctypes.data,
-                                               self._missing.ctypes.data, self._MAX_MISSING)
+            count = self._lib.encoder_document(self._native, data, len(data), *self._pointers,
+                                               self._edges.ctypes.data, self._missing.ctypes.data,
+                                               self._MAX_MISSING)
             if count == -2**63:
                 raise MemoryError("no memory left for the encoder's memo")
             if count < 0:
@@ -609,15 +624,15 @@ class DocumentEncoder:
         if is_head:
             ids, values, lead, tail = encode_document(self.tokenizer, text)
         else:
-            # The operator in front keeps the space that the normalizer would strip; its own id is dropped again.
+            # The operator in front keeps the space that the normalizer would strip; its own id is dropped.
             caseops = f"{lossless_caps.TITLE} {lossless_caps.encode(text)}"
             ids, spans = self.tokenizer.align(caseops)
             before = list(itertools.accumulate(lossless_caps.byte_weights(caseops), initial=0))
             ids, values, lead = ids[1:], [before[end] - before[begin] for begin, end in spans[1:]], 0
             tail = before[-1] - before[spans[-1][1]]
         ids, values = np.array(ids, np.uint16), np.array(values, np.uint32)
-        if not self._lib.encoder_add(self._native, stretch, len(stretch), is_head, ids.ctypes.data, values.ctypes.data,
-                                     len(ids), lead, tail):
+        if not self._lib.encoder_add(self._native, stretch, len(stretch), is_head, ids.ctypes.data,
+                                     values.ctypes.data, len(ids), lead, tail):
             raise MemoryError("no memory left for the encoder's memo")
 
     def _make_room(self, capacity: int) -> None:
@@ -629,8 +644,8 @@ class DocumentEncoder:
         ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
         scores = np.array([piece.score for piece in pieces], np.float32)
         is_normal = np.array([piece.kind == _NORMAL for piece in pieces], np.uint8)
-        native = self._lib.encoder_new(b"".join(texts), ends.ctypes.data, scores.ctypes.data, is_normal.ctypes.data,
-                                       len(pieces))
+        native = self._lib.encoder_new(b"".join(texts), ends.ctypes.data, scores.ctypes.data,
+                                       is_normal.ctypes.data, len(pieces))
         if not native:
             raise MemoryError("no memory left for the encoder's vocabulary")
         return native
@@ -647,7 +662,8 @@ def _load(library: Path) -> ctypes.CDLL:
             ("encoder_free", None, [pointer]),
             ("encoder_memory", size, [pointer]),
             ("encoder_add", flag, [pointer, ctypes.c_char_p, size, flag, pointer, pointer, flag, size, size]),
-            ("encoder_document", size, [pointer, ctypes.c_char_p, size, pointer, pointer, size, pointer, pointer, size])):
+            ("encoder_document", size,
+             [pointer, ctypes.c_char_p, size, pointer, pointer, size, pointer, pointer, size])):
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
     return lib

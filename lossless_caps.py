@@ -68,7 +68,7 @@ def encode(text: str) -> str:
 def decode(caseops: str, strict: bool = True) -> str:
     """Return the text whose caseops form is `caseops`.
 
-    strict   True: raise CaseOpsError, a ValueError with the offset, unless `encode` can have produced the input.
+    strict   True: raise CaseOpsError, a ValueError with the offset, unless `encode` can have made the input.
              False: never raise; an operator that has nothing to act on is dropped.
     """
     parts = _OPERATION.split(caseops)
@@ -82,8 +82,8 @@ def decode(caseops: str, strict: bool = True) -> str:
 def byte_weights(caseops: str) -> bytes:
     """Return one byte per code point of canonical `caseops`: the UTF-8 bytes of original text it stands for.
 
-    An operator weighs 0, the operator character after an ESC 3, anything else its own UTF-8 length. The sum is
-    the UTF-8 length of the original text (a lone surrogate, which has no UTF-8 form, counts 3).
+    An operator weighs 0, the operator character after an ESC 3, anything else its own UTF-8 length. The sum
+    is the UTF-8 length of the original text (a lone surrogate, which has no UTF-8 form, counts 3).
     """
     if _ESCAPED.search(caseops):
         caseops = _ESCAPED.sub(ESC + "\ufffd", caseops)
@@ -98,7 +98,7 @@ class _WeightTable(dict):
         return chr(weight)
 
 
-_WEIGHTS = _WeightTable({**{ord(operator): "\x00" for operator in OPERATORS}, **{code: "\x01" for code in range(128)}})
+_WEIGHTS = _WeightTable((ord(operator), "\x00") for operator in OPERATORS)
 
 
 def _capitals_inside_word(match: re.Match) -> str:
@@ -125,7 +125,7 @@ def _first_violation(caseops: str) -> CaseOpsError:
     # Padding makes "the next two characters" exist everywhere; "\0" is neither letter nor operator.
     padded = caseops + "\0\0"
     length = len(caseops)
-    word_start = -1                       # offset where the current word began, operator included; -1 outside words
+    word_start = -1                       # where the current word began, operator included; -1 outside words
     in_allcaps = all_capital = False      # all_capital: TITLE word in which every letter so far is upper case
     letters = 0
     i = 0
@@ -136,7 +136,8 @@ def _first_violation(caseops: str) -> CaseOpsError:
             if char == TITLE or char == ALLCAPS:
                 return CaseOpsError(i, f"{_NAMES[char]} inside a word")
             if all_capital and letters > 1:
-                return CaseOpsError(word_start, "a fully capitalised word spelled with TITLE and CAPNEXT, not ALLCAPS")
+                return CaseOpsError(word_start, "a fully capitalised word spelled with TITLE and CAPNEXT, "
+                                                "not ALLCAPS")
             word_start = -1
         if "A" <= char <= "Z":
             return CaseOpsError(i, f"raw capital {char!r}")
@@ -181,10 +182,10 @@ def _is_ascii_letter(char: str) -> bool:
 
 
 def _transform_stream(source: BinaryIO, sink: BinaryIO, action: str, strict: bool) -> None:
-    """Encode or decode UTF-8 from `source` to `sink` in memory bounded by the longest run without a cut point.
+    """Encode or decode UTF-8 from `source` to `sink`; memory is bounded by the longest run without a cut point.
 
-    A chunk ends after a character that is neither a letter nor (when decoding) an operator, because only there
-    the result does not depend on what follows. Raises CaseOpsError with the offset in the whole stream, and
+    A chunk ends after a character that is neither a letter nor (when decoding) an operator, because only
+    there the result does not depend on what follows. Raises CaseOpsError with the offset in the whole stream, and
     ValueError with the byte offset where the input is not UTF-8.
     """
     cut = re.compile("[^A-Za-z]" if action == "encode" else f"[^A-Za-z{OPERATORS}]")
@@ -225,7 +226,8 @@ def _transform_stream(source: BinaryIO, sink: BinaryIO, action: str, strict: boo
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line tool; return its exit code (0 done, 1 bad input, 2 bad usage)."""
-    parser = argparse.ArgumentParser(prog="lossless_caps.py", description="CaseOps transform, stdin to stdout (UTF-8).")
+    parser = argparse.ArgumentParser(prog="lossless_caps.py", description="CaseOps transform, stdin to "
+                                                                          "stdout (UTF-8).")
     parser.add_argument("action", choices=("encode", "decode"))
     parser.add_argument("--permissive", action="store_true",
                         help="decode any text, dropping operators that have nothing to act on")

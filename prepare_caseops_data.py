@@ -1,14 +1,15 @@
-"""Turn documents into the token shards that train_gpt.py reads: CaseOps transform, tokenizer, byte sidecar, manifest.
+"""Turn documents into the token shards, byte sidecar and manifest that train_gpt.py reads.
 
     python prepare_caseops_data.py --docs docs.jsonl --out DIR                    # build shards
     python prepare_caseops_data.py --docs docs.jsonl --train-tokenizer 8192 --sp my.model
-    python prepare_caseops_data.py verify DIR                                     # say what is wrong with shards
+    python prepare_caseops_data.py verify DIR                                     # say what is wrong
     python prepare_caseops_data.py download                                       # fetch the published ones
 
 Documents are JSON Lines with a string field `text` (plain, .gz, .xz or .zst). The first --val-docs documents
 are the validation split and never enter the training shards. The output does not depend on --workers.
 
-Contents: documents · encoding batches · shards · build · training a tokenizer · verify · download · command line
+Contents: documents · encoding batches · shards · build · training a tokenizer · verify · download ·
+command line
 """
 
 import argparse
@@ -38,9 +39,24 @@ import sentencepiece
 from tqdm import tqdm
 
 import lossless_caps
-from caseops_encoder import (BOS_ID, CHARSMAP, MAX_SENTENCE_LENGTH, NORMALIZER_NAME, NORMALIZER_SPEC,
-                             OFFICIAL_CHARSMAP_SHA256, OPERATOR_IDS, TRAINER_SPEC, CompileError, DocumentEncoder,
-                             ModelFile, PrepareError, Tokenizer, compile_encoder, proto_bytes_field, proto_fields)
+from caseops_encoder import (
+    BOS_ID,
+    CHARSMAP,
+    MAX_SENTENCE_LENGTH,
+    NORMALIZER_NAME,
+    NORMALIZER_SPEC,
+    OFFICIAL_CHARSMAP_SHA256,
+    OPERATOR_IDS,
+    TRAINER_SPEC,
+    CompileError,
+    DocumentEncoder,
+    ModelFile,
+    PrepareError,
+    Tokenizer,
+    compile_encoder,
+    proto_bytes_field,
+    proto_fields,
+)
 
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 HEADER_BYTES = 1024
@@ -76,7 +92,7 @@ class DocumentFile:
         if suffix == ".gz":
             stream = gzip.GzipFile(fileobj=self._raw)
         elif suffix == ".xz":
-            stream = lzma.LZMAFile(self._raw)
+            stream = lzma.LZMAFile(self._raw)  # noqa: SIM115
         elif suffix == ".zst":
             stream = _ZstdReader(self._raw)
         else:
@@ -95,8 +111,8 @@ class DocumentFile:
             for number, line in enumerate(self._stream, start=1):
                 yield line
         except (EOFError, lzma.LZMAError, gzip.BadGzipFile, _ZstdReader.Damaged) as error:
-            raise PrepareError(f"{self.path}: expected complete {self.path.suffix} data, found damage or an early end "
-                               f"after line {number:,} ({error}); fetch the file again") from None
+            raise PrepareError(f"{self.path}: expected complete {self.path.suffix} data, found damage or an "
+                               f"early end after line {number:,} ({error}); fetch the file again") from None
 
     def finish(self) -> str:
         """Read what is left and return the SHA-256 of the stored file."""
@@ -110,7 +126,7 @@ class DocumentFile:
 
 class _HashingReader(io.RawIOBase):
     def __init__(self, path: Path):
-        self._file = open(path, "rb", buffering=0)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         self.sha256 = hashlib.sha256()
         self.count = 0
 
@@ -129,7 +145,7 @@ class _HashingReader(io.RawIOBase):
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompress concatenated zstd frames, refusing a truncated one (the library's own reader just ends there)."""
+    """Decompress concatenated zstd frames, refusing a truncated one (the library's reader just ends there)."""
 
     class Damaged(Exception):
         pass
@@ -204,7 +220,7 @@ def batches(source: DocumentFile, split_of: "SplitRule") -> Iterator[Batch]:
 
 @dataclasses.dataclass(frozen=True)
 class SplitRule:
-    """Which split a document index belongs to: below `val_docs` validation, then `train_docs` (None: all) training."""
+    """Which split a document belongs to: the first `val_docs` validation, then `train_docs` (None: all) training."""
     val_docs: int
     train_docs: int | None
 
@@ -217,7 +233,7 @@ class SplitRule:
 def parse_documents(batch: Batch) -> Iterator[tuple[int, str, int, dict]]:
     """Yield (document index, text without lone surrogates, number replaced, record) for each non-blank line.
 
-    Raises PrepareError with file, line and document number for malformed JSON and a missing or non-string `text`.
+    Raises PrepareError with file, line and document number for malformed JSON and a missing or odd `text`.
     """
     document = batch.first_document
     for number, line in enumerate(batch.lines, start=batch.first_line):
@@ -227,20 +243,21 @@ def parse_documents(batch: Batch) -> Iterator[tuple[int, str, int, dict]]:
         try:
             record = json.loads(line)
         except UnicodeDecodeError as error:
-            raise PrepareError(f"{where}: expected UTF-8, found {error.reason} at byte {error.start} of the line; "
-                               "fix or remove the line") from None
+            raise PrepareError(f"{where}: expected UTF-8, found {error.reason} at byte {error.start} of the "
+                               "line; fix or remove the line") from None
         except ValueError as error:
             raise PrepareError(f"{where}: expected one JSON object, found malformed JSON ({error}); "
                                "fix or remove the line") from None
         except RecursionError:
-            raise PrepareError(f"{where}: expected one JSON object with a string `text`, found JSON nested too deeply; "
-                               "fix or remove the line") from None
+            raise PrepareError(f"{where}: expected one JSON object with a string `text`, found JSON nested "
+                               "too deeply; fix or remove the line") from None
         if isinstance(record, str):
             record = {"text": record}
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
-            found = (f"`text` of type {type(text).__name__}" if isinstance(record, dict) and "text" in record else
-                     f"keys {sorted(record)[:8]}" if isinstance(record, dict) else f"a JSON {type(record).__name__}")
+            found = f"a JSON {type(record).__name__}"
+            if isinstance(record, dict):
+                found = f"`text` of type {type(text).__name__}" if "text" in record else f"keys {sorted(record)[:8]}"
             raise PrepareError(f"{where}: expected an object with a string field `text`, found {found}; "
                                "fix or remove the line")
         replaced = 0
@@ -283,8 +300,9 @@ def encode_batch(encoder: DocumentEncoder, batch: Batch, edge_bytes: str) -> Enc
         if values.max() > 0xFFFF:
             at = int(values.argmax())
             raise PrepareError(
-                f"{batch.path} document {document:,}: expected at most 65,535 original bytes per token, found "
-                f"{int(values[at]):,} for token {at:,} (a very long run of white space?); shorten it in the source")
+                f"{batch.path} document {document:,}: expected at most 65,535 original bytes per token, "
+                f"found {int(values[at]):,} for token {at:,} (a very long run of white space?); shorten it "
+                "in the source")
         tokens.append(ids)
         sidecar.append(values.astype(np.uint16))
     return EncodedBatch(len(tokens), _joined(tokens), np.array([len(ids) for ids in tokens], np.int64),
@@ -309,7 +327,8 @@ def _work(batch: Batch, edge_bytes: str) -> EncodedBatch:
     return encode_batch(_worker_encoder, batch, edge_bytes)
 
 
-def encode_batches(todo: Iterable[Batch], model: ModelFile, edge_bytes: str, workers: int) -> Iterator[EncodedBatch]:
+def encode_batches(todo: Iterable[Batch], model: ModelFile, edge_bytes: str,
+                   workers: int) -> Iterator[EncodedBatch]:
     """Yield the encoded form of each batch in order, whatever the number of processes."""
     reason, library = model.slow_reason, ""
     if not reason:
@@ -324,7 +343,8 @@ def encode_batches(todo: Iterable[Batch], model: ModelFile, edge_bytes: str, wor
         for batch in todo:
             yield encode_batch(encoder, batch, edge_bytes)
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (model.path, library))
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (model.path, library))
     window = deque()
     try:
         for batch in todo:
@@ -345,7 +365,7 @@ def encode_batches(todo: Iterable[Batch], model: ModelFile, edge_bytes: str, wor
 # Shards: one continuous stream of uint16 values cut into files of equal length
 
 class ShardWriter:
-    """Write `PREFIX_%06d.bin` files of at most `shard_tokens` values and remember their lengths and hashes."""
+    """Write `PREFIX_%06d.bin` files of at most `shard_tokens` values; `files` has their lengths and hashes."""
 
     def __init__(self, folder: Path, prefix: str, shard_tokens: int):
         self._folder, self._prefix, self._shard_tokens = folder, prefix, shard_tokens
@@ -383,7 +403,7 @@ class ShardWriter:
 
     def _open(self) -> None:
         self._path = self._folder / f"{self._prefix}_{len(self.files):06d}.bin"
-        self._file = open(self._path, "w+b")
+        self._file = open(self._path, "w+b")  # noqa: SIM115
         # Nearly every shard is full, so its header, and with it the running hash, is known beforehand.
         header = shard_header(self._shard_tokens)
         self._file.write(header)
@@ -421,14 +441,15 @@ def build(docs: Path, out: Path, sp: Path = SHIPPED_TOKENIZER, val_docs: int | N
           max_train_tokens: int | None = None, show_progress: bool = True) -> dict:
     """Write token shards, byte sidecar, tokenizer and manifest for `docs` into `out`; return the manifest.
 
-    val_docs          validation documents: the first ones of `docs`, or of `val_docs_file` when given. None means
-                      what the source manifest beside `docs` says, else 50,000, or all of `val_docs_file`.
+    val_docs          validation documents: the first ones of `docs`, or of `val_docs_file` when given. None
+                      means what the source manifest beside `docs` says, else 50,000, or all of that file.
     train_docs        at most this many training documents (None: all).
     max_train_tokens  stop before the training document that would exceed this many tokens (None: never).
-    edge_bytes        "drop" leaves bytes of stripped white space out of the sidecar, "attach" adds them to the
-                      document's first and last token.
-    Raises PrepareError for bad input, a directory in use and a full disk; `out` is then as it was before, save that
-    `overwrite` has removed the earlier build.
+    edge_bytes        "drop" leaves bytes of stripped white space out of the sidecar, "attach" adds them to
+                      the document's first and last token.
+    workers           processes; with more than one, the calling script needs `if __name__ == "__main__":`.
+    Raises PrepareError for bad input, a directory in use and a full disk; `out` is then as it was before, save
+    that `overwrite` has removed the earlier build.
     """
     docs, out = Path(docs), Path(out)
     model = ModelFile.read(sp)
@@ -441,9 +462,10 @@ def build(docs: Path, out: Path, sp: Path = SHIPPED_TOKENIZER, val_docs: int | N
     val_docs_given = val_docs is not None or val_docs_file is not None
     sources = _sources(docs, val_docs_file, val_docs, train_docs)
 
-    settings = {"docs": str(docs.resolve()), "docs_bytes": docs.stat().st_size, "val_docs_file": str(val_docs_file),
-                "tokenizer": model.sha256, "val_docs": val_docs, "shard_tokens": shard_tokens, "edge_bytes": edge_bytes,
-                "train_docs": train_docs, "max_train_tokens": max_train_tokens}
+    settings = {"docs": str(docs.resolve()), "docs_bytes": docs.stat().st_size,
+                "val_docs_file": str(val_docs_file), "val_docs": val_docs, "tokenizer": model.sha256,
+                "shard_tokens": shard_tokens, "edge_bytes": edge_bytes, "train_docs": train_docs,
+                "max_train_tokens": max_train_tokens}
     finished = _claim(out, settings, overwrite)
     if finished:
         return finished
@@ -453,7 +475,8 @@ def build(docs: Path, out: Path, sp: Path = SHIPPED_TOKENIZER, val_docs: int | N
                                  show_progress)
         if not manifest["docs_train"] and not val_docs_given:
             raise PrepareError(f"{docs}: expected more than {DEFAULT_VAL_DOCS:,} documents, found "
-                               f"{manifest['docs_val']:,}, so none is left for training; choose a smaller --val-docs")
+                               f"{manifest['docs_val']:,}, so none is left for training; choose a smaller "
+                               "--val-docs")
         shutil.copyfile(model.path, staging / model.path.name)
         # From here on an interrupted run is completed by the next one, because the staged manifest is there.
         _write_json(staging / MANIFEST_NAME, manifest)
@@ -466,8 +489,8 @@ def build(docs: Path, out: Path, sp: Path = SHIPPED_TOKENIZER, val_docs: int | N
             is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise PrepareError(
                 f"{out}: expected {'room for the shards' if is_full else 'to read and write files'}, found: "
-                f"{error.strerror or error}; {'free some space' if is_full else 'check the disk'} or choose another "
-                "--out, then run again") from error
+                f"{error.strerror or error}; {'free some space' if is_full else 'check the disk'} or choose "
+                "another --out, then run again") from error
         raise
     finally:
         for source, _ in sources:
@@ -481,15 +504,16 @@ def _sources(docs: Path, val_docs_file: Path | None, val_docs: int | None,
     if val_docs_file is None:
         return [(DocumentFile(docs), SplitRule(resolve_val_docs(docs, val_docs), train_docs))]
     if docs.resolve() == Path(val_docs_file).resolve():
-        raise PrepareError(f"--val-docs-file {val_docs_file}: expected another file than --docs, found the same, so "
-                           "every validation document would be trained on; leave it out and use --val-docs")
+        raise PrepareError(f"--val-docs-file {val_docs_file}: expected another file than --docs, found the "
+                           "same, so every validation document would be trained on; leave it out and use "
+                           "--val-docs")
     everything = 2**62
     return [(DocumentFile(val_docs_file), SplitRule(everything if val_docs is None else val_docs, 0)),
             (DocumentFile(docs), SplitRule(0, train_docs))]
 
 
 def resolve_val_docs(docs: Path, val_docs: int | None) -> int:
-    """Return how many documents of `docs` are validation: what its source manifest states, what is asked, 50,000.
+    """Return how many documents of `docs` are validation: as its source manifest states, as asked, or 50,000.
 
     Raises PrepareError when the manifest that accompanies the published document file states another number.
     """
@@ -499,17 +523,18 @@ def resolve_val_docs(docs: Path, val_docs: int | None) -> int:
         try:
             stated = json.loads(path.read_text("utf-8")).get("docs_val")
         except (ValueError, AttributeError):
-            raise PrepareError(f"{path}: expected a JSON object, found something else; fetch it again") from None
+            raise PrepareError(f"{path}: expected a JSON object, found something else; fetch it "
+                               "again") from None
     if stated is None:
         return DEFAULT_VAL_DOCS if val_docs is None else val_docs
     if val_docs not in (None, stated):
-        raise PrepareError(f"--val-docs {val_docs:,}: expected {stated:,}, as {path.name} beside the documents states; "
-                           "leave the option out")
+        raise PrepareError(f"--val-docs {val_docs:,}: expected {stated:,}, as {path.name} beside the "
+                           "documents states; leave the option out")
     return stated
 
 
 def _claim(out: Path, settings: dict, overwrite: bool) -> dict | None:
-    """Make `out` ready for a build, or return the manifest if an interrupted run had only the renaming left."""
+    """Make `out` ready for a build; return the manifest if an interrupted run had only the renaming left."""
     staging = out / STAGING_NAME
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -518,10 +543,10 @@ def _claim(out: Path, settings: dict, overwrite: bool) -> dict | None:
             _publish(out)
             if same:
                 return json.loads((out / MANIFEST_NAME).read_text("utf-8"))
-        old = sorted(path for path in out.iterdir() if path.name.startswith("fineweb_") and path.suffix == ".bin")
+        old = sorted(out.glob("fineweb_*.bin"))
         if old and not overwrite:
-            raise PrepareError(f"{out}: expected no shards, found {len(old)} (first {old[0].name}); choose another "
-                               "--out, or pass --overwrite to remove them")
+            raise PrepareError(f"{out}: expected no shards, found {len(old)} (first {old[0].name}); choose "
+                               "another --out, or pass --overwrite to remove them")
         # The manifest goes first: shards without one are never taken for a complete build.
         for path in [out / MANIFEST_NAME, *old]:
             path.unlink(missing_ok=True)
@@ -553,8 +578,9 @@ def _write_json(path: Path, content: dict) -> None:
     os.replace(temporary, path)
 
 
-def _write_splits(staging: Path, sources: list[tuple[DocumentFile, SplitRule]], model: ModelFile, shard_tokens: int,
-                  edge_bytes: str, workers: int, max_train_tokens: int | None, show_progress: bool) -> dict:
+def _write_splits(staging: Path, sources: list[tuple[DocumentFile, SplitRule]], model: ModelFile,
+                  shard_tokens: int, edge_bytes: str, workers: int, max_train_tokens: int | None,
+                  show_progress: bool) -> dict:
     """Encode all documents into shards under `staging` and return the manifest."""
     writers = {series: ShardWriter(staging, f"fineweb_{series}", shard_tokens)
                for series in ("val", "val_bytes", "train")}
@@ -605,11 +631,12 @@ def _write_splits(staging: Path, sources: list[tuple[DocumentFile, SplitRule]], 
     attached = val_sums["edge_bytes"] if edge_bytes == "attach" else 0
     missing = val_sums["original_bytes"] - val_sums["sidecar_bytes"] - val_sums["edge_bytes"] + attached
     # With attach, documents without tokens keep their bytes to themselves.
-    assert missing == 0 or edge_bytes == "attach" and empty, f"{missing} bytes of validation text are unaccounted for"
+    assert missing == 0 or edge_bytes == "attach" and empty, f"{missing} validation bytes are unaccounted for"
     if not sum(documents.values()):
         raise PrepareError(f"{files[-1].path}: expected documents, found none; check --docs")
     if empty:
-        print(f"{empty:,} documents have no tokens (empty or only white space); each is a lone BOS", file=sys.stderr)
+        print(f"{empty:,} documents have no tokens (empty or only white space); each is a lone BOS",
+              file=sys.stderr)
     if replaced:
         print(f"{replaced:,} lone surrogates were replaced by U+FFFD", file=sys.stderr)
     hashes = {source.path.name: source.finish() for source in files}
@@ -645,10 +672,12 @@ class _Meter:
         self._documents += num_documents
         self._text_bytes += text_bytes
         elapsed = max(time.monotonic() - self._start, 1e-9)
-        done = sum(source.position for source in self._files) / max(1, sum(source.size for source in self._files))
+        size = max(1, sum(source.size for source in self._files))
+        done = sum(source.position for source in self._files) / size
         if self._max_train_tokens:
             done = max(done, train_tokens / self._max_train_tokens)
-        self._bar.set_description_str(f"{self._documents:,} documents, {self._text_bytes / 1e6 / elapsed:.1f} MB/s",
+        self._bar.set_description_str(f"{self._documents:,} documents, "
+                                      f"{self._text_bytes / 1e6 / elapsed:.1f} MB/s",
                                       refresh=False)
         self._bar.update(min(done, 1.0) - self._bar.n)
 
@@ -663,29 +692,29 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int = 8192,
                     charsmap_from: Path = SHIPPED_TOKENIZER) -> bytes:
     """Train a CaseOps BPE tokenizer and return the model file's content.
 
-    documents      training texts, not yet transformed. Those whose caseops form exceeds 4,192 bytes are left out,
-                   as in the official training.
+    documents      training texts, not yet transformed. Those whose caseops form exceeds 4,192 bytes are left
+                   out, as in the official training.
     charsmap_from  model file whose character map is carried over when the installed library has another one.
                    SentencePiece 0.2.0 has the official map built in and does not read it.
     Raises PrepareError when there is too little text or a file is unusable.
     """
     texts = (lossless_caps.encode(text) for text in map(_training_text, documents) if text)
-    fields = dict(
-        model_type="bpe", vocab_size=vocab_size, hard_vocab_limit=False, character_coverage=0.999,
-        byte_fallback=True, split_digits=True, add_dummy_prefix=False,
-        pad_id=0, bos_id=1, eos_id=2, unk_id=3, user_defined_symbols=list(lossless_caps.OPERATORS),
-        minloglevel=1,
-    )
-    is_map_built_in = tuple(int(part) for part in sentencepiece.__version__.split(".")[:3]) <= (0, 2, 0)
-    if is_map_built_in:
+    fields = {
+        "model_type": "bpe", "vocab_size": vocab_size, "hard_vocab_limit": False, "character_coverage": 0.999,
+        "byte_fallback": True, "split_digits": True, "add_dummy_prefix": False,
+        "pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3,
+        "user_defined_symbols": list(lossless_caps.OPERATORS), "minloglevel": 1,
+    }
+    release = [int(part) for part in re.findall(r"\d+", sentencepiece.__version__)[:3]]
+    if release <= [0, 2, 0]:
         return _run_trainer(texts, normalization_rule_name="nmt_nfkc", **fields)
 
-    # Normalising beforehand and then training with the identity map gives the pieces that the official map gives;
-    # the result is told afterwards which map and length limit it was trained with.
+    # Normalising beforehand and then training with the identity map gives the pieces that the official map
+    # gives; the result is told afterwards which map and length limit it was trained with.
     donor = ModelFile.read(charsmap_from)
     if hashlib.sha256(donor.charsmap).hexdigest() != OFFICIAL_CHARSMAP_SHA256:
-        raise PrepareError(f"{charsmap_from}: expected a tokenizer with the official character map, found another map; "
-                           f"use {SHIPPED_TOKENIZER.name}")
+        raise PrepareError(f"{charsmap_from}: expected a tokenizer with the official character map, found "
+                           f"another map; use {SHIPPED_TOKENIZER.name}")
     normalize = sentencepiece.SentencePieceProcessor(model_proto=donor.data).normalize
     normalized = (normalize(text).replace("\u2581", " ") for text in texts
                   if len(text.encode("utf-8")) <= MAX_TRAINING_BYTES)
@@ -706,13 +735,14 @@ def _run_trainer(texts: Iterator[str], **fields) -> bytes:
     try:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=model, **fields)
     except (RuntimeError, OSError) as error:
-        raise PrepareError(f"training the tokenizer failed: expected enough text for {fields['vocab_size']:,} pieces, "
-                           f"found: {error}; give more documents or ask for fewer pieces") from None
+        raise PrepareError("training the tokenizer failed: expected enough text for "
+                           f"{fields['vocab_size']:,} pieces, found: {error}; give more documents or ask for "
+                           "fewer pieces") from None
     return model.getvalue()
 
 
 def _with_charsmap(data: bytes, charsmap: bytes) -> bytes:
-    """Return the model file `data` with the given map named nmt_nfkc and the default sentence length limit."""
+    """Return the model file `data` with the given map, named nmt_nfkc, and the default sentence length."""
     message = b""
     for number, value, stored in proto_fields(data):
         if number == NORMALIZER_SPEC:
@@ -728,7 +758,7 @@ def _with_charsmap(data: bytes, charsmap: bytes) -> bytes:
 
 def training_documents(docs: Path, skip: int, sources: Iterable[str] = (),
                        show_progress: bool = False) -> Iterator[str]:
-    """Yield the texts of `docs` after the first `skip` documents, only from the named sources when any are given."""
+    """Yield the texts of `docs` after the first `skip` documents; if sources are named, only theirs."""
     wanted = frozenset(sources)
     file = DocumentFile(docs)
     meter = _Meter([file], None, show_progress)
@@ -791,7 +821,7 @@ class SeriesFacts:
 
 
 class DirectoryCheck:
-    """One pass over a shard directory; `violations` collects a plain sentence for each thing that is wrong."""
+    """One pass over a shard directory; `violations` collects a plain sentence for each thing wrong."""
 
     def __init__(self, folder: Path, overlap_limit: float = OVERLAP_LIMIT, show_progress: bool = True):
         self.folder = Path(folder)
@@ -809,7 +839,8 @@ class DirectoryCheck:
         self._vocab_size = self._read_vocab_size()
         self._find_shards()
         size = sum((self.folder / name).stat().st_size for name in self._values)
-        self._bar = tqdm(total=size, unit="B", unit_scale=True, desc="verify", disable=None if show_progress else True)
+        self._bar = tqdm(total=size, unit="B", unit_scale=True, desc="verify",
+                         disable=None if show_progress else True)
 
     def run(self) -> list[str]:
         """Check everything, print one line per series, and return the violations."""
@@ -861,8 +892,9 @@ class DirectoryCheck:
             return stated.get("vocab_size")
         if stated and (model.sha256, len(model.pieces)) != (stated.get("sha256"), stated.get("vocab_size")):
             self.violations.append(f"{model.path.name} is not the tokenizer that the manifest names: it has "
-                                   f"{len(model.pieces):,} pieces and SHA-256 {model.sha256[:16]}..., the manifest says "
-                                   f"{stated.get('vocab_size')} and {str(stated.get('sha256'))[:16]}....")
+                                   f"{len(model.pieces):,} pieces and SHA-256 {model.sha256[:16]}..., the "
+                                   f"manifest says {stated.get('vocab_size')} and "
+                                   f"{str(stated.get('sha256'))[:16]}....")
         print(f"verify tokenizer:{model.path.name} vocab_size:{len(model.pieces)} sha256:{model.sha256[:16]}")
         return len(model.pieces)
 
@@ -871,7 +903,8 @@ class DirectoryCheck:
         for path in sorted(self.folder.glob("fineweb_*.bin")):
             match = SHARD_NAME.fullmatch(path.name)
             if not match:
-                self.violations.append(f"{path.name} does not follow fineweb_(train|val|val_bytes)_NNNNNN.bin.")
+                self.violations.append(f"{path.name} does not follow "
+                                       "fineweb_(train|val|val_bytes)_NNNNNN.bin.")
                 continue
             numbers[match[1]].append(int(match[2]))
             self._names[match[1]].append(path.name)
@@ -894,12 +927,12 @@ class DirectoryCheck:
         size = path.stat().st_size
         with open(path, "rb") as file:
             header = file.read(HEADER_BYTES)
-        magic, version, values = np.frombuffer(header[:12], "<i4").tolist() if len(header) >= 12 else (0, 0, 0)
+        magic, version, values = np.frombuffer(header[:12].ljust(12, b"\0"), "<i4").tolist()
         if size == 0:
             self.violations.append(f"{path.name} is empty; fetch or build it again.")
         elif len(header) < HEADER_BYTES or (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-            self.violations.append(f"{path.name} is not a token shard: expected magic {SHARD_MAGIC} and version "
-                                   f"{SHARD_VERSION}, found {magic} and {version}.")
+            self.violations.append(f"{path.name} is not a token shard: expected magic {SHARD_MAGIC} and "
+                                   f"version {SHARD_VERSION}, found {magic} and {version}.")
         elif values <= 0 or size != HEADER_BYTES + 2 * values:
             self.violations.append(f"{path.name} has the wrong size: its header promises {values:,} values "
                                    f"({HEADER_BYTES + 2 * values:,} bytes), it has {size:,} bytes.")
@@ -909,7 +942,7 @@ class DirectoryCheck:
     # -- what the values say
 
     def _chunks(self, series: str) -> Iterator[np.ndarray]:
-        """Yield the values of a series in pieces of bounded size, counting and hashing the files on the way."""
+        """Yield the values of a series in pieces of bounded size, counting and hashing on the way."""
         facts = self._facts[series]
         for name in self._names[series]:
             if name not in self._values:
@@ -925,28 +958,31 @@ class DirectoryCheck:
                     values = np.frombuffer(data, "<u2")
                     first, last = max(1, facts.values), min(PUBLISHED_TARGETS + 1, facts.values + len(values))
                     if first < last:
-                        facts.target_total += int(values[first - facts.values:last - facts.values].sum(dtype=np.int64))
+                        targets = values[first - facts.values:last - facts.values]
+                        facts.target_total += int(targets.sum(dtype=np.int64))
                     facts.values += len(values)
                     facts.total += int(values.sum(dtype=np.int64))
                     self._bar.update(len(data))
                     yield values
             if self._manifest is not None and not stated:
                 self.violations.append(f"{name} is not in the manifest; it comes from another build.")
-            elif stated and (stated.get("values"), stated.get("sha256")) != (self._values[name], sha256.hexdigest()):
-                self.violations.append(f"{name} is not the file that the manifest lists: it has {self._values[name]:,} "
-                                       f"values and SHA-256 {sha256.hexdigest()[:16]}..., the manifest says "
+            elif stated and stated != {"values": self._values[name], "sha256": sha256.hexdigest()}:
+                self.violations.append(f"{name} is not the file that the manifest lists: it has "
+                                       f"{self._values[name]:,} values and SHA-256 "
+                                       f"{sha256.hexdigest()[:16]}..., the manifest says "
                                        f"{stated.get('values')} and {str(stated.get('sha256'))[:16]}....")
 
     def _documents(self, series: str) -> Iterator[bytes]:
-        """Yield a 16-byte hash for each document with at least one token besides BOS, checking ids on the way."""
+        """Yield a 16-byte hash for each document that has tokens besides BOS, checking ids on the way."""
         facts = self._facts[series]
         largest, specials = -1, 0
         is_first = True
         begun: list[np.ndarray] = []      # pieces of the document that the last chunk ended in
         for tokens in self._chunks(series):
             if is_first and tokens[0] != BOS_ID:
-                self.violations.append(f"The {series} split begins with id {int(tokens[0])}, not with BOS ({BOS_ID}); "
-                                       "its first document is cut or the data was built without BOS.")
+                self.violations.append(f"The {series} split begins with id {int(tokens[0])}, not with BOS "
+                                       f"({BOS_ID}); its first document is cut or the data was built without "
+                                       "BOS.")
             is_first = False
             largest = max(largest, int(tokens.max()))
             specials += int(np.isin(tokens, _NEVER_FROM_TEXT).sum())
@@ -959,11 +995,11 @@ class DirectoryCheck:
                 begun = [document]
         yield from _hash_document(begun)
         if self._vocab_size is not None and largest >= self._vocab_size:
-            self.violations.append(f"The {series} split has id {largest}, beyond the vocabulary of {self._vocab_size:,}; "
-                                   "shards and tokenizer do not belong together.")
+            self.violations.append(f"The {series} split has id {largest}, beyond the vocabulary of "
+                                   f"{self._vocab_size:,}; shards and tokenizer do not belong together.")
         if specials:
-            self.violations.append(f"The {series} split has {specials:,} ids among {_NEVER_FROM_TEXT} (padding, end of "
-                                   "sequence, unknown), which documents never give.")
+            self.violations.append(f"The {series} split has {specials:,} ids among {_NEVER_FROM_TEXT} "
+                                   "(padding, end of sequence, unknown), which documents never give.")
 
     def _check_tokens(self, series: str) -> None:
         """Read one split; remember validation documents, count those that recur in training."""
@@ -997,11 +1033,13 @@ class DirectoryCheck:
             operators += int(is_operator.sum())
             operators_with_bytes += int((values[is_operator] > 0).sum())
         if bos_bytes:
-            self.violations.append(f"The sidecar gives {bos_bytes:,} bytes to BOS tokens, which stand for none.")
+            self.violations.append(f"The sidecar gives {bos_bytes:,} bytes to BOS tokens, which stand for "
+                                   "none.")
         # Deleted control characters after an operator count with it, but they are rare.
         if operators_with_bytes > max(1, operators // 100):
-            self.violations.append(f"The sidecar gives bytes to {operators_with_bytes:,} of {operators:,} case operators, "
-                                   "which stand for none; bits per byte would come out too low.")
+            self.violations.append(f"The sidecar gives bytes to {operators_with_bytes:,} of {operators:,} "
+                                   "case operators, which stand for none; bits per byte would come out too "
+                                   "low.")
         if not self._facts["val_bytes"].total:
             self.violations.append("The sidecar sums to 0 bytes.")
 
@@ -1019,9 +1057,10 @@ class DirectoryCheck:
         print(f"verify overlap val_documents:{found}/{num_documents} train_documents:{self._train_repeats}")
         if found > self._overlap_limit * num_documents:
             self.violations.append(
-                f"{found:,} of {num_documents:,} distinct validation documents ({100 * found / num_documents:.1f} %) are "
-                f"also in the training shards ({self._train_repeats:,} times): the split leaks, scores on it mean "
-                "nothing. Build both splits in one run.")
+                f"{found:,} of {num_documents:,} distinct validation documents "
+                f"({100 * found / num_documents:.1f} %) are also in the training shards "
+                f"({self._train_repeats:,} times): the split leaks, scores on it mean nothing. Build both "
+                "splits in one run.")
 
     def _check_manifest_sums(self) -> None:
         val, sidecar, train = self._facts["val"], self._facts["val_bytes"], self._facts["train"]
@@ -1039,8 +1078,9 @@ class DirectoryCheck:
         edge = stated_val.get("edge_bytes", 0) if self._manifest.get("edge_bytes") == "drop" else 0
         original = stated_val.get("original_bytes")
         if original is not None and sidecar.total + edge > original:
-            self.violations.append(f"The sidecar and edge bytes sum to {sidecar.total + edge:,}, more than the "
-                                   f"{original:,} bytes of the documents; bits per byte would come out too low.")
+            self.violations.append(f"The sidecar and edge bytes sum to {sidecar.total + edge:,}, more than "
+                                   f"the {original:,} bytes of the documents; bits per byte would come out "
+                                   "too low.")
 
     def _check_published_figures(self) -> None:
         val, sidecar, train = self._facts["val"], self._facts["val_bytes"], self._facts["train"]
@@ -1051,16 +1091,17 @@ class DirectoryCheck:
         if val.bos != DEFAULT_VAL_DOCS:
             wrong.append(f"validation has {val.bos:,} documents, expected {DEFAULT_VAL_DOCS:,}")
         if abs(sidecar.target_total - PUBLISHED_TARGET_BYTES) > PUBLISHED_TARGET_BYTES_TOLERANCE:
-            wrong.append(f"its first {PUBLISHED_TARGETS:,} targets have {sidecar.target_total:,} bytes, expected "
-                         f"{PUBLISHED_TARGET_BYTES:,}")
+            wrong.append(f"its first {PUBLISHED_TARGETS:,} targets have {sidecar.target_total:,} bytes, "
+                         f"expected {PUBLISHED_TARGET_BYTES:,}")
         if train.shards > PUBLISHED_TRAIN_SHARDS:
             wrong.append(f"training has {train.shards:,} shards, expected at most {PUBLISHED_TRAIN_SHARDS}")
         short = [name for name in self._names["train"] if self._values.get(name, 0) != DEFAULT_SHARD_TOKENS]
         if short:
-            wrong.append(f"{short[0]} and {len(short) - 1} more training shards do not have {DEFAULT_SHARD_TOKENS:,} "
-                         "tokens")
+            wrong.append(f"{short[0]} and {len(short) - 1} more training shards do not have "
+                         f"{DEFAULT_SHARD_TOKENS:,} tokens")
         if wrong:
-            self.violations.append("Without a manifest only the published export can be trusted, and this is not it: "
+            self.violations.append("Without a manifest only the published export can be trusted, and this is "
+                                   "not it: "
                                    + "; ".join(wrong) + ".")
 
 
@@ -1076,10 +1117,10 @@ def _hash_document(parts: list[np.ndarray]) -> Iterator[bytes]:
 
 
 def verify(folder: Path, overlap_limit: float = OVERLAP_LIMIT, show_progress: bool = True) -> list[str]:
-    """Check a shard directory, print its figures, and return a sentence for each violation (none: it is sound).
+    """Check a shard directory, print its figures, and return a sentence for each violation (none: sound).
 
-    overlap_limit   share of validation documents that may also be in the training shards. Web text repeats itself,
-                    so a few do; a wrong split gives tens of per cent.
+    overlap_limit   share of validation documents that may also be in the training shards. Web text repeats
+                    itself, so a few do; a wrong split gives tens of per cent.
     Raises PrepareError when `folder` is not a directory.
     """
     return DirectoryCheck(folder, overlap_limit, show_progress).run()
@@ -1096,8 +1137,8 @@ def download(root: Path = DEFAULT_DOWNLOAD_ROOT, repo: str = PUBLISHED_REPO, rev
              train_shards: int = PUBLISHED_TRAIN_SHARDS) -> Path:
     """Fetch tokenizer, validation and the first `train_shards` training shards; return their directory.
 
-    A file gets its final name once its size, and SHA-256 where the hub states one, are right; a second call goes
-    on where the first stopped. Raises PrepareError when the repository lacks files or a download fails.
+    A file gets its final name once its size, and SHA-256 where the hub states one, are right; a second call
+    keeps what the first has finished. Raises PrepareError when the repository lacks files or a download fails.
     """
     try:
         import huggingface_hub
@@ -1109,19 +1150,20 @@ def download(root: Path = DEFAULT_DOWNLOAD_ROOT, repo: str = PUBLISHED_REPO, rev
     staging = folder / DOWNLOAD_STAGING_NAME
     again = "check the connection and run again; finished files are kept"
     try:
-        info = huggingface_hub.HfApi().repo_info(repo, repo_type="dataset", revision=revision, files_metadata=True)
+        info = huggingface_hub.HfApi().repo_info(repo, repo_type="dataset", revision=revision,
+                                                 files_metadata=True)
         wanted = _choose_files(repo, info.siblings or [], train_shards)
         missing = [file for file in wanted if not _has_size(folder / Path(file.rfilename).name, file.size)]
         staging.mkdir(parents=True, exist_ok=True)
         needed, free = sum(file.size for file in missing), shutil.disk_usage(staging).free
         if needed > free:
-            raise PrepareError(f"{folder}: expected {needed / 1e9:.1f} GB of free space, found {free / 1e9:.1f} GB; "
-                               "free some, or fetch fewer --train-shards")
+            raise PrepareError(f"{folder}: expected {needed / 1e9:.1f} GB of free space, found "
+                               f"{free / 1e9:.1f} GB; free some, or fetch fewer --train-shards")
         for number, file in enumerate(missing, start=1):
             name = Path(file.rfilename).name
             print(f"download file:{name} bytes:{file.size} number:{number}/{len(missing)}", flush=True)
-            staged = Path(huggingface_hub.hf_hub_download(repo, file.rfilename, repo_type="dataset", revision=info.sha,
-                                                          local_dir=staging))
+            staged = Path(huggingface_hub.hf_hub_download(repo, file.rfilename, repo_type="dataset",
+                                                          revision=info.sha, local_dir=staging))
             _check_download(staged, file, staging)
             os.replace(staged, folder / name)
     except (HTTPError, OSError) as error:
@@ -1135,7 +1177,7 @@ DOWNLOAD_STAGING_NAME = ".download"
 
 
 def _choose_files(repo: str, files: list, train_shards: int) -> list:
-    """Return the repository's files to fetch, the small ones first; raise PrepareError when some are missing."""
+    """Return the repository's files to fetch, small ones first; raise PrepareError when some are missing."""
     shards: dict[Path, dict[str, dict[int, object]]] = {}
     for file in files:
         match = SHARD_NAME.fullmatch(Path(file.rfilename).name)
@@ -1149,8 +1191,8 @@ def _choose_files(repo: str, files: list, train_shards: int) -> list:
     models = [file for file in files if file.rfilename.endswith(".model")]
     models = [file for file in models if Path(file.rfilename).name == PUBLISHED_TOKENIZER] or models
     if len(models) != 1:
-        raise PrepareError(f"{repo}: expected one tokenizer model, found {[file.rfilename for file in models]}; "
-                           "check --repo and --revision")
+        raise PrepareError(f"{repo}: expected one tokenizer model, found "
+                           f"{[file.rfilename for file in models]}; check --repo and --revision")
     available = len(series.get("train", {}))
     if train_shards > available:
         raise PrepareError(f"{repo}: expected {train_shards} training shards, found {available}; "
@@ -1165,11 +1207,12 @@ def _choose_files(repo: str, files: list, train_shards: int) -> list:
                                    "check --repo and --revision")
             wanted.append(numbered[number])
         if not numbered:
-            raise PrepareError(f"{repo}: expected fineweb_{name}_*.bin, found none; check --repo and --revision")
+            raise PrepareError(f"{repo}: expected fineweb_{name}_*.bin, found none; check --repo and "
+                               "--revision")
     empty = [file.rfilename for file in wanted if not file.size]
     if empty:
-        raise PrepareError(f"{repo}: expected data in every file, found {empty[0]} with no bytes; the repository is "
-                           "damaged, try another --revision")
+        raise PrepareError(f"{repo}: expected data in every file, found {empty[0]} with no bytes; the "
+                           "repository is damaged, try another --revision")
     return wanted
 
 
@@ -1178,7 +1221,7 @@ def _has_size(path: Path, size: int) -> bool:
 
 
 def _check_download(path: Path, file, staging: Path) -> None:
-    """Raise PrepareError unless the fetched file has the size and hash that the hub states; the file is then gone."""
+    """Remove the fetched file and raise PrepareError unless it has the size and hash that the hub states."""
     found = path.stat().st_size
     stated = file.lfs.sha256 if file.lfs else None
     problem = ""
@@ -1194,7 +1237,8 @@ def _check_download(path: Path, file, staging: Path) -> None:
     if problem:
         # Without the client's own notes on it the file would pass for complete in the next run.
         shutil.rmtree(staging)
-        raise PrepareError(f"{path.name}: expected {problem}; the download is damaged, run again to fetch it again")
+        raise PrepareError(f"{path.name}: expected {problem}; the download is damaged, run again to fetch it "
+                           "again")
 
 
 # -----------------------------------------------------------------------------
@@ -1211,14 +1255,16 @@ def main(arguments: list[str] | None = None) -> int:
     except PrepareError as error:
         print(f"prepare_caseops_data.py: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("prepare_caseops_data.py: interrupted; no half-written file has a final name, run again", file=sys.stderr)
+        print("prepare_caseops_data.py: interrupted; no half-written file has a final name, run again",
+              file=sys.stderr)
     return 1
 
 
 def _verify_command(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="prepare_caseops_data.py verify",
-        description="Read every value of a shard directory, ours or another's, and say what is wrong with it.",
+        description="Read every value of a shard directory, ours or another's, and say what is wrong with "
+                    "it.",
         epilog="Exit code 1 and one sentence for each violation.")
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--overlap-limit", type=float, default=OVERLAP_LIMIT, metavar="SHARE",
@@ -1239,7 +1285,8 @@ def _print_violations(violations: list[str]) -> int:
 def _download_command(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="prepare_caseops_data.py download",
-        description="Fetch the published CaseOps shards and tokenizer, then verify them. Run again to resume.")
+        description="Fetch the published CaseOps shards and tokenizer, then verify them. Run again to "
+                    "resume.")
     parser.add_argument("--out", type=Path, default=DEFAULT_DOWNLOAD_ROOT, metavar="ROOT",
                         help=f"the shards go to ROOT/{PUBLISHED_NAME} (default {DEFAULT_DOWNLOAD_ROOT})")
     parser.add_argument("--train-shards", type=int, default=PUBLISHED_TRAIN_SHARDS, metavar="N",
@@ -1261,24 +1308,32 @@ def _build_command(arguments: list[str]) -> int:
         prog="prepare_caseops_data.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Build CaseOps token shards from documents, or train a CaseOps tokenizer, or both. "
                     "Other commands: `verify DIR`, `download` (each has --help).",
-        epilog="""The validation split is the first --val-docs documents of --docs. With --val-docs-file it is the first
---val-docs documents of that file instead (all of them by default), and all of --docs is training data.""")
+        epilog="""The validation split is the first --val-docs documents of --docs. With --val-docs-file it is the
+first --val-docs documents of that file instead (all of them by default), and all of --docs is training
+data.""")
     add = parser.add_argument
-    add("--docs", type=Path, required=True, metavar="FILE", help="JSON Lines with a string `text`: .jsonl, .gz, .xz, .zst")
+    add("--docs", type=Path, required=True, metavar="FILE", help="JSON Lines with a string `text`: .jsonl, "
+                                                                 ".gz, .xz, .zst")
     add("--out", type=Path, metavar="DIR", help="directory for shards, sidecar, tokenizer and manifest")
     add("--sp", type=Path, default=SHIPPED_TOKENIZER, metavar="MODEL",
-        help="tokenizer to use, or with --train-tokenizer to write (default: tokenizers/%s)" % SHIPPED_TOKENIZER.name)
+        help=f"tokenizer to use, or with --train-tokenizer to write (default: tokenizers/{SHIPPED_TOKENIZER.name})")
     add("--val-docs", type=int, metavar="N", help=f"validation documents (default {DEFAULT_VAL_DOCS:,})")
     add("--val-docs-file", type=Path, metavar="FILE", help="take validation documents from this file")
     add("--train-docs", type=int, metavar="N", help="use at most N training documents")
-    add("--max-train-tokens", type=int, metavar="N", help="stop before the training document that would exceed N tokens")
-    add("--shard-tokens", type=int, default=DEFAULT_SHARD_TOKENS, metavar="N", help="tokens per shard (default 10^8)")
+    add("--max-train-tokens", type=int, metavar="N", help="stop before the training document that would "
+                                                          "exceed N tokens")
+    add("--shard-tokens", type=int, default=DEFAULT_SHARD_TOKENS, metavar="N", help="tokens per shard "
+                                                                                    "(default 10^8)")
     add("--edge-bytes", choices=("drop", "attach"), default="drop",
-        help="bytes of white space stripped at document edges: in no token (default), or added to the outer tokens")
-    add("--workers", type=int, default=1, metavar="N", help="processes; the output does not depend on it (default 1)")
+        help="bytes of white space stripped at document edges: in no token (default), or added to the outer "
+             "tokens")
+    add("--workers", type=int, default=1, metavar="N", help="processes; the output does not depend on it "
+                                                            "(default 1)")
     add("--overwrite", action="store_true", help="first remove the shards that DIR has")
-    add("--train-tokenizer", type=int, metavar="VOCAB_SIZE", help="train a tokenizer on the training documents first")
-    add("--tokenizer-sources", metavar="A,B", help="train it only on records whose `source` is listed; `free` stands "
+    add("--train-tokenizer", type=int, metavar="VOCAB_SIZE", help="train a tokenizer on the training "
+                                                                  "documents first")
+    add("--tokenizer-sources", metavar="A,B", help="train it only on records whose `source` is listed; "
+                                                   "`free` stands "
         f"for {','.join(FREE_SOURCES)}")
     options = parser.parse_args(arguments)
     if options.out is None and options.train_tokenizer is None:
@@ -1287,22 +1342,23 @@ def _build_command(arguments: list[str]) -> int:
         parser.error("--tokenizer-sources needs --train-tokenizer")
     if options.train_tokenizer is not None and not 264 < options.train_tokenizer <= 65536:
         parser.error(f"--train-tokenizer {options.train_tokenizer}: expected 265 to {65536:,}")
-    for name, least in (("val_docs", 0), ("train_docs", 0), ("max_train_tokens", 1), ("shard_tokens", 1), ("workers", 1)):
+    least_values = {"val_docs": 0, "train_docs": 0, "max_train_tokens": 1, "shard_tokens": 1, "workers": 1}
+    for name, least in least_values.items():
         value = getattr(options, name)
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} {value}: expected at least {least}")
 
     if options.train_tokenizer is not None:
-        names = options.tokenizer_sources or ""
-        skip = 0 if options.val_docs_file else _sources(options.docs, None, options.val_docs, None)[0][1].val_docs
-        documents = training_documents(options.docs, skip, FREE_SOURCES if names == "free" else names.split(",") if names
-                                       else (), show_progress=True)
+        skip = 0 if options.val_docs_file else resolve_val_docs(options.docs, options.val_docs)
+        names = options.tokenizer_sources
+        names = FREE_SOURCES if names == "free" else names.split(",") if names else ()
+        documents = training_documents(options.docs, skip, names, show_progress=True)
         model = write_tokenizer(options.sp, train_tokenizer(documents, options.train_tokenizer))
         print(f"tokenizer file:{options.sp} vocab_size:{len(model.pieces)} sha256:{model.sha256}")
     if options.out is not None:
-        manifest = build(options.docs, options.out, options.sp, options.val_docs, options.val_docs_file, options.workers,
-                         options.shard_tokens, options.edge_bytes, options.overwrite, options.train_docs,
-                         options.max_train_tokens)
+        manifest = build(options.docs, options.out, options.sp, options.val_docs, options.val_docs_file,
+                         options.workers, options.shard_tokens, options.edge_bytes, options.overwrite,
+                         options.train_docs, options.max_train_tokens)
         _report(options.out, manifest)
     return 0
 

@@ -149,7 +149,7 @@ def test_gaps_foreign_names_and_missing_files(folder):
 
 
 def test_fewer_training_shards_than_listed_are_allowed(folder):
-    sorted(folder.glob("fineweb_train_*.bin"))[-1].unlink()
+    max(folder.glob("fineweb_train_*.bin")).unlink()
     assert violations(folder) == []
 
 
@@ -221,7 +221,7 @@ def test_without_a_manifest_only_the_published_figures_are_trusted(folder, monke
     monkeypatch.setattr(prepare, "PUBLISHED_TARGET_BYTES", int(counts[1:-2].sum()) + 1)
     monkeypatch.setattr(prepare, "DEFAULT_VAL_DOCS", 20)
     monkeypatch.setattr(prepare, "DEFAULT_SHARD_TOKENS", 150)
-    sorted(folder.glob("fineweb_train_*.bin"))[-1].unlink()
+    max(folder.glob("fineweb_train_*.bin")).unlink()
     assert violations(folder) == []
     monkeypatch.setattr(prepare, "PUBLISHED_TARGET_BYTES", int(counts[1:-2].sum()) + 3)
     assert "targets have" in only_violation(folder)
@@ -230,7 +230,7 @@ def test_without_a_manifest_only_the_published_figures_are_trusted(folder, monke
 def test_command_line_exit_codes(repo, folder):
     def run(*arguments):
         return subprocess.run([sys.executable, repo / "prepare_caseops_data.py", "verify", *map(str, arguments)],
-                              capture_output=True, text=True)
+                              capture_output=True, text=True, check=False)
 
     assert run(folder).returncode == 0
     (folder / "fineweb_train_000000.bin").write_bytes(b"")
