@@ -1,7 +1,7 @@
 """Fixtures shared by all tests: golden vectors, tiny models and data, and what the machine can run."""
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import pytest

@@ -295,8 +295,8 @@ def test_a_manifest_with_other_special_ids_is_refused(shipped, fact):
 def test_a_file_that_is_no_tokenizer_is_refused(shipped):
     copy, cfg = shipped
     copy.write_bytes(b"plain text")
-    write_manifest(copy.parent, gpt.Dataset.open(cfg).manifest["files"] and {
-        name: entry["values"] for name, entry in gpt.Dataset.open(cfg).manifest["files"].items()}, copy, 8192)
+    listed = gpt.Dataset.open(cfg).manifest["files"]
+    write_manifest(copy.parent, {name: entry["values"] for name, entry in listed.items()}, copy, 8192)
     with pytest.raises(gpt.DataError, match="not a SentencePiece model"):
         check(cfg)
 
@@ -370,13 +370,14 @@ def test_rows_of_several_ranks_equal_the_reference_where_it_drops_no_row(load_ve
     per_shard = []
     for path in paths:
         tokens = gpt.read_shard(path)
-        per_shard.append((len(tokens) - int(np.flatnonzero(tokens == gpt.BOS)[0])) // span)
+        starts = np.flatnonzero(tokens == gpt.BOS)
+        per_shard.append((len(tokens) - int(starts[0])) // span if len(starts) else 0)
     sizes = sorted({int(m[1]) for key in vectors if (m := re.match(r"pack_ws(\d+)_", key))} - {1})
     assert sizes
     for world_size in sizes:
         keys = pack_keys(vectors, world_size)
         needed = world_size * (1 + max(batch for _, batch in keys))
-        kept, stream = [], []
+        kept = []
         passes = 1 + -(-needed // sum(n // world_size * world_size for n in per_shard))
         stream = rows_of(paths, passes * sum(per_shard), span - 1, int(vectors["segment_cap"]))
         at = 0

@@ -44,7 +44,7 @@ def golden(load_vectors):
 
 
 def test_segments_of_the_archive_are_those_of_its_tokens(golden):
-    forward, _, inputs, _, (cu_seqlens, cap) = golden
+    _, _, inputs, _, (cu_seqlens, cap) = golden
     assert (gpt.segment_bounds(inputs.numpy(), cap, len(cu_seqlens)) == cu_seqlens.numpy()).all()
 
 
