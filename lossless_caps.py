@@ -95,7 +95,8 @@ class _WeightTable(dict):
 
     def __missing__(self, code: int) -> str:
         weight = 1 if code < 0x80 else 2 if code < 0x800 else 3 if code < 0x10000 else 4
-        return chr(weight)
+        self[code] = chr(weight)
+        return self[code]
 
 
 _WEIGHTS = _WeightTable((ord(operator), "\x00") for operator in OPERATORS)

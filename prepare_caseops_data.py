@@ -316,11 +316,11 @@ def _joined(arrays: list[np.ndarray]) -> np.ndarray:
 _worker_encoder: DocumentEncoder | None = None
 
 
-def _start_worker(model_path: Path, library: Path | str) -> None:
+def _start_worker(model: ModelFile, library: Path | str) -> None:
     global _worker_encoder
     # The parent decides when to stop; a second traceback from every worker would bury its message.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _worker_encoder = DocumentEncoder(Tokenizer(ModelFile.read(model_path)), library)
+    _worker_encoder = DocumentEncoder(Tokenizer(model), library)
 
 
 def _work(batch: Batch, edge_bytes: str) -> EncodedBatch:
@@ -344,7 +344,7 @@ def encode_batches(todo: Iterable[Batch], model: ModelFile, edge_bytes: str,
             yield encode_batch(encoder, batch, edge_bytes)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (model.path, library))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (model, library))
     window = deque()
     try:
         for batch in todo:
@@ -459,43 +459,48 @@ def build(docs: Path, out: Path, sp: Path = SHIPPED_TOKENIZER, val_docs: int | N
         raise PrepareError(f"--edge-bytes {edge_bytes!r}: expected drop or attach")
     if workers < 1:
         raise PrepareError(f"--workers {workers}: expected at least 1")
-    val_docs_given = val_docs is not None or val_docs_file is not None
     sources = _sources(docs, val_docs_file, val_docs, train_docs)
-
     settings = {"docs": str(docs.resolve()), "docs_bytes": docs.stat().st_size,
                 "val_docs_file": str(val_docs_file), "val_docs": val_docs, "tokenizer": model.sha256,
                 "shard_tokens": shard_tokens, "edge_bytes": edge_bytes, "train_docs": train_docs,
                 "max_train_tokens": max_train_tokens}
-    finished = _claim(out, settings, overwrite)
-    if finished:
-        return finished
-    staging = out / STAGING_NAME
     try:
-        manifest = _write_splits(staging, sources, model, shard_tokens, edge_bytes, workers, max_train_tokens,
-                                 show_progress)
-        if not manifest["docs_train"] and not val_docs_given:
-            raise PrepareError(f"{docs}: expected more than {DEFAULT_VAL_DOCS:,} documents, found "
-                               f"{manifest['docs_val']:,}, so none is left for training; choose a smaller "
-                               "--val-docs")
-        shutil.copyfile(model.path, staging / model.path.name)
-        # From here on an interrupted run is completed by the next one, because the staged manifest is there.
-        _write_json(staging / MANIFEST_NAME, manifest)
-        _publish(out)
-    except BaseException as error:
-        # A complete staged build is kept: the next run only has to rename it.
-        if not (staging / MANIFEST_NAME).exists():
-            shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, OSError):
-            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            raise PrepareError(
-                f"{out}: expected {'room for the shards' if is_full else 'to read and write files'}, found: "
-                f"{error.strerror or error}; {'free some space' if is_full else 'check the disk'} or choose "
-                "another --out, then run again") from error
-        raise
+        finished = _claim(out, settings, overwrite)
+        if finished:
+            return finished
+        with _discarded_on_error(out) as staging:
+            manifest = _write_splits(staging, sources, model, shard_tokens, edge_bytes, workers,
+                                     max_train_tokens, show_progress)
+            if not manifest["docs_train"] and val_docs is None and val_docs_file is None:
+                raise PrepareError(f"{docs}: expected more than {manifest['docs_val']:,} documents, found no more, "
+                                   "so none is left for training; choose a smaller --val-docs")
+            (staging / model.path.name).write_bytes(model.data)
+            # From here on an interrupted run is completed by the next one, because the staged manifest is there.
+            _write_json(staging / MANIFEST_NAME, manifest)
+            _publish(out)
     finally:
         for source, _ in sources:
             source.close()
     return manifest
+
+
+@contextlib.contextmanager
+def _discarded_on_error(out: Path) -> Iterator[Path]:
+    """Give the staging directory of `out`, and remove it when the build fails or is interrupted."""
+    staging = out / STAGING_NAME
+    try:
+        yield staging
+    except BaseException as error:
+        # A complete staged build is kept: the next run only has to rename it.
+        if not (staging / MANIFEST_NAME).exists():
+            shutil.rmtree(staging, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise PrepareError(
+            f"{out}: expected {'room for the shards' if is_full else 'to read and write files'}, found: "
+            f"{error.strerror or error}; {'free some space' if is_full else 'check the disk'} or choose another "
+            "--out, then run again") from error
 
 
 def _sources(docs: Path, val_docs_file: Path | None, val_docs: int | None,
@@ -779,11 +784,10 @@ def training_documents(docs: Path, skip: int, sources: Iterable[str] = (),
 def write_tokenizer(path: Path, data: bytes) -> ModelFile:
     """Write a trained model and `PATH.sha256` beside it, and return it checked."""
     path = Path(path)
+    recorded = f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for target, content in ((path, data),
-                                (path.with_name(path.name + ".sha256"),
-                                 f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode())):
+        for target, content in ((path, data), (path.with_name(path.name + ".sha256"), recorded)):
             temporary = target.with_name(target.name + STAGING_NAME)
             temporary.write_bytes(content)
             os.replace(temporary, target)
@@ -845,9 +849,12 @@ class DirectoryCheck:
     def run(self) -> list[str]:
         """Check everything, print one line per series, and return the violations."""
         try:
-            self._check_tokens("val")
+            self.val_documents = set(self._documents("val"))
             self._check_sidecar()
-            self._check_tokens("train")
+            for document in self._documents("train"):
+                if document in self.val_documents:
+                    self._train_repeats += 1
+                    self._val_in_train.add(document)
         finally:
             self._bar.close()
         for series, facts in self._facts.items():
@@ -895,6 +902,9 @@ class DirectoryCheck:
                                    f"{len(model.pieces):,} pieces and SHA-256 {model.sha256[:16]}..., the "
                                    f"manifest says {stated.get('vocab_size')} and "
                                    f"{str(stated.get('sha256'))[:16]}....")
+        if model.path.name == PUBLISHED_TOKENIZER and model.sha256 != PUBLISHED_TOKENIZER_SHA256:
+            self.violations.append(f"{model.path.name} has SHA-256 {model.sha256[:16]}..., the published one has "
+                                   f"{PUBLISHED_TOKENIZER_SHA256[:16]}....")
         print(f"verify tokenizer:{model.path.name} vocab_size:{len(model.pieces)} sha256:{model.sha256[:16]}")
         return len(model.pieces)
 
@@ -1001,16 +1011,6 @@ class DirectoryCheck:
             self.violations.append(f"The {series} split has {specials:,} ids among {_NEVER_FROM_TEXT} "
                                    "(padding, end of sequence, unknown), which documents never give.")
 
-    def _check_tokens(self, series: str) -> None:
-        """Read one split; remember validation documents, count those that recur in training."""
-        if series == "val":
-            self.val_documents = set(self._documents("val"))
-            return
-        for document in self._documents("train"):
-            if document in self.val_documents:
-                self._train_repeats += 1
-                self._val_in_train.add(document)
-
     def _check_sidecar(self) -> None:
         token_lengths, byte_lengths = ([self._values.get(name) for name in self._names[series]]
                                        for series in ("val", "val_bytes"))
@@ -1097,8 +1097,7 @@ class DirectoryCheck:
             wrong.append(f"training has {train.shards:,} shards, expected at most {PUBLISHED_TRAIN_SHARDS}")
         short = [name for name in self._names["train"] if self._values.get(name, 0) != DEFAULT_SHARD_TOKENS]
         if short:
-            wrong.append(f"{short[0]} and {len(short) - 1} more training shards do not have "
-                         f"{DEFAULT_SHARD_TOKENS:,} tokens")
+            wrong.append(f"{len(short)} training shards, {short[0]} first, do not have {DEFAULT_SHARD_TOKENS:,} tokens")
         if wrong:
             self.violations.append("Without a manifest only the published export can be trusted, and this is "
                                    "not it: "
@@ -1131,6 +1130,7 @@ def verify(folder: Path, overlap_limit: float = OVERLAP_LIMIT, show_progress: bo
 
 PUBLISHED_REPO = "romeerp/parameter-golf-caseops-v1"
 DEFAULT_DOWNLOAD_ROOT = Path("data") / "datasets"
+DOWNLOAD_STAGING_NAME = ".download"
 
 
 def download(root: Path = DEFAULT_DOWNLOAD_ROOT, repo: str = PUBLISHED_REPO, revision: str = "main",
@@ -1171,9 +1171,6 @@ def download(root: Path = DEFAULT_DOWNLOAD_ROOT, repo: str = PUBLISHED_REPO, rev
         raise PrepareError(f"{repo}: expected to download it, found: {reason}; {again}") from error
     shutil.rmtree(staging)
     return folder
-
-
-DOWNLOAD_STAGING_NAME = ".download"
 
 
 def _choose_files(repo: str, files: list, train_shards: int) -> list:
@@ -1263,8 +1260,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _verify_command(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="prepare_caseops_data.py verify",
-        description="Read every value of a shard directory, ours or another's, and say what is wrong with "
-                    "it.",
+        description="Read every value of a shard directory, ours or another's, and say what is wrong with it.",
         epilog="Exit code 1 and one sentence for each violation.")
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--overlap-limit", type=float, default=OVERLAP_LIMIT, metavar="SHARE",
@@ -1285,8 +1281,7 @@ def _print_violations(violations: list[str]) -> int:
 def _download_command(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="prepare_caseops_data.py download",
-        description="Fetch the published CaseOps shards and tokenizer, then verify them. Run again to "
-                    "resume.")
+        description="Fetch the published CaseOps shards and tokenizer, then verify them. Run again to resume.")
     parser.add_argument("--out", type=Path, default=DEFAULT_DOWNLOAD_ROOT, metavar="ROOT",
                         help=f"the shards go to ROOT/{PUBLISHED_NAME} (default {DEFAULT_DOWNLOAD_ROOT})")
     parser.add_argument("--train-shards", type=int, default=PUBLISHED_TRAIN_SHARDS, metavar="N",
@@ -1303,60 +1298,69 @@ def _download_command(arguments: list[str]) -> int:
     return exit_code
 
 
-def _build_command(arguments: list[str]) -> int:
+def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prepare_caseops_data.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Build CaseOps token shards from documents, or train a CaseOps tokenizer, or both. "
-                    "Other commands: `verify DIR`, `download` (each has --help).",
-        epilog="""The validation split is the first --val-docs documents of --docs. With --val-docs-file it is the
-first --val-docs documents of that file instead (all of them by default), and all of --docs is training
-data.""")
+        description="Build CaseOps token shards from documents, or train a CaseOps tokenizer, or both.\n"
+                    "Other commands: `verify DIR` and `download`, each with its own --help.",
+        epilog="The validation split is the first --val-docs documents of --docs. With --val-docs-file it is the\n"
+               "first --val-docs documents of that file (all by default), and all of --docs is training data.")
     add = parser.add_argument
-    add("--docs", type=Path, required=True, metavar="FILE", help="JSON Lines with a string `text`: .jsonl, "
-                                                                 ".gz, .xz, .zst")
+    add("--docs", type=Path, required=True, metavar="FILE",
+        help="JSON Lines with a string `text`: .jsonl, .gz, .xz, .zst")
     add("--out", type=Path, metavar="DIR", help="directory for shards, sidecar, tokenizer and manifest")
-    add("--sp", type=Path, default=SHIPPED_TOKENIZER, metavar="MODEL",
-        help=f"tokenizer to use, or with --train-tokenizer to write (default: tokenizers/{SHIPPED_TOKENIZER.name})")
+    add("--sp", type=Path, metavar="MODEL",
+        help=f"tokenizer to use (default tokenizers/{SHIPPED_TOKENIZER.name}), or with --train-tokenizer to write "
+             "(default caseops_VOCAB_SIZE.model in --out)")
     add("--val-docs", type=int, metavar="N", help=f"validation documents (default {DEFAULT_VAL_DOCS:,})")
     add("--val-docs-file", type=Path, metavar="FILE", help="take validation documents from this file")
     add("--train-docs", type=int, metavar="N", help="use at most N training documents")
-    add("--max-train-tokens", type=int, metavar="N", help="stop before the training document that would "
-                                                          "exceed N tokens")
-    add("--shard-tokens", type=int, default=DEFAULT_SHARD_TOKENS, metavar="N", help="tokens per shard "
-                                                                                    "(default 10^8)")
+    add("--max-train-tokens", type=int, metavar="N",
+        help="stop before the training document that would exceed N tokens")
+    add("--shard-tokens", type=int, default=DEFAULT_SHARD_TOKENS, metavar="N", help="default 10^8")
     add("--edge-bytes", choices=("drop", "attach"), default="drop",
-        help="bytes of white space stripped at document edges: in no token (default), or added to the outer "
-             "tokens")
-    add("--workers", type=int, default=1, metavar="N", help="processes; the output does not depend on it "
-                                                            "(default 1)")
+        help="bytes of white space stripped at document edges: in no token (default), or added to the outer tokens")
+    add("--workers", type=int, default=1, metavar="N",
+        help="processes; the output does not depend on it (default 1)")
     add("--overwrite", action="store_true", help="first remove the shards that DIR has")
-    add("--train-tokenizer", type=int, metavar="VOCAB_SIZE", help="train a tokenizer on the training "
-                                                                  "documents first")
-    add("--tokenizer-sources", metavar="A,B", help="train it only on records whose `source` is listed; "
-                                                   "`free` stands "
-        f"for {','.join(FREE_SOURCES)}")
+    add("--train-tokenizer", type=int, metavar="VOCAB_SIZE", help="first train a tokenizer on the training documents")
+    add("--tokenizer-sources", metavar="A,B",
+        help="train it only on records with one of these `source` fields; `free` stands for "
+             + ",".join(FREE_SOURCES))
+    return parser
+
+
+def _build_command(arguments: list[str]) -> int:
+    parser = _build_parser()
     options = parser.parse_args(arguments)
-    if options.out is None and options.train_tokenizer is None:
+    vocab_size, model_path = options.train_tokenizer, options.sp or SHIPPED_TOKENIZER
+    if options.out is None and vocab_size is None:
         parser.error("give --out DIR to build shards, or --train-tokenizer VOCAB_SIZE, or both")
-    if options.tokenizer_sources and options.train_tokenizer is None:
+    if options.tokenizer_sources and vocab_size is None:
         parser.error("--tokenizer-sources needs --train-tokenizer")
-    if options.train_tokenizer is not None and not 264 < options.train_tokenizer <= 65536:
-        parser.error(f"--train-tokenizer {options.train_tokenizer}: expected 265 to {65536:,}")
+    if vocab_size is not None:
+        if not 264 < vocab_size <= 65536:
+            parser.error(f"--train-tokenizer {vocab_size}: expected 265 to 65,536")
+        if options.sp is None and options.out is None:
+            parser.error("--train-tokenizer needs --sp MODEL or --out DIR to know where to write")
+        model_path = options.sp or options.out / f"caseops_{vocab_size}.model"
+        if model_path.exists() and not options.overwrite:
+            parser.error(f"{model_path} exists; choose another --sp, or pass --overwrite to replace it")
     least_values = {"val_docs": 0, "train_docs": 0, "max_train_tokens": 1, "shard_tokens": 1, "workers": 1}
     for name, least in least_values.items():
         value = getattr(options, name)
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} {value}: expected at least {least}")
 
-    if options.train_tokenizer is not None:
+    if vocab_size is not None:
         skip = 0 if options.val_docs_file else resolve_val_docs(options.docs, options.val_docs)
         names = options.tokenizer_sources
         names = FREE_SOURCES if names == "free" else names.split(",") if names else ()
         documents = training_documents(options.docs, skip, names, show_progress=True)
-        model = write_tokenizer(options.sp, train_tokenizer(documents, options.train_tokenizer))
-        print(f"tokenizer file:{options.sp} vocab_size:{len(model.pieces)} sha256:{model.sha256}")
+        model = write_tokenizer(model_path, train_tokenizer(documents, vocab_size))
+        print(f"tokenizer file:{model_path} vocab_size:{len(model.pieces)} sha256:{model.sha256}")
     if options.out is not None:
-        manifest = build(options.docs, options.out, options.sp, options.val_docs, options.val_docs_file,
+        manifest = build(options.docs, options.out, model_path, options.val_docs, options.val_docs_file,
                          options.workers, options.shard_tokens, options.edge_bytes, options.overwrite,
                          options.train_docs, options.max_train_tokens)
         _report(options.out, manifest)
@@ -1365,6 +1369,8 @@ data.""")
 
 def _report(out: Path, manifest: dict) -> None:
     train, val = manifest["train"], manifest["val"]
+    if not manifest["docs_train"]:
+        print("there are no training documents: all of them are validation", file=sys.stderr)
     print(f"train documents:{manifest['docs_train']} tokens:{train['tokens']}")
     print(f"val documents:{manifest['docs_val']} tokens:{val['tokens']} sidecar_bytes:{val['sidecar_bytes']} "
           f"original_bytes:{val['original_bytes']} edge_bytes:{val['edge_bytes']}")

@@ -286,7 +286,7 @@ def test_the_source_manifest_decides_the_split(tmp_path):
 
 def test_too_few_documents_for_the_default_split(tmp_path):
     docs = write_docs(tmp_path / "docs.jsonl", ["only one"])
-    with pytest.raises(PrepareError, match="expected more than 50,000 documents, found 1"):
+    with pytest.raises(PrepareError, match="expected more than 1 documents, found no more"):
         build(docs, tmp_path / "out", val_docs=None)
     assert not list((tmp_path / "out").iterdir())
 
@@ -540,13 +540,15 @@ def test_command_line_trains_and_builds(repo, tmp_path):
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["tokenizer"]["file"] == "new.model" and (tmp_path / "out" / "new.model").exists()
     assert run(repo, "verify", tmp_path / "out").returncode == 0
+    done = run(repo, "--docs", docs, "--val-docs", 20, "--train-tokenizer", 300, "--sp", tmp_path / "new.model")
+    assert done.returncode == 2 and "pass --overwrite" in done.stderr
 
 
 def test_command_line_errors(repo, tmp_path):
     docs = write_docs(tmp_path / "docs.jsonl", ["one", "two"])
     for arguments in (["--docs", docs], ["--docs", docs, "--out", tmp_path, "--val-docs", "-1"],
                       ["--docs", docs, "--out", tmp_path, "--workers", "0"], ["verify"], ["--nonsense"],
-                      ["--docs", docs, "--train-tokenizer", "100"], ["download", "--train-shards", "0"]):
+                      ["--docs", docs, "--train-tokenizer", "100"], ["--docs", docs, "--train-tokenizer", "300"], ["download", "--train-shards", "0"]):
         done = run(repo, *arguments)
         assert done.returncode == 2, arguments
         assert "error:" in done.stderr
