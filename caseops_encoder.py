@@ -236,8 +236,8 @@ def encode_document(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[in
 # Fast encoder: a C routine with a memo; the library is asked about stretches with unusual characters only
 
 # A stretch is the text between two spaces or newlines. It can be encoded on its own because no word, rule of
-# the character map or piece crosses a space. In plain stretches (visible ASCII and the usual quotation marks and
-# dashes) normalization changes nothing, so transform, merges and byte counts are a few loops.
+# the character map or piece crosses a space. In plain stretches (visible ASCII and the usual quotation marks
+# and dashes) normalization changes nothing, so transform, merges and byte counts are a few loops.
 _C_SOURCE = r"""
 #include <stdint.h>
 #include <stdlib.h>
@@ -301,7 +301,7 @@ int64_t encoder_memory(const Encoder *e) {
         + e->max_key_bytes + e->max_ids * 6;
 }
 
-/* text: all pieces end to end, piece i being bytes ends[i-1]..ends[i]; is_normal: 1 where merges may form it. */
+/* text: all pieces end to end, piece i being bytes ends[i-1]..ends[i]; is_normal: merges may form it. */
 Encoder *encoder_new(const uint8_t *text, const int64_t *ends, const float *score, const uint8_t *is_normal,
                      int32_t count) {
     Encoder *e = calloc(1, sizeof *e);
@@ -460,7 +460,7 @@ static Entry *learn_plain(Encoder *e, const uint8_t *text, int bytes, int is_hea
    edges           set to the bytes before the first and after the last token.
    missing         room for `max_missing` stretches that only the library can encode, each as
                    (start, bytes, is_head).
-   Returns the number of tokens, or minus the number of missing stretches, or INT64_MIN when memory is short. */
+   Returns the number of tokens, or minus that of missing stretches, or INT64_MIN when memory is short. */
 int64_t encoder_document(Encoder *e, const uint8_t *text, int64_t bytes, uint16_t *ids, uint32_t *values,
                          int64_t capacity, int64_t *edges, int64_t *missing, int64_t max_missing) {
     int64_t count = 0, lead = 0, tail = 0, num_missing = 0;

@@ -183,11 +183,11 @@ def _is_ascii_letter(char: str) -> bool:
 
 
 def _transform_stream(source: BinaryIO, sink: BinaryIO, action: str, strict: bool) -> None:
-    """Encode or decode UTF-8 from `source` to `sink`; memory is bounded by the longest run without a cut point.
+    """Encode or decode UTF-8 from `source` to `sink`; memory is bounded by the longest run without a cut.
 
     A chunk ends after a character that is neither a letter nor (when decoding) an operator, because only
-    there the result does not depend on what follows. Raises CaseOpsError with the offset in the whole stream, and
-    ValueError with the byte offset where the input is not UTF-8.
+    there the result does not depend on what follows. Raises CaseOpsError with the offset in the whole stream,
+    and ValueError with the byte offset where the input is not UTF-8.
     """
     cut = re.compile("[^A-Za-z]" if action == "encode" else f"[^A-Za-z{OPERATORS}]")
     reader = codecs.getincrementaldecoder("utf-8")()

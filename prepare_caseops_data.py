@@ -145,7 +145,7 @@ class _HashingReader(io.RawIOBase):
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompress concatenated zstd frames, refusing a truncated one (the library's reader just ends there)."""
+    """Decompress concatenated zstd frames, refusing a truncated one (the library's reader just ends)."""
 
     class Damaged(Exception):
         pass
@@ -220,7 +220,7 @@ def batches(source: DocumentFile, split_of: "SplitRule") -> Iterator[Batch]:
 
 @dataclasses.dataclass(frozen=True)
 class SplitRule:
-    """Which split a document belongs to: the first `val_docs` validation, then `train_docs` (None: all) training."""
+    """Which split a document is in: first `val_docs` validation, then `train_docs` (None: all) training."""
     val_docs: int
     train_docs: int | None
 
@@ -257,7 +257,8 @@ def parse_documents(batch: Batch) -> Iterator[tuple[int, str, int, dict]]:
         if not isinstance(text, str):
             found = f"a JSON {type(record).__name__}"
             if isinstance(record, dict):
-                found = f"`text` of type {type(text).__name__}" if "text" in record else f"keys {sorted(record)[:8]}"
+                kind = f"`text` of type {type(text).__name__}"
+                found = kind if "text" in record else f"keys {sorted(record)[:8]}"
             raise PrepareError(f"{where}: expected an object with a string field `text`, found {found}; "
                                "fix or remove the line")
         replaced = 0
@@ -365,7 +366,7 @@ def encode_batches(todo: Iterable[Batch], model: ModelFile, edge_bytes: str,
 # Shards: one continuous stream of uint16 values cut into files of equal length
 
 class ShardWriter:
-    """Write `PREFIX_%06d.bin` files of at most `shard_tokens` values; `files` has their lengths and hashes."""
+    """Write `PREFIX_%06d.bin` files of at most `shard_tokens` values; `files` has lengths and hashes."""
 
     def __init__(self, folder: Path, prefix: str, shard_tokens: int):
         self._folder, self._prefix, self._shard_tokens = folder, prefix, shard_tokens
@@ -448,8 +449,8 @@ def build(docs: Path, out: Path, sp: Path = SHIPPED_TOKENIZER, val_docs: int | N
     edge_bytes        "drop" leaves bytes of stripped white space out of the sidecar, "attach" adds them to
                       the document's first and last token.
     workers           processes; with more than one, the calling script needs `if __name__ == "__main__":`.
-    Raises PrepareError for bad input, a directory in use and a full disk; `out` is then as it was before, save
-    that `overwrite` has removed the earlier build.
+    Raises PrepareError for bad input, a directory in use and a full disk; `out` is then as it was before,
+    save that `overwrite` has removed the earlier build.
     """
     docs, out = Path(docs), Path(out)
     model = ModelFile.read(sp)
@@ -472,10 +473,10 @@ def build(docs: Path, out: Path, sp: Path = SHIPPED_TOKENIZER, val_docs: int | N
             manifest = _write_splits(staging, sources, model, shard_tokens, edge_bytes, workers,
                                      max_train_tokens, show_progress)
             if not manifest["docs_train"] and val_docs is None and val_docs_file is None:
-                raise PrepareError(f"{docs}: expected more than {manifest['docs_val']:,} documents, found no more, "
-                                   "so none is left for training; choose a smaller --val-docs")
+                raise PrepareError(f"{docs}: expected more than {manifest['docs_val']:,} documents, found no "
+                                   "more, so none is left for training; choose a smaller --val-docs")
             (staging / model.path.name).write_bytes(model.data)
-            # From here on an interrupted run is completed by the next one, because the staged manifest is there.
+            # With the manifest staged, an interrupted run is completed by the next one.
             _write_json(staging / MANIFEST_NAME, manifest)
             _publish(out)
     finally:
@@ -499,8 +500,8 @@ def _discarded_on_error(out: Path) -> Iterator[Path]:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise PrepareError(
             f"{out}: expected {'room for the shards' if is_full else 'to read and write files'}, found: "
-            f"{error.strerror or error}; {'free some space' if is_full else 'check the disk'} or choose another "
-            "--out, then run again") from error
+            f"{error.strerror or error}; {'free some space' if is_full else 'check the disk'} or choose "
+            "another --out, then run again") from error
 
 
 def _sources(docs: Path, val_docs_file: Path | None, val_docs: int | None,
@@ -903,8 +904,8 @@ class DirectoryCheck:
                                    f"manifest says {stated.get('vocab_size')} and "
                                    f"{str(stated.get('sha256'))[:16]}....")
         if model.path.name == PUBLISHED_TOKENIZER and model.sha256 != PUBLISHED_TOKENIZER_SHA256:
-            self.violations.append(f"{model.path.name} has SHA-256 {model.sha256[:16]}..., the published one has "
-                                   f"{PUBLISHED_TOKENIZER_SHA256[:16]}....")
+            self.violations.append(f"{model.path.name} has SHA-256 {model.sha256[:16]}..., the published "
+                                   f"one has {PUBLISHED_TOKENIZER_SHA256[:16]}....")
         print(f"verify tokenizer:{model.path.name} vocab_size:{len(model.pieces)} sha256:{model.sha256[:16]}")
         return len(model.pieces)
 
@@ -1097,7 +1098,8 @@ class DirectoryCheck:
             wrong.append(f"training has {train.shards:,} shards, expected at most {PUBLISHED_TRAIN_SHARDS}")
         short = [name for name in self._names["train"] if self._values.get(name, 0) != DEFAULT_SHARD_TOKENS]
         if short:
-            wrong.append(f"{len(short)} training shards, {short[0]} first, do not have {DEFAULT_SHARD_TOKENS:,} tokens")
+            wrong.append(f"{len(short)} training shards, {short[0]} first, do not have "
+                         f"{DEFAULT_SHARD_TOKENS:,} tokens")
         if wrong:
             self.violations.append("Without a manifest only the published export can be trusted, and this is "
                                    "not it: "
@@ -1138,7 +1140,8 @@ def download(root: Path = DEFAULT_DOWNLOAD_ROOT, repo: str = PUBLISHED_REPO, rev
     """Fetch tokenizer, validation and the first `train_shards` training shards; return their directory.
 
     A file gets its final name once its size, and SHA-256 where the hub states one, are right; a second call
-    keeps what the first has finished. Raises PrepareError when the repository lacks files or a download fails.
+    keeps what the first has finished. Raises PrepareError when the repository lacks files or a transfer
+    fails.
     """
     try:
         import huggingface_hub
@@ -1260,7 +1263,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _verify_command(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="prepare_caseops_data.py verify",
-        description="Read every value of a shard directory, ours or another's, and say what is wrong with it.",
+        description="Read every value of a shard directory, ours or another's, and say what is wrong.",
         epilog="Exit code 1 and one sentence for each violation.")
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--overlap-limit", type=float, default=OVERLAP_LIMIT, metavar="SHARE",
@@ -1281,7 +1284,7 @@ def _print_violations(violations: list[str]) -> int:
 def _download_command(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="prepare_caseops_data.py download",
-        description="Fetch the published CaseOps shards and tokenizer, then verify them. Run again to resume.")
+        description="Fetch the published CaseOps shards and tokenizer and verify them. Run again to resume.")
     parser.add_argument("--out", type=Path, default=DEFAULT_DOWNLOAD_ROOT, metavar="ROOT",
                         help=f"the shards go to ROOT/{PUBLISHED_NAME} (default {DEFAULT_DOWNLOAD_ROOT})")
     parser.add_argument("--train-shards", type=int, default=PUBLISHED_TRAIN_SHARDS, metavar="N",
@@ -1303,15 +1306,15 @@ def _build_parser() -> argparse.ArgumentParser:
         prog="prepare_caseops_data.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Build CaseOps token shards from documents, or train a CaseOps tokenizer, or both.\n"
                     "Other commands: `verify DIR` and `download`, each with its own --help.",
-        epilog="The validation split is the first --val-docs documents of --docs. With --val-docs-file it is the\n"
-               "first --val-docs documents of that file (all by default), and all of --docs is training data.")
+        epilog="The validation split is the first --val-docs documents of --docs. With --val-docs-file it\n"
+               "is the first ones of that file (all by default), and all of --docs is training data.")
     add = parser.add_argument
     add("--docs", type=Path, required=True, metavar="FILE",
         help="JSON Lines with a string `text`: .jsonl, .gz, .xz, .zst")
     add("--out", type=Path, metavar="DIR", help="directory for shards, sidecar, tokenizer and manifest")
     add("--sp", type=Path, metavar="MODEL",
-        help=f"tokenizer to use (default tokenizers/{SHIPPED_TOKENIZER.name}), or with --train-tokenizer to write "
-             "(default caseops_VOCAB_SIZE.model in --out)")
+        help=f"tokenizer to use (default tokenizers/{SHIPPED_TOKENIZER.name}), or with --train-tokenizer to "
+             "write (default caseops_VOCAB_SIZE.model in --out)")
     add("--val-docs", type=int, metavar="N", help=f"validation documents (default {DEFAULT_VAL_DOCS:,})")
     add("--val-docs-file", type=Path, metavar="FILE", help="take validation documents from this file")
     add("--train-docs", type=int, metavar="N", help="use at most N training documents")
@@ -1319,11 +1322,13 @@ def _build_parser() -> argparse.ArgumentParser:
         help="stop before the training document that would exceed N tokens")
     add("--shard-tokens", type=int, default=DEFAULT_SHARD_TOKENS, metavar="N", help="default 10^8")
     add("--edge-bytes", choices=("drop", "attach"), default="drop",
-        help="bytes of white space stripped at document edges: in no token (default), or added to the outer tokens")
+        help="bytes of white space stripped at document edges: in no token (default), or added to the "
+             "outer tokens")
     add("--workers", type=int, default=1, metavar="N",
         help="processes; the output does not depend on it (default 1)")
     add("--overwrite", action="store_true", help="first remove the shards that DIR has")
-    add("--train-tokenizer", type=int, metavar="VOCAB_SIZE", help="first train a tokenizer on the training documents")
+    add("--train-tokenizer", type=int, metavar="VOCAB_SIZE",
+        help="first train a tokenizer on the training documents")
     add("--tokenizer-sources", metavar="A,B",
         help="train it only on records with one of these `source` fields; `free` stands for "
              + ",".join(FREE_SOURCES))

@@ -2,7 +2,8 @@
 
     python benchmarks/prepare.py [--docs FILE] [--sp MODEL] [--megabytes N]
 
-`library` lines ask SentencePiece about whole documents, as earlier preparations do. The stages `train` and `val` are whole preparation: reading, JSON, encoding and, for val, the byte sidecar.
+`library` lines ask SentencePiece about whole documents, as earlier preparations do. The stages `train`
+and `val` are whole preparation: reading, JSON, encoding and, for val, the byte sidecar.
 """
 import argparse
 import json

@@ -59,8 +59,8 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name, "size": hub.size(name), "blobId": "b" * 40,
                          "lfs": {"sha256": hub.sha256(name), "size": hub.size(name), "pointerSize": 134}}
                         for name in hub.files]
-            self.send(200, json.dumps({"id": REPO_ID, "sha": COMMIT, "siblings": siblings}).encode(), with_body,
-                      {"Content-Type": "application/json"})
+            info = {"id": REPO_ID, "sha": COMMIT, "siblings": siblings}
+            self.send(200, json.dumps(info).encode(), with_body, {"Content-Type": "application/json"})
             return
         name = path.removeprefix(f"/datasets/{REPO_ID}/resolve/{COMMIT}/")
         if name not in hub.files:
@@ -114,14 +114,16 @@ def hub(published):
     server.server_close()
 
 
-def download(repo: Path, hub: Hub, root: Path, *arguments, train_shards: int = 2) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-                   "HF_HOME": str(root / "hub_home"), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+def download(repo: Path, hub: Hub, root: Path, *arguments,
+             train_shards: int = 2) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1",
+                   "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(root / "hub_home"),
+                   "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     # A leftover token or proxy of the machine has no part in the test.
     for key in ("HF_TOKEN", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         environment.pop(key, None)
-    return subprocess.run([sys.executable, repo / "prepare_caseops_data.py", "download", "--out", root, "--repo", REPO_ID,
-                           "--train-shards", str(train_shards), *arguments],
+    command = [sys.executable, repo / "prepare_caseops_data.py", "download", "--out", root]
+    return subprocess.run([*command, "--repo", REPO_ID, "--train-shards", str(train_shards), *arguments],
                           capture_output=True, text=True, env=environment, check=False)
 
 
@@ -130,7 +132,8 @@ def test_download_fetches_verifies_and_names_the_paths(repo, hub, published, tmp
     assert done.returncode == 0, done.stderr + done.stdout
     folder = tmp_path / prepare.PUBLISHED_NAME
     names = {path.name for path in folder.iterdir()}
-    assert names == {"manifest.json", "caseops_8192.model", "fineweb_train_000000.bin", "fineweb_train_000001.bin",
+    assert names == {"manifest.json", "caseops_8192.model", "fineweb_train_000000.bin",
+                     "fineweb_train_000001.bin",
                      *(Path(name).name for name in published if "fineweb_val_" in name)}
     for name, data in published.items():
         if Path(name).name in names:

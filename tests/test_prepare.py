@@ -84,7 +84,8 @@ def all_files(folder: Path) -> dict[str, bytes]:
 
 def some_docs(count: int) -> list[str]:
     rng = np.random.default_rng(7)
-    words = ["The", "NASA", "launch", "of", "iPhone", "caf\u00e9", "", "don\u2019t", "U.S.A.", "\u00bd", "x\n\ny", "1999"]
+    words = ["The", "NASA", "launch", "of", "iPhone", "caf\u00e9", "", "don\u2019t", "U.S.A.", "\u00bd",
+             "x\n\ny", "1999"]
     return [" ".join(rng.choice(words, rng.integers(0, 60))) for _ in range(count)]
 
 
@@ -97,7 +98,8 @@ def build(docs: Path, out: Path, **options) -> dict:
 def check_encoder(encoder: DocumentEncoder, text: str) -> None:
     want_ids, want_values, *want_edges = encode_document(encoder.tokenizer, text)
     ids, values, *edges = encoder.encode(text)
-    assert (ids.tolist(), values.tolist(), edges) == ([1, *want_ids], [0, *want_values], want_edges), ascii(text)
+    want = [1, *want_ids], [0, *want_values], want_edges
+    assert (ids.tolist(), values.tolist(), edges) == want, ascii(text)
     assert encoder.encode_ids(text).tolist() == [1, *want_ids]
 
 
@@ -135,8 +137,9 @@ def test_encoding_does_not_depend_on_earlier_documents(shipped, fast, library, d
 
 def test_long_stretches_many_tokens_and_a_memo_that_overflows(fast, monkeypatch):
     monkeypatch.setattr(DocumentEncoder, "MAX_MEMO_BYTES", 1 << 18)
-    for text in ["x" * 1000 + " " + "ab" * 5000 + "\n\n" + "\u00e9" * 3000, "a" + " " * 70000 + "b", "\ufdfa" * 5000,
-                 " ".join(f"{number} {number:x}" for number in range(20000)), " " * 1000, "\n \x01 \n  A"]:
+    for text in ["x" * 1000 + " " + "ab" * 5000 + "\n\n" + "\u00e9" * 3000, "a" + " " * 70000 + "b",
+                 "\ufdfa" * 5000, " " * 1000, "\n \x01 \n  A",
+                 " ".join(f"{number} {number:x}" for number in range(20000))]:
         check_encoder(fast, text)
 
 
@@ -195,7 +198,8 @@ def test_shard_vectors_with_the_official_tokenizer(official, vectors_dir, tmp_pa
                          val_docs=record["val_docs"], shard_tokens=record["shard_tokens"])
         assert {path.name for path in out.glob("*.bin")} == set(record["files"])
         for name, facts in record["files"].items():
-            assert hashlib.sha256((out / name).read_bytes()).hexdigest() == facts["sha256"], (record["id"], name)
+            digest = hashlib.sha256((out / name).read_bytes()).hexdigest()
+            assert digest == facts["sha256"], (record["id"], name)
             assert manifest["files"][name] == {"values": len(facts["values"]), "sha256": facts["sha256"]}
 
 
@@ -211,14 +215,16 @@ def test_first_documents_are_validation_and_the_rest_training(tmp_path, shipped)
     assert set(sizes[:-1]) == {50} and 0 < sizes[-1] <= 50
     on_disk = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert on_disk == manifest
-    assert (tmp_path / "out" / manifest["tokenizer"]["file"]).read_bytes() == prepare.SHIPPED_TOKENIZER.read_bytes()
+    copy = tmp_path / "out" / manifest["tokenizer"]["file"]
+    assert copy.read_bytes() == prepare.SHIPPED_TOKENIZER.read_bytes()
 
 
 def test_manifest_sums(tmp_path):
     documents = ["  lead", "trail\n", "\u200b", "x\ud800y", "more training"]
     for edge_bytes in ("drop", "attach"):
         out = tmp_path / edge_bytes
-        manifest = build(write_docs(tmp_path / "docs.jsonl", documents), out, val_docs=4, edge_bytes=edge_bytes)
+        docs = write_docs(tmp_path / "docs.jsonl", documents)
+        manifest = build(docs, out, val_docs=4, edge_bytes=edge_bytes)
         val = manifest["val"]
         sidecar = read_shards(out, "val_bytes")
         assert val["original_bytes"] == 6 + 6 + 3 + 5
@@ -226,8 +232,9 @@ def test_manifest_sums(tmp_path):
         assert val["sidecar_bytes"] == sidecar.sum() == (14 if edge_bytes == "drop" else 17)
         assert manifest["edge_bytes"] == edge_bytes
         assert manifest["replaced_surrogates"] == 1
-    assert set(manifest) == {"format", "transform", "tokenizer", "library", "source_sha256", "docs_val", "docs_train",
-                             "shard_tokens", "edge_bytes", "files", "train", "val", "replaced_surrogates"}
+    assert set(manifest) == {"format", "transform", "tokenizer", "library", "source_sha256", "docs_val",
+                             "docs_train", "shard_tokens", "edge_bytes", "files", "train", "val",
+                             "replaced_surrogates"}
 
 
 def test_attached_edges_make_the_sidecar_sum_to_each_document(tmp_path):
@@ -259,7 +266,8 @@ def test_output_does_not_depend_on_how_lines_are_batched(tmp_path, monkeypatch):
 def test_limits_keep_whole_documents(tmp_path):
     docs = write_docs(tmp_path / "docs.jsonl", some_docs(40))
     whole = build(docs, tmp_path / "whole")
-    lengths = np.diff(np.append(np.flatnonzero(read_shards(tmp_path / "whole", "train") == 1), whole["train"]["tokens"]))
+    starts = np.flatnonzero(read_shards(tmp_path / "whole", "train") == 1)
+    lengths = np.diff(np.append(starts, whole["train"]["tokens"]))
     limited = build(docs, tmp_path / "tokens", max_train_tokens=200)
     assert limited["train"]["tokens"] == max(n for n in np.cumsum(lengths) if n <= 200)
     assert build(docs, tmp_path / "documents", train_docs=5)["train"]["tokens"] == lengths[:5].sum()
@@ -267,7 +275,7 @@ def test_limits_keep_whole_documents(tmp_path):
 
 
 def test_separate_validation_file(tmp_path):
-    train, val = (write_docs(tmp_path / f"{name}.jsonl", [f"{name} {i}" for i in range(4)]) for name in ("t", "v"))
+    train, val = (write_docs(tmp_path / f"{name}.jsonl", [f"{name} {i}" for i in range(4)]) for name in "tv")
     manifest = build(train, tmp_path / "out", val_docs=None, val_docs_file=val)
     assert (manifest["docs_val"], manifest["docs_train"]) == (4, 4)
     assert manifest["source_sha256"].keys() == {"t.jsonl", "v.jsonl"}
@@ -328,8 +336,8 @@ def test_compressed_documents_and_their_damage(tmp_path, suffix):
 @pytest.mark.parametrize("line, found, workers", [
     (b'{"text": "half', "malformed JSON", 1), (b"{'text': 1}", "malformed JSON", 2),
     (b'{"text": "\xff"}', "invalid start byte", 1), (b'{"text": 5}', "`text` of type int", 1),
-    (b'{"text": null}', "`text` of type NoneType", 1), (b'{"body": "x"}', "body", 1), (b"[1]", "a JSON list", 1),
-    (b"[" * 100_000, "nested too deeply", 1),
+    (b'{"text": null}', "`text` of type NoneType", 1), (b'{"body": "x"}', "body", 1),
+    (b"[1]", "a JSON list", 1), (b"[" * 100_000, "nested too deeply", 1),
 ])
 def test_bad_records_name_line_and_document(tmp_path, line, found, workers):
     docs = tmp_path / "docs.jsonl"
@@ -429,7 +437,7 @@ def test_a_killed_build_leaves_no_final_name_and_restarts(tmp_path):
     program = ("import os, prepare_caseops_data as p\n"
                "p.ShardWriter.finish = lambda self: os.kill(os.getpid(), 9)\n"
                f"p.build({str(docs)!r}, {str(out)!r}, val_docs=3, shard_tokens=40, show_progress=False)")
-    done = subprocess.run([sys.executable, "-c", program], cwd=Path(prepare.__file__).parent, capture_output=True, check=False)
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(prepare.__file__).parent, check=False)
     assert done.returncode == -9
     assert [path.name for path in out.iterdir()] == [".partial"]
     build(docs, out, shard_tokens=40)
@@ -466,15 +474,16 @@ def test_a_tokenizer_without_operators_is_refused(tmp_path):
 
 def test_shipped_tokenizer_has_the_official_layout():
     model = ModelFile.read(prepare.SHIPPED_TOKENIZER)
-    recorded = prepare.SHIPPED_TOKENIZER.with_name(prepare.SHIPPED_TOKENIZER.name + ".sha256").read_text().split()
-    assert recorded == [model.sha256, prepare.SHIPPED_TOKENIZER.name]
+    recorded = model.path.with_name(model.path.name + ".sha256").read_text().split()
+    assert recorded == [model.sha256, model.path.name]
     check_layout(model, 8192)
 
 
 def check_layout(model: ModelFile, vocab_size: int) -> None:
     pieces = model.pieces
     assert len(pieces) == vocab_size
-    assert [(piece.text, piece.kind) for piece in pieces[:4]] == [("<pad>", 3), ("<s>", 3), ("</s>", 3), ("<unk>", 2)]
+    assert [piece.text for piece in pieces[:4]] == ["<pad>", "<s>", "</s>", "<unk>"]
+    assert [piece.kind for piece in pieces[:4]] == [3, 3, 3, 2]
     assert "".join(piece.text for piece in pieces[4:8]) == lossless_caps.OPERATORS
     assert [piece.text for piece in pieces[8:264]] == [f"<0x{byte:02X}>" for byte in range(256)]
     assert [piece.score for piece in pieces[264:]] == [-i for i in range(vocab_size - 264)]
@@ -533,14 +542,14 @@ def run(repo: Path, *arguments) -> subprocess.CompletedProcess:
 
 def test_command_line_trains_and_builds(repo, tmp_path):
     docs = write_docs(tmp_path / "docs.jsonl", some_docs(300))
-    done = run(repo, "--docs", docs, "--out", tmp_path / "out", "--val-docs", 20, "--train-tokenizer", 300, "--sp",
-               tmp_path / "new.model")
+    training = ["--docs", docs, "--val-docs", 20, "--train-tokenizer", 300, "--sp", tmp_path / "new.model"]
+    done = run(repo, *training, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert f"DATA_PATH={tmp_path / 'out'}\n" in done.stdout
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["tokenizer"]["file"] == "new.model" and (tmp_path / "out" / "new.model").exists()
     assert run(repo, "verify", tmp_path / "out").returncode == 0
-    done = run(repo, "--docs", docs, "--val-docs", 20, "--train-tokenizer", 300, "--sp", tmp_path / "new.model")
+    done = run(repo, *training)
     assert done.returncode == 2 and "pass --overwrite" in done.stderr
 
 
@@ -548,7 +557,8 @@ def test_command_line_errors(repo, tmp_path):
     docs = write_docs(tmp_path / "docs.jsonl", ["one", "two"])
     for arguments in (["--docs", docs], ["--docs", docs, "--out", tmp_path, "--val-docs", "-1"],
                       ["--docs", docs, "--out", tmp_path, "--workers", "0"], ["verify"], ["--nonsense"],
-                      ["--docs", docs, "--train-tokenizer", "100"], ["--docs", docs, "--train-tokenizer", "300"], ["download", "--train-shards", "0"]):
+                      ["--docs", docs, "--train-tokenizer", "100"],
+                      ["--docs", docs, "--train-tokenizer", "300"], ["download", "--train-shards", "0"]):
         done = run(repo, *arguments)
         assert done.returncode == 2, arguments
         assert "error:" in done.stderr

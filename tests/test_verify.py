@@ -1,4 +1,5 @@
 """Verification of shard directories: sound ones pass, each kind of damage gives its sentence."""
+import hashlib
 import json
 import shutil
 import subprocess
@@ -55,7 +56,7 @@ def forget_hashes(folder: Path) -> None:
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     shards = {file.name: file.read_bytes() for file in sorted(folder.glob("fineweb_*.bin"))}
-    manifest["files"] = {name: {"values": len(data) // 2 - 512, "sha256": prepare.hashlib.sha256(data).hexdigest()}
+    manifest["files"] = {name: {"values": len(data) // 2 - 512, "sha256": hashlib.sha256(data).hexdigest()}
                          for name, data in shards.items()}
     totals = {series: [values(folder / name) for name in shards if name.startswith(f"fineweb_{series}_0")]
               for series in ("train", "val", "val_bytes")}
@@ -72,7 +73,8 @@ def test_a_sound_directory_passes_and_reports_its_figures(folder, capsys):
     assert violations(folder) == []
     manifest = json.loads((folder / "manifest.json").read_text())
     printed = capsys.readouterr().out
-    assert f"series:val shards:{len(list(folder.glob('fineweb_val_0*')))} values:{manifest['val']['tokens']}" in printed
+    shards = len(list(folder.glob("fineweb_val_0*")))
+    assert f"series:val shards:{shards} values:{manifest['val']['tokens']}" in printed
     assert f"bytes:{manifest['val']['sidecar_bytes']}" in printed
     assert "overlap val_documents:0/20 train_documents:0" in printed
 
@@ -84,7 +86,7 @@ def test_documents_across_reads_and_shards_are_whole(folder, monkeypatch, chunk)
     assert check.run() == []
     stream = np.concatenate([values(path) for path in sorted(folder.glob("fineweb_val_0*.bin"))])
     parts = np.split(stream, np.flatnonzero(stream == 1))[1:]
-    assert check.val_documents == {prepare.hashlib.blake2b(part.tobytes(), digest_size=16).digest() for part in parts}
+    assert check.val_documents == {hashlib.blake2b(part.tobytes(), digest_size=16).digest() for part in parts}
 
 
 @pytest.mark.parametrize("has_manifest", [True, False])
@@ -214,7 +216,7 @@ def test_without_a_manifest_only_the_published_figures_are_trusted(folder, monke
     (folder / "manifest.json").unlink()
     assert "this is not it: validation has" in only_violation(folder)
     # The same directory passes once the check figures are its own.
-    tokens, counts = (np.concatenate([values(path) for path in sorted(folder.glob(f"fineweb_{series}_0*.bin"))])
+    tokens, counts = (np.concatenate([values(path) for path in sorted(folder.glob(f"fineweb_{series}_0*"))])
                       for series in ("val", "val_bytes"))
     monkeypatch.setattr(prepare, "PUBLISHED_VAL_TOKENS", (len(tokens), len(tokens) + 5))
     monkeypatch.setattr(prepare, "PUBLISHED_TARGETS", len(tokens) - 3)
@@ -229,7 +231,8 @@ def test_without_a_manifest_only_the_published_figures_are_trusted(folder, monke
 
 def test_command_line_exit_codes(repo, folder):
     def run(*arguments):
-        return subprocess.run([sys.executable, repo / "prepare_caseops_data.py", "verify", *map(str, arguments)],
+        script = repo / "prepare_caseops_data.py"
+        return subprocess.run([sys.executable, script, "verify", *map(str, arguments)],
                               capture_output=True, text=True, check=False)
 
     assert run(folder).returncode == 0
