@@ -988,7 +988,8 @@ class DirectoryCheck:
         facts = self._facts[series]
         largest, specials = -1, 0
         is_first = True
-        begun: list[np.ndarray] = []      # pieces of the document that the last chunk ended in
+        # Hashed as it comes, because in data without BOS the whole split is one document.
+        document, length = hashlib.blake2b(digest_size=16), 0
         for tokens in self._chunks(series):
             if is_first and tokens[0] != BOS_ID:
                 self.violations.append(f"The {series} split begins with id {int(tokens[0])}, not with BOS "
@@ -999,12 +1000,15 @@ class DirectoryCheck:
             specials += int(np.isin(tokens, _NEVER_FROM_TEXT).sum())
             starts = np.flatnonzero(tokens == BOS_ID)
             facts.bos += len(starts)
-            documents = np.split(tokens, starts)
-            begun.append(documents[0])
-            for document in documents[1:]:
-                yield from _hash_document(begun)
-                begun = [document]
-        yield from _hash_document(begun)
+            for number, part in enumerate(np.split(tokens, starts)):
+                if number > 0:
+                    if length > 1:
+                        yield document.digest()
+                    document, length = hashlib.blake2b(digest_size=16), 0
+                document.update(part.data)
+                length += len(part)
+        if length > 1:
+            yield document.digest()
         if self._vocab_size is not None and largest >= self._vocab_size:
             self.violations.append(f"The {series} split has id {largest}, beyond the vocabulary of "
                                    f"{self._vocab_size:,}; shards and tokenizer do not belong together.")
@@ -1104,17 +1108,6 @@ class DirectoryCheck:
             self.violations.append("Without a manifest only the published export can be trusted, and this is "
                                    "not it: "
                                    + "; ".join(wrong) + ".")
-
-
-def _hash_document(parts: list[np.ndarray]) -> Iterator[bytes]:
-    """Yield the hash of a document given in parts, nothing for one without tokens after its BOS."""
-    sha = hashlib.blake2b(digest_size=16)
-    length = 0
-    for part in parts:
-        length += len(part)
-        sha.update(part.data)
-    if length > 1:
-        yield sha.digest()
 
 
 def verify(folder: Path, overlap_limit: float = OVERLAP_LIMIT, show_progress: bool = True) -> list[str]:
