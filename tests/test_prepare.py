@@ -135,6 +135,35 @@ def test_encoding_does_not_depend_on_earlier_documents(shipped, fast, library, d
             assert np.array_equal(seen, new)
 
 
+def charsmap_rules(charsmap: bytes) -> list[str]:
+    """Return the keys of the double-array trie that a character map begins with."""
+    size = int.from_bytes(charsmap[:4], "little")
+    units = np.frombuffer(charsmap[4:4 + size], "<u4").astype(np.int64)
+    bases = (np.arange(len(units)) ^ (units >> 10 << ((units & 512) >> 6))).tolist()
+    # A child of a node stands at the node's base xor its label, so children are found by place xor label.
+    children: dict[int, list[tuple[int, int]]] = {}
+    inner = np.flatnonzero((units >> 31 == 0) & (units & 255 > 0))
+    for place, label in zip(inner.tolist(), (units[inner] & 255).tolist()):
+        children.setdefault(place ^ label, []).append((place, label))
+    ends_rule = (units >> 8 & 1).tolist()
+    rules, todo = [], [(0, b"")]
+    while todo:
+        place, key = todo.pop()
+        if ends_rule[place]:
+            rules.append(key.decode())
+        todo += [(child, key + bytes([label])) for child, label in children.get(bases[place], ())]
+    return rules
+
+
+def test_no_rule_of_the_official_map_touches_plain_text_or_crosses_a_space(shipped):
+    rules = charsmap_rules(shipped.model.charsmap)
+    assert len(rules) > 200_000
+    plain = set(map(chr, range(33, 127))) | set("\u2013\u2014\u2018\u2019\u201c\u201d")
+    assert not [rule for rule in rules if len(rule) > 1 and (" " in rule or "\n" in rule)]
+    # A plain letter may begin a rule (e + acute accent), which is why one odd character makes a stretch odd.
+    assert not [rule for rule in rules if plain.issuperset(rule) or not plain.isdisjoint(rule[1:])]
+
+
 def test_long_stretches_many_tokens_and_a_memo_that_overflows(fast, monkeypatch):
     monkeypatch.setattr(DocumentEncoder, "MAX_MEMO_BYTES", 1 << 18)
     for text in ["x" * 1000 + " " + "ab" * 5000 + "\n\n" + "\u00e9" * 3000, "a" + " " * 70000 + "b",
