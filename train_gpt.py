@@ -75,6 +75,9 @@ def knob(default: Any, doc: str, low: float = -math.inf, high: float = math.inf,
     return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices})
 
 
+BELOW_ONE = 1 - 1e-9         # decays of 1 would divide by zero in Adam's bias correction
+
+
 # Settings of the reference that have one meaning here. Any other value would silently do something else.
 FIXED_SETTINGS: dict[str, tuple[str, str]] = {
     name: (value, reason) for names, value, reason in (
@@ -91,6 +94,8 @@ FIXED_SETTINGS: dict[str, tuple[str, str]] = {
         ("WITHIN_BOOST WORD_BOOST AGREE_ADD_BOOST", "0",
          "that n-gram channel looks at the token being scored before choosing its hint, which is not causal"),
         ("LQER_FACTOR_BITS", "4", "the symmetric fallback packs 4 bits"),
+        ("FILL_ARTIFACT RDO_LAMBDA SKIP_CHECK", "0", "it does not exist yet"),
+        ("TILT_MODE", "fixed", "no other mode exists yet"),
         ("MATRIX_CLIP_SIGMAS", "12.85", "no tensor falls in that class"),
         ("TTT_OPTIMIZER", "adam", "adapters are trained with AdamW"),
         ("TTT_GRAD_STEPS PHASED_TTT_NUM_PHASES GLOBAL_TTT_EPOCHS GLOBAL_TTT_RESPECT_DOC_BOUNDARIES "
@@ -161,8 +166,8 @@ class Config:
     embed_wd: float = knob(0.085, "AdamW weight decay of the embedding", 0.0)
     scalar_lr: float = knob(0.02, "AdamW learning rate of gains, gates, scales and caps", 0.0)
     adam_wd: float = knob(0.02, "AdamW weight decay of gains, gates and scales", 0.0)
-    beta1: float = knob(0.9, "AdamW first-moment decay", 0.0, 1.0)
-    beta2: float = knob(0.95, "AdamW second-moment decay", 0.0, 1.0)
+    beta1: float = knob(0.9, "AdamW first-moment decay", 0.0, BELOW_ONE)
+    beta2: float = knob(0.95, "AdamW second-moment decay", 0.0, BELOW_ONE)
     adam_eps: float = knob(1e-8, "AdamW epsilon", 0.0)
     grad_clip_norm: float = knob(0.3, "global gradient norm allowed to one row", 0.0)
     ema_decay: float = knob(0.9965, "decay of the weight average per step", 0.0, 1.0)
@@ -196,8 +201,8 @@ class Config:
     ttt_lora_rank: int = knob(80, "rank of each per-document adapter [LoRA]", 1)
     ttt_lora_alpha: float = knob(144.0, "adapter scale times rank")
     ttt_lora_lr: float = knob(1e-4, "adapter learning rate", 0.0)
-    ttt_beta1: float = knob(0.0, "adapter AdamW first-moment decay", 0.0, 1.0)
-    ttt_beta2: float = knob(0.999, "adapter AdamW second-moment decay", 0.0, 1.0)
+    ttt_beta1: float = knob(0.0, "adapter AdamW first-moment decay", 0.0, BELOW_ONE)
+    ttt_beta2: float = knob(0.999, "adapter AdamW second-moment decay", 0.0, BELOW_ONE)
     ttt_weight_decay: float = knob(2.0, "adapter AdamW weight decay", 0.0)
     ttt_warm_start_a: bool = knob(True, "keep A between full batches of one lane; 0 draws it anew")
     ttt_k_lora: bool = knob(True, "adapters on the key projection")
@@ -283,6 +288,11 @@ class Config:
     @property
     def row_tokens(self) -> int:
         return self.train_batch_tokens // ROWS_PER_STEP
+
+    @property
+    def longest_segment(self) -> int:
+        """Bound on segments in training and plain evaluation; one number, so that both use the same graphs."""
+        return max(self.train_seq_len, self.eval_seq_len)
 
 
 ROWS_PER_STEP = 8            # one optimizer step is 8 rows on any number of GPUs
@@ -579,6 +589,7 @@ class Dataset:
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             listed = {name: int(entry["values"]) for name, entry in manifest["files"].items()}
+            manifest["tokenizer"]["file"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not a manifest of this family ({error}); prepare the data again") from error
         wrong = {name: (listed.get(name), counts.get(name)) for name in listed.keys() | counts.keys()
@@ -613,7 +624,7 @@ def check_tokenizer(cfg: Config, data: Dataset) -> Path:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     recorded = path.with_name(path.name + ".sha256")
     for source, want in (("the shards' manifest", manifest.get("sha256")),
-                         (recorded.name, recorded.read_text().split()[0] if recorded.exists() else None)):
+                         (recorded.name, (recorded.read_text().split() or ["(nothing)"])[0] if recorded.exists() else None)):
         if want and want != digest:
             raise DataError(f"{path}: SHA-256 {digest[:16]}..., but {source} says {want[:16]}...; use the tokenizer "
                             "the shards were made with")
@@ -715,23 +726,25 @@ class PackingLoader:
     def _produce(self) -> None:
         try:
             for index, (span, shard) in enumerate(self.spans()):
-                if index % self.world_size != self.rank:
-                    continue
-                row = torch.from_numpy(span.astype(np.int64))
-                bounds = torch.from_numpy(segment_bounds(span[:-1], self.segment_cap))
-                item = (row[:-1].clone(), row[1:].clone(), bounds)
-                if self.device.type == "cuda":
-                    item = tuple(x.pin_memory() for x in item)
-                while not self._stop.is_set():
-                    try:
-                        self._queue.put((*item, shard), timeout=0.1)
-                        break
-                    except queue.Full:
-                        continue
+                if index % self.world_size == self.rank:
+                    row = torch.from_numpy(span.astype(np.int64))
+                    bounds = torch.from_numpy(segment_bounds(span[:-1], self.segment_cap))
+                    item = (row[:-1].clone(), row[1:].clone(), bounds)
+                    if self.device.type == "cuda":
+                        item = tuple(x.pin_memory() for x in item)
+                    self._offer((*item, shard))
                 if self._stop.is_set():
                     return
-        except (DataError, OSError) as error:
-            self._queue.put(error)
+        except BaseException as error:                    # whatever it is, the reader must hear of it,
+            while not self._stop.is_set():                # as often as it asks
+                self._offer(error)
+
+    def _offer(self, item: Any) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
 
 
 def calibration_batches(paths: Sequence[Path], seq_len: int, batch_seqs: int, seed: int = 0) -> Iterator[np.ndarray]:
@@ -874,28 +887,39 @@ def choose_attention(run: Run) -> Attend:
 
 if triton is not None:
     @triton.jit
-    def _softcap_ce_kernel(logits_ptr, targets_ptr, caps_ptr, nll_ptr, dcaps_ptr, vocab_size, BLOCK: tl.constexpr):
+    def _softcap_ce_kernel(logits_ptr, targets_ptr, caps_ptr, nll_ptr, dcaps_ptr, vocab_size, BLOCK: tl.constexpr,
+                           PARTIAL: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         cols = tl.arange(0, BLOCK)
-        inside = cols < vocab_size
-        logits = tl.load(logits_ptr + row * vocab_size + cols, mask=inside, other=0.0).to(tl.float32)
-        cap = tl.where(logits > 0, tl.load(caps_ptr), tl.load(caps_ptr + 1))
-        ratio = logits / cap
-        tanh = 2 * tl.sigmoid(2 * ratio) - 1
-        capped = tl.where(inside, cap * tanh, -float("inf"))
+        if PARTIAL:
+            logits = tl.load(logits_ptr + row * vocab_size + cols, mask=cols < vocab_size, other=0.0).to(tl.float32)
+        else:
+            logits = tl.load(logits_ptr + row * vocab_size + cols).to(tl.float32)
+        positive = logits > 0
+        cap_pos, cap_neg = tl.load(caps_ptr), tl.load(caps_ptr + 1)
+        ratio = logits * tl.where(positive, 1 / cap_pos, 1 / cap_neg)
+        tanh = 1 - 2 / (tl.exp(2 * ratio) + 1)
+        capped = tl.where(positive, cap_pos, cap_neg) * tanh
+        if PARTIAL:
+            capped = tl.where(cols < vocab_size, capped, -float("inf"))
         top = tl.max(capped, 0)
-        lse = top + tl.log(tl.sum(tl.exp(capped - top), 0))
+        grad = tl.exp(capped - top)
+        total = tl.sum(grad, 0)
         hit = cols == tl.load(targets_ptr + row)
-        tl.store(nll_ptr + row, lse - tl.sum(tl.where(hit, capped, 0.0), 0))
-        grad = tl.exp(capped - lse) - tl.where(hit, 1.0, 0.0)                   # d nll / d capped
+        tl.store(nll_ptr + row, top + tl.log(total) - tl.sum(tl.where(hit, capped, 0.0), 0))
+        grad = grad * (1 / total) - tl.where(hit, 1.0, 0.0)                     # d nll / d capped
         slope = 1 - tanh * tanh                                                 # d capped / d logits
-        dcap = tl.where(inside, grad * (tanh - ratio * slope), 0.0)             # d nll / d cap
-        tl.store(dcaps_ptr + 2 * row, tl.sum(tl.where(logits > 0, dcap, 0.0), 0))
-        tl.store(dcaps_ptr + 2 * row + 1, tl.sum(tl.where(logits > 0, 0.0, dcap), 0))
-        tl.store(logits_ptr + row * vocab_size + cols, (grad * slope).to(logits_ptr.dtype.element_ty), mask=inside)
+        dcap = grad * (tanh - ratio * slope)                                    # d nll / d cap; 0 outside
+        tl.store(dcaps_ptr + 2 * row, tl.sum(tl.where(positive, dcap, 0.0), 0))
+        tl.store(dcaps_ptr + 2 * row + 1, tl.sum(tl.where(positive, 0.0, dcap), 0))
+        grad = (grad * slope).to(logits_ptr.dtype.element_ty)
+        if PARTIAL:
+            tl.store(logits_ptr + row * vocab_size + cols, grad, mask=cols < vocab_size)
+        else:
+            tl.store(logits_ptr + row * vocab_size + cols, grad)
 
 
-CE_WARPS = 16       # one program holds a row of 8,192 logits in registers; tuned on H100
+CE_WARPS = 32       # one program holds a row of 8,192 logits in registers; tuned on H100
 
 
 class FusedSoftcapLoss(torch.autograd.Function):
@@ -909,8 +933,9 @@ class FusedSoftcapLoss(torch.autograd.Function):
         N, V = logits_NV.shape
         nll_N = torch.empty(N, device=logits_NV.device)
         dcaps_N2 = torch.empty(N, 2, device=logits_NV.device)
+        block = triton.next_power_of_2(V)
         _softcap_ce_kernel[(N,)](logits_NV, targets_N, torch.stack([cap_pos, cap_neg]), nll_N, dcaps_N2, V,
-                                 BLOCK=triton.next_power_of_2(V), num_warps=CE_WARPS)
+                                 BLOCK=block, PARTIAL=block != V, num_warps=CE_WARPS)
         ctx.save_for_backward(hidden_ND, weight, logits_NV, dcaps_N2)
         return nll_N.mean()
 
@@ -950,7 +975,8 @@ class LowRank(NamedTuple):
     scale: float
 
     def __call__(self, x_BTD: Tensor) -> Tensor:
-        low = torch.bmm(x_BTD, self.A.to(x_BTD.dtype).transpose(1, 2))
+        # A from the left, so that its gradient comes out in the layout of A.
+        low = torch.bmm(self.A.to(x_BTD.dtype), x_BTD.transpose(1, 2)).transpose(1, 2)
         return torch.bmm(low, self.B.to(x_BTD.dtype).transpose(1, 2)) * self.scale
 
 
@@ -1121,8 +1147,16 @@ class Graphs(NamedTuple):
     score: Callable = score_tokens
 
 
-def make_graphs(run: Run, dynamic: bool) -> Graphs:
-    """Compiled functions with static or dynamic batch and length; eager ones when COMPILE=0.
+def mark_varying(x: Tensor, *dims: int) -> Tensor:
+    """Tell the compiler that these sizes change between calls, so that one graph serves them all."""
+    for dim in dims:
+        if x.shape[dim] > 1:                              # size 1 always gets a graph of its own
+            torch._dynamo.maybe_mark_dynamic(x, dim)
+    return x
+
+
+def make_graphs(run: Run) -> Graphs:
+    """Compiled functions; eager ones when COMPILE=0. Sizes are static unless marked with mark_varying.
 
     Blocks are compiled one by one and shared by all layers: eleven times less to compile than the whole model.
     On CPUs plain attention loops over segments in Python, so a graph may break there and only there.
@@ -1131,8 +1165,7 @@ def make_graphs(run: Run, dynamic: bool) -> Graphs:
         return Graphs()
     # Serial and parallel blocks exist with and without skip, gradient and adapters.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return Graphs(*(torch.compile(fn, fullgraph=run.device.type == "cuda", dynamic=True if dynamic else None)
-                    for fn in Graphs()))
+    return Graphs(*(torch.compile(fn, fullgraph=run.device.type == "cuda") for fn in Graphs()))
 
 
 def execution_order(cfg: Config, looping: bool) -> tuple[list[int], list[int]]:
@@ -1154,6 +1187,7 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.compute_dtype, self.attend = cfg, compute_dtype, attend
         self.graphs = Graphs()
+        self.sizes_vary = False      # batch and length change from call to call (test-time training)
         L, D, H, Fd, kv = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.mlp_dim, cfg.kv_dim
         num_skips = min(map(len, execution_order(cfg, True)))
 
@@ -1201,36 +1235,38 @@ class GPT(nn.Module):
         self.reserve_positions(T)
         cu_seqlens, max_seqlen = segments or (
             torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=tokens_BT.device), T)
-        packing = Packing(cu_seqlens, max_seqlen, self.rope[0, :T], self.rope[1, :T], self.attend,
-                          self.cfg.sparse_attn_gate_scale)
+        vary = mark_varying if self.sizes_vary else lambda x, *dims: x
+        cos, sin = (vary(table[:T], 0) for table in self.rope.unbind())
+        packing = Packing(vary(cu_seqlens, 0), max_seqlen, cos, sin, self.attend, self.cfg.sparse_attn_gate_scale)
         layers = [LayerWeights(*views) for views in zip(
             *(getattr(self, name).unbind() for name in self.LAYER_PARAMETERS), self.ln_scale.unbind())]
         encoder, decoder = execution_order(self.cfg, looping)
         gates = list(zip(self.skip_weights.unbind(), self.skip_gates.unbind()))
         slots = adapters or [LayerAdapters()] * (len(encoder) + len(decoder))
 
-        x0 = g.embed(tokens_BT, self.tok_emb, self.smear_w, self.smear_lambda, self.compute_dtype)
-        # A view, so that x and x0 never are the same object: the compiler would build a variant for that case.
-        lane0 = lane1 = x0.view_as(x0) if adapters is None else x0.detach().requires_grad_()
+        x0 = g.embed(vary(tokens_BT, 0, 1), self.tok_emb, self.smear_w, self.smear_lambda, self.compute_dtype)
+        # A copy: the compiler builds one more variant of a block for arguments that are one tensor or views of one.
+        lane0 = lane1 = x0.clone() if adapters is None else x0.clone().requires_grad_()
+        vary(x0, 0, 1)
         saved: list[Tensor] = []
         for slot, layer in enumerate(encoder + decoder):
             if tap is not None:
                 tap("layer", torch.tensor(layer))
             row = slot - len(encoder)
             skip = (saved.pop(), *gates[row]) if 0 <= row < len(gates) and saved else None
+            vary(lane0, 0, 1)
             if layer < self.cfg.parallel_start_layer:
                 lane0 = lane1 = g.serial(lane0, x0, skip, layers[layer], packing, slots[slot], tap)
             else:
-                # The first two-lane layer gets one stream twice; a view keeps them apart for the compiler.
-                lane1 = lane1.view_as(lane1) if lane1 is lane0 else lane1
-                lane0, lane1 = g.parallel(lane0, lane1, x0, skip, layers[layer], packing, slots[slot], tap)
+                lane1 = lane1.clone() if lane1 is lane0 else lane1
+                lane0, lane1 = g.parallel(lane0, vary(lane1, 0, 1), x0, skip, layers[layer], packing, slots[slot], tap)
             if row < 0:
                 saved.append(lane0)
-        return g.finish(lane0, lane1.view_as(lane1))
+        return g.finish(vary(lane0, 0, 1), vary(lane1.clone() if lane1 is lane0 else lane1, 0, 1))
 
     def loss(self, tokens_T: Tensor, targets_T: Tensor, cu_seqlens: Tensor, *, looping: bool,
              segment_cap: int, graphs: Graphs | None = None) -> Tensor:
-        """Mean training nll in nats of one flat row."""
+        """Mean training nll in nats of one flat row; segment_cap bounds the segments' lengths."""
         hidden = self(tokens_T[None], looping=looping, segments=(cu_seqlens, segment_cap), graphs=graphs)[0]
         fused = self.cfg.fused_ce_enabled and hidden.is_cuda and triton is not None
         loss = FusedSoftcapLoss.apply if fused else softcap_loss
@@ -1239,8 +1275,12 @@ class GPT(nn.Module):
     def score(self, hidden_ND: Tensor, targets_N: Tensor, hints_N: Tensor | None = None,
               delta_NV: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(nll of targets, log-probability of hints) of hidden states; without hints the second equals -nll."""
-        return self.graphs.score(hidden_ND, self.tok_emb, self.softcap_pos, self.softcap_neg, targets_N,
-                                 targets_N if hints_N is None else hints_N, delta_NV)
+        hints_N = targets_N.clone() if hints_N is None else hints_N
+        for x in (hidden_ND, targets_N, hints_N, delta_NV):
+            if x is not None and self.cfg.compile:
+                mark_varying(x, 0)
+        return self.graphs.score(hidden_ND, self.tok_emb, self.softcap_pos, self.softcap_neg, targets_N, hints_N,
+                                 delta_NV)
 
 
 # --- 7 optimizers -------------------------------------------------------------------------------------------
@@ -1512,18 +1552,18 @@ def train_rows(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, loader: 
     total = torch.zeros((), device=run.device)
     for _ in range(rows):
         row = next(loader)
-        _mark_segments_dynamic(cfg, row.cu_seqlens)
-        loss = model.loss(row.inputs, row.targets, row.cu_seqlens, looping=looping, segment_cap=cfg.train_seq_len)
+        _mark_segments(cfg, row.cu_seqlens)
+        loss = model.loss(row.inputs, row.targets, row.cu_seqlens, looping=looping, segment_cap=cfg.longest_segment)
         loss.backward()
         optimizer.add_row()
         total += loss.detach()
     return total
 
 
-def _mark_segments_dynamic(cfg: Config, cu_seqlens: Tensor) -> None:
-    # The number of documents in a row varies; only the attention kernel sees it, so one graph serves all.
+def _mark_segments(cfg: Config, cu_seqlens: Tensor) -> None:
+    # The number of documents in a row varies; only the attention kernel sees it.
     if cfg.compile:
-        torch._dynamo.mark_dynamic(cu_seqlens, 0)
+        mark_varying(cu_seqlens, 0)
 
 
 def warm_up(cfg: Config, run: Run, data: Dataset, model: GPT, optimizer: Optimizer) -> float:
@@ -1537,8 +1577,8 @@ def warm_up(cfg: Config, run: Run, data: Dataset, model: GPT, optimizer: Optimiz
         for pad in WARMUP_SEGMENT_PADS if cfg.compile and cfg.warmup_steps else ():
             bounds = torch.arange(0, cfg.row_tokens + 1, cfg.train_seq_len, dtype=torch.int32)
             bounds = F.pad(bounds, (0, -len(bounds) % pad), value=cfg.row_tokens).to(run.device)
-            _mark_segments_dynamic(cfg, bounds)
-            model.loss(row.inputs, row.targets, bounds, looping=looping, segment_cap=cfg.train_seq_len).backward()
+            _mark_segments(cfg, bounds)
+            model.loss(row.inputs, row.targets, bounds, looping=looping, segment_cap=cfg.longest_segment).backward()
             model.zero_grad(set_to_none=True)
         for step in range(cfg.warmup_steps):
             train_rows(cfg, run, model, optimizer, loader, 1, looping)
@@ -1574,12 +1614,11 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
     if cfg.max_wallclock_seconds:
         run.log(f"gptq:reserving {cfg.gptq_reserve_seconds:g}s, effective="
                 f"{1000 * (cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds):.0f}ms")
-    model.graphs = make_graphs(run, dynamic=False)
     calibration_s = warm_up(cfg, run, data, model, optimizer)
     average = WeightAverage(model, cfg.ema_decay)
     loader = make_loader(cfg, run, data)
     rows = ROWS_PER_STEP // run.world_size
-    looping, stopped, loop_on = False, False, (0, 0.0)
+    looping, stopped, loop_on = False, False, None
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
     run.barrier()
@@ -1611,7 +1650,7 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
     loader.close()
     if stopped:
         run.log(f"stopping_early: wallclock_cap train_time: {1000 * train_s:.0f}ms step: {steps}/{cfg.iterations}")
-    _log_speed(cfg, run, steps, train_s, *loop_on)
+    _log_speed(cfg, run, steps, train_s, *(loop_on or (steps, train_s)))
     if run.device.type == "cuda":
         run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated(run.device) >> 20} MiB "
                 f"reserved: {torch.cuda.max_memory_reserved(run.device) >> 20} MiB")
@@ -1622,8 +1661,7 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
 
 def _log_speed(cfg: Config, run: Run, steps: int, train_s: float, loop_step: int, loop_s: float) -> None:
     parts = []
-    for name, count, seconds in (("loops_off", loop_step or steps, loop_s or train_s),
-                                 ("loops_on", steps - loop_step if loop_step else 0, train_s - loop_s)):
+    for name, count, seconds in (("loops_off", loop_step, loop_s), ("loops_on", steps - loop_step, train_s - loop_s)):
         if count:
             parts.append(f"{name}_tok_per_s:{count * cfg.train_batch_tokens / seconds:.0f} "
                          f"{name}_step_ms:{1000 * seconds / count:.1f}")
@@ -2132,21 +2170,27 @@ def eval_row_tokens(cfg: Config) -> int:
     return cfg.val_batch_tokens // ROWS_PER_STEP // cfg.eval_seq_len * cfg.eval_seq_len
 
 
-@torch.no_grad()
 def score_row(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, byte_counts: np.ndarray, meter: BpbMeter,
               looping: bool) -> None:
-    """Bank every target of one flat row of tokens (length + 1,); a compiled model gets it padded to full length."""
+    """Bank every target of one flat row of tokens (length + 1,).
+
+    A compiled model gets the row padded to a training row and with gradients on, though nothing goes backward:
+    then the graphs of training serve here, and nothing is compiled for two diagnostics.
+    """
     length = len(tokens) - 1
     inputs = tokens[:-1].astype(np.int64)
     if cfg.compile:
-        inputs = np.pad(inputs, (0, eval_row_tokens(cfg) - length))   # causal, so nothing scored sees the padding
+        inputs = np.pad(inputs, (0, max(cfg.row_tokens, eval_row_tokens(cfg)) - length))      # causal: nothing sees it
     bounds = torch.from_numpy(segment_bounds(inputs, cfg.eval_seq_len)).to(run.device)
-    _mark_segments_dynamic(cfg, bounds)
-    hidden = model(torch.from_numpy(inputs).to(run.device)[None], looping=looping, segments=(bounds, cfg.eval_seq_len))
+    _mark_segments(cfg, bounds)
+    with torch.set_grad_enabled(cfg.compile):
+        hidden = model(torch.from_numpy(inputs).to(run.device)[None], looping=looping,
+                       segments=(bounds, cfg.longest_segment))[0].detach()
     targets, counts = (torch.from_numpy(x[1:].astype(np.int64)).to(run.device) for x in (tokens, byte_counts))
-    for at in range(0, length, SCORE_CHUNK):
-        span = slice(at, min(at + SCORE_CHUNK, length))
-        meter.add(model.score(hidden[0, span], targets[span])[0], counts[span])
+    with torch.no_grad():
+        for at in range(0, length, SCORE_CHUNK):
+            span = slice(at, min(at + SCORE_CHUNK, length))
+            meter.add(model.score(hidden[span].clone(), targets[span].clone())[0], counts[span])
 
 
 def evaluate_plain(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, byte_counts: np.ndarray,
@@ -2165,9 +2209,7 @@ def evaluate_plain(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, byte_c
 def diagnose(cfg: Config, run: Run, model: GPT, data: Dataset, name: str) -> Score:
     """One diagnostic line: plain evaluation of the model as it is."""
     if cfg.compile:
-        warm = Timer(run)
-        model.graphs = make_graphs(run, dynamic=True)
-        width = eval_row_tokens(cfg)
+        warm, width = Timer(run), eval_row_tokens(cfg)
         random_tokens = np.random.default_rng(cfg.seed).integers(2, cfg.vocab_size, width + 1)
         score_row(cfg, run, model, random_tokens, np.ones(width + 1, np.int64), BpbMeter(run), looping=True)
         run.log(f"diagnostic compile done ({warm.seconds():.1f}s)")
@@ -2506,7 +2548,8 @@ class AdapterBank:
 
     def leaves(self, first: int) -> list[Tensor]:
         """The parameters of documents first, first + 1, ..., ready to be differentiated."""
-        return [p[first:].detach().requires_grad_() for p in self.params]
+        leaves = [p[first:].detach().requires_grad_() for p in self.params]
+        return [mark_varying(p, 0) for p in leaves] if self.cfg.compile else leaves
 
     def adapters(self, leaves: Sequence[Tensor]) -> tuple[list[LayerAdapters], LowRank]:
         """The adapters of every slot and of the head, over `leaves`."""
@@ -2522,7 +2565,8 @@ class AdapterBank:
         """One AdamW step of documents first, first + 1, ... from gradients of exactly these rows."""
         from torch.optim.adamw import adamw
         cfg = self.cfg
-        adamw([p[first:] for p in self.params], list(grads), [m[first:] for m in self.exp_avg],
+        # The fused kernel reads gradients in the parameters' layout without asking.
+        adamw([p[first:] for p in self.params], [grad.contiguous() for grad in grads], [m[first:] for m in self.exp_avg],
               [v[first:] for v in self.exp_avg_sq], [], self.steps, fused=True, amsgrad=False, maximize=False,
               beta1=cfg.ttt_beta1, beta2=cfg.ttt_beta2, lr=cfg.ttt_lora_lr, weight_decay=cfg.ttt_weight_decay, eps=1e-10)
 
@@ -2530,7 +2574,8 @@ class AdapterBank:
     def settle(self, missed_steps: Tensor) -> None:
         """Give each document (rows,) the weight decay of the steps the batch took after it was finished."""
         factor = (1 - self.cfg.ttt_lora_lr * self.cfg.ttt_weight_decay) ** missed_steps.double()
-        torch._foreach_mul_(self.params[::2], factor.float()[:, None, None])
+        for A in self.params[::2]:
+            A.mul_(factor.float()[:, None, None])
 
 
 class Stream(NamedTuple):
@@ -2555,6 +2600,8 @@ def score_batch(cfg: Config, run: Run, model: GPT, stream: Stream, docs: Documen
     to_device = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(run.device, non_blocking=True)   # noqa: E731
     for index in range(int(counts.max())):
         first, first_learning = (int(np.searchsorted(counts, index + k, side="right")) for k in (0, 1))
+        if cfg.compile:                                   # a lone row would need graphs of its own
+            first = max(0, min(first, len(counts) - 2))
         w = chunk_window(length[first:] - 1, index, C, E)
         width = min(C * (index + 1), E)
         begin, size, offset, count = to_device(np.stack([start[first:] + w.start, w.length, w.offset, w.count]))[..., None]
@@ -2643,8 +2690,8 @@ def adapt_base(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, docs: Docu
                 inputs, targets = (torch.from_numpy(joined[at + k + begin:at + k + end].astype(np.int64)).to(run.device)
                                    for k in (0, 1))
                 bounds = torch.from_numpy(segment_bounds(joined[at + begin:at + end], S)).to(run.device)
-                _mark_segments_dynamic(cfg, bounds)
-                loss = model.loss(inputs, targets, bounds, looping=True, segment_cap=S)
+                # Eager: a hundred short steps take less time than compiling them would.
+                loss = model.loss(inputs, targets, bounds, looping=True, segment_cap=S, graphs=Graphs())
                 (loss * ((end - begin) / size)).backward()
             for p in trained:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -2674,7 +2721,7 @@ def rank_share(tokens: np.ndarray, rank: int, world_size: int) -> tuple[int, int
 def warm_up_ttt(cfg: Config, run: Run, model: GPT) -> None:
     """Compile and run, on random tokens, the graphs that test-time training will use."""
     timer = Timer(run)
-    model.graphs = make_graphs(run, dynamic=True)
+    model.sizes_vary = cfg.compile
     if cfg.compile:
         rng = np.random.default_rng(cfg.seed)
         C, E = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
@@ -2687,15 +2734,6 @@ def warm_up_ttt(cfg: Config, run: Run, model: GPT) -> None:
             members = tuple(range(cfg.ttt_batch_size - rows, cfg.ttt_batch_size))
             score_batch(cfg, run, model, stream, docs, Batch(0, members, False),
                         AdapterBank(cfg, slots, rows, run.device, lane_draws(cfg, run, LANES)), BpbMeter(run))
-        if cfg.phased_ttt_prefix_docs:
-            model.requires_grad_(True)
-            for size in (cfg.global_ttt_chunk_tokens // E * E, E):
-                row = torch.from_numpy(rng.integers(2, cfg.vocab_size, size + 1)).to(run.device)
-                bounds = torch.from_numpy(segment_bounds(np.zeros(size), E)).to(run.device)
-                _mark_segments_dynamic(cfg, bounds)
-                model.loss(row[:-1], row[1:], bounds, looping=True, segment_cap=E).backward()
-            model.zero_grad(set_to_none=True)
-            model.requires_grad_(False)
     run.log(f"ttt_lora:compile warmup done ({timer.seconds():.1f}s)")
 
 
@@ -2797,7 +2835,8 @@ def log_start(cfg: Config, run: Run, data: Dataset, tokenizer: Path, model: GPT)
     run.log(f"versions python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__} "
             f"triton:{triton.__version__ if triton else 'none'} device:\"{gpu}\" world_size:{run.world_size} "
             f"compute_dtype:{str(run.compute_dtype).removeprefix('torch.')}")
-    run.log(f"run run_id:{run.run_id} tokenizer:{tokenizer.name} "
+    run.log(f"run run_id:{run.run_id} date:{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d} "
+            f"tokenizer:{tokenizer.name} "
             f"data_source:{'manifest' if data.manifest else 'unverified' if cfg.allow_unverified else 'check_figures'}")
     run.log(f"train_shards: {len(data.train)}")
     run.log(f"val_tokens: {data.val_tokens}")
@@ -2819,6 +2858,7 @@ def run_pipeline(cfg: Config, run: Run) -> None:
     if run.device.type == "cuda" and not (cfg.compile or cfg.allow_slow):
         raise ConfigError("COMPILE=0 on a GPU is several times slower; set ALLOW_SLOW=1 to accept that")
     model.attend = choose_attention(run)
+    model.graphs = make_graphs(run)
 
     if not cfg.ttt_eval_only:
         train_s = 0.0
