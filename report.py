@@ -160,7 +160,8 @@ def results(records: list[Result], partial: list[Result]) -> str:
     parts = []
     if records:
         parts += ["Record runs (8x H100, 600 s of training, FineWeb validation split):", table(
-            ["seed", "BPB before quantization", "after", "after TTT", "steps", "train clock", "TTT eval", "total bytes"],
+            ["seed", "BPB before quantization", "after", "after TTT", "steps", "train clock", "TTT eval",
+             "total bytes"],
             [[str(r.seed), show(r.pre_bpb, ".5f"), show(r.quantized_bpb, ".5f"), show(r.ttt_bpb, ".5f"), show(r.steps),
               show(r.train_clock_s, ".1f", " s"), show(r.eval_s, ".1f", " s"), show(r.total_bytes)] for r in records])]
     else:
@@ -168,8 +169,8 @@ def results(records: list[Result], partial: list[Result]) -> str:
     if partial:
         parts += ["Partial runs, on other hardware, data or budgets; their BPB compares only with runs on the same "
                   "data:", table(
-            ["log", "hardware", "budget", "validation tokens", "steps", "tok/s loops off / on", "BPB before quantization",
-             "after", "after TTT", "TTT eval", "total bytes"],
+            ["log", "hardware", "budget", "validation tokens", "steps", "tok/s loops off / on",
+             "BPB before quantization", "after", "after TTT", "TTT eval", "total bytes"],
             [[f"`{r.name}`", r.hardware, show(r.budget_s, "g", " s"), show(r.val_tokens), show(r.steps),
               f"{show(r.tok_per_s[0])} / {show(r.tok_per_s[1])}", show(r.pre_bpb, ".5f"), show(r.quantized_bpb, ".5f"),
               show(r.ttt_bpb, ".5f"), show(r.eval_s, ".1f", " s"), show(r.total_bytes)] for r in partial])]
