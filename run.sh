@@ -18,12 +18,13 @@ usage() { sed -n '2,/^set -/s/^# \{0,1\}//p' run.sh; }
 find_python() {
     local name
     for name in python3 python3.13 python3.12 python3.11 python3.10; do
-        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+        if "$name" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
             echo "$name"
             return
         fi
     done
-    echo "error: no Python >= 3.10 found; install one, or set PYTHON to its path" >&2
+    echo "error: no Python >= 3.10 with venv found (Debian, Ubuntu: apt-get install python3-venv); or set PYTHON to" \
+         "an interpreter that has requirements.txt and requirements-test.txt" >&2
     return 2
 }
 
