@@ -24,6 +24,7 @@ References:
   [PE]    Amsel et al. 2025, Polar Express                      [GPTQ]  Frantar et al. 2022
   [AWQ]   Lin et al. 2023, activation-aware quantization        [LQER]  Zhang et al. 2024, low-rank error correction
   [LoRA]  Hu et al. 2021                                        [TTT]   Sun et al. 2020, test-time training
+  [lpaq]  Mahoney 2005, adaptive weighing of context models
   [REF]   openai/parameter-golf PR #2124, the run whose behaviour and hyperparameters this script follows
 """
 from __future__ import annotations
@@ -32,6 +33,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import functools
 import hashlib
 import json
 import lzma
@@ -40,6 +42,7 @@ import os
 import platform
 import queue
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -48,6 +51,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -484,22 +488,26 @@ class Timer:
         return time.perf_counter() - self.start
 
 
+@functools.cache
 def compile_c(source: str) -> ctypes.CDLL:
-    """Compile C source into a private temporary directory and load it.
+    """Compile C source into a private temporary directory and load it, once per process.
 
     Raises RuntimeError with the compiler's message when there is no working C compiler.
     """
     with tempfile.TemporaryDirectory(prefix="train_gpt_") as folder:
         c_file, library = Path(folder) / "code.c", Path(folder) / "code.so"
         c_file.write_text(source)
-        command = [os.environ.get("CC", "cc"), "-O3", "-std=c99", "-shared", "-fPIC", str(c_file), "-o", str(library)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True)
-        except FileNotFoundError:
-            raise RuntimeError(f"no C compiler: expected `{command[0]}` on the PATH; install gcc or clang") from None
-        if done.returncode:
-            raise RuntimeError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
-        return ctypes.CDLL(str(library))
+        compiler = os.environ.get("CC", "cc")
+        for target in (["-march=native"], []):            # not every compiler knows its own machine
+            # -fwrapv: even a forged stream must not meet undefined behaviour.
+            command = [compiler, "-O3", *target, "-fwrapv", "-std=c99", "-shared", "-fPIC", str(c_file), "-o", str(library)]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True)
+            except FileNotFoundError:
+                raise RuntimeError(f"no C compiler: expected `{compiler}` on the PATH; install gcc or clang") from None
+            if done.returncode == 0:
+                return ctypes.CDLL(str(library))
+        raise RuntimeError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
 
 
 # --- 3 data -------------------------------------------------------------------------------------------------
@@ -1933,9 +1941,9 @@ def quantize(cfg: Config, run: Run, model: GPT, stats: Calibration) -> tuple[dic
 # --- 11 artifact --------------------------------------------------------------------------------------------
 # Checked, atomic files of tensors; one code stream per tensor group; the size report.
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CHECKPOINT_MAGIC, ARTIFACT_MAGIC = b"GOLFWGHT", b"GOLFCODE"
-STREAM_GROUPS = ("tok_emb", "wk", "wq", "wv", "wo", "w_up", "w_down")
+STREAM_GROUPS = ("tok_emb", "w_up", "w_down", "wq", "wo", "wk", "wv")      # the longest job first
 MODEL_FIELDS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "num_loops",
                 "loop_start", "loop_end", "parallel_start_layer", "gate_window", "sparse_attn_gate_scale", "rope_base",
                 "rope_dims")
@@ -1945,15 +1953,17 @@ class ArtifactError(ValueError):
     """A checkpoint or artifact is missing, damaged, or made with other model settings."""
 
 
-def write_container(path: Path, magic: bytes, cfg: Config, streams: Mapping[str, bytes]) -> int:
-    """Write named byte streams with the model's settings and a SHA-256; returns the file's size.
+def write_container(path: Path, magic: bytes, cfg: Config, streams: Mapping[str, bytes],
+                    notes: Mapping[str, Any] | None = None) -> int:
+    """Write named byte streams with the model's settings, notes (JSON) and a SHA-256; returns the file's size.
 
     Layout: magic (8), version u32, header length u32, header (zlib JSON), streams, SHA-256 of all before (32).
     The file appears under its name only when complete.
     """
     header = zlib.compress(json.dumps({
         "settings": {name: getattr(cfg, name) for name in MODEL_FIELDS},
-        "streams": [[name, len(stream)] for name, stream in streams.items()]}).encode(), 9)
+        "streams": [[name, len(stream)] for name, stream in streams.items()], "notes": notes or {}},
+        separators=(",", ":")).encode(), 9)
     start = magic + np.array([FORMAT_VERSION, len(header)], "<u4").tobytes() + header
     digest = hashlib.sha256(start)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1973,8 +1983,8 @@ def write_container(path: Path, magic: bytes, cfg: Config, streams: Mapping[str,
     return path.stat().st_size
 
 
-def read_container(path: Path, magic: bytes, cfg: Config) -> dict[str, bytes]:
-    """The streams of a file written by write_container; raises ArtifactError unless every check holds."""
+def read_container(path: Path, magic: bytes, cfg: Config) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Streams and notes of a file written by write_container; raises ArtifactError unless every check holds."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -2000,7 +2010,7 @@ def read_container(path: Path, magic: bytes, cfg: Config) -> dict[str, bytes]:
     for name, length in header["streams"]:
         streams[name] = data[offset:offset + length]
         offset += length
-    return streams
+    return streams, header["notes"]
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
@@ -2021,23 +2031,648 @@ def unpack_tensors(data: bytes) -> dict[str, Tensor]:
     return tensors
 
 
-def encode_codes(codes: np.ndarray) -> bytes:
-    """One group's int8 codes (matrices, rows, cols) as bytes, column after column; decode_codes is the inverse."""
-    return lzma.compress(np.ascontiguousarray(codes.transpose(0, 2, 1)).tobytes(), lzma.FORMAT_RAW,
-                         filters=[{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0, "pb": 0}])
+# The coder of codes and scales is context mixing [lpaq]. A symbol is a few binary decisions (zero? sign? magnitude above
+# 1? above 2? ...). For each, four adaptive counters chosen by different views of the past vote, a logistic mixer weighs the
+# votes, and a binary arithmetic coder spends -log2 p bits. Weights are close to Gaussian and rows have nearly equal energy
+# (their step is proportional to their deviation), so the views are estimates of the local variance: of the column, of the
+# row so far, and of what is left of its energy. With `regress` (the embedding needs it) code j of a row is predicted from
+# codes 0..j-1 by a ridge regression that both sides refit from the rows already coded, plus a share of the regression
+# error of up to two earlier rows that the encoder names. All arithmetic that the decoder repeats is integer.
+
+VOTES = 4                   # counters per decision
+NODES = 32                  # decisions of one symbol: zero?, negative?, then magnitude >= 2, >= 3, ...
+LEVELS = 128                # steps of the variance axis, 8 per octave, from 1/16 upwards
+MAX_REGRESSED = 512, 65536  # columns, rows: keeps the 32- and 64-bit sums of the regression exact
+
+CODER_C = r"""
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+typedef uint8_t u8; typedef int16_t i16; typedef uint16_t u16;
+typedef int32_t i32; typedef uint32_t u32; typedef int64_t i64; typedef uint64_t u64;
+enum { VOTES = 4, NODES = 32, LEVELS = 128 };
+
+typedef struct {
+    const i32 *squash, *stretch, *rate; const u32 *prior;  // tables of _tables()
+    u64 lo, hi, code; u8 *buf; i64 pos, cap; int decode;
+} Coder;
+
+static inline int clamp(i64 x, int lo, int hi) { return x < lo ? lo : x > hi ? hi : x; }
+
+// Arithmetic coder [lpaq] with 64-bit bounds: `p` of 65536 goes to bit 1; equal leading bytes leave at once.
+static inline int code_bit(Coder *c, int bit, u32 p) {
+    u64 mid = c->lo + ((c->hi - c->lo) >> 16) * p;
+    if (c->decode) bit = c->code <= mid;
+    if (bit) c->hi = mid; else c->lo = mid + 1;
+    for (; !((c->lo ^ c->hi) >> 56); c->lo <<= 8, c->hi = c->hi << 8 | 255, c->pos++)
+        if (c->decode) c->code = c->code << 8 | (c->pos < c->cap ? c->buf[c->pos] : 0);
+        else if (c->pos < c->cap) c->buf[c->pos] = c->hi >> 56;
+    return bit;
+}
+static void start(Coder *c) {
+    if (c->decode) for (; c->pos < 8; c->pos++) c->code = c->code << 8 | (c->pos < c->cap ? c->buf[c->pos] : 0);
+}
+static i64 finish(Coder *c) {  // one byte suffices: past the end the decoder reads zeros
+    if (!c->decode && c->pos < c->cap) c->buf[c->pos] = (c->lo >> 56) + 1;
+    return c->pos + 1;
+}
+
+// One decision. A counter is 22 bits of probability and 10 bits of age; it moves by 1/(age + 1.5).
+// Two weight sets, chosen by different contexts, are averaged; each learns from its own error.
+static inline int decide(Coder *c, u32 **cell, i32 *wa, i32 *wb, int bit, u32 max_age, int speed) {
+    int vote[VOTES]; i64 a = 0, b = 0;
+    for (int k = 0; k < VOTES; k++) {
+        vote[k] = c->stretch[*cell[k] >> 20];
+        a += (i64)wa[k] * vote[k]; b += (i64)wb[k] * vote[k];
+    }
+    bit = code_bit(c, bit, c->squash[clamp((a + b) >> 19, -2047, 2047) + 2048]);
+    i64 ea = ((bit << 16) - c->squash[clamp(a >> 18, -2047, 2047) + 2048]) * speed;
+    i64 eb = ((bit << 16) - c->squash[clamp(b >> 18, -2047, 2047) + 2048]) * speed;
+    for (int k = 0; k < VOTES; k++) {
+        wa[k] += (vote[k] * ea + (1 << 19)) >> 20;
+        wb[k] += (vote[k] * eb + (1 << 19)) >> 20;
+        u32 age = *cell[k] & 1023; i32 p = *cell[k] >> 10;
+        p += ((i64)((bit ? 4194303 : 0) - p) * c->rate[age]) >> 16;
+        *cell[k] = (u32)p << 10 | (age + (age < max_age));
+    }
+    return bit;
+}
+static inline int level(i64 v) {  // variance in 1/256 code**2 -> step of the variance axis
+    v = v < 16 ? 16 : v > 1 << 19 ? 1 << 19 : v;
+    int e = 31 - __builtin_clz((u32)v);
+    return (e - 4) * 8 + (v >> (e - 3) & 7);
+}
+
+static int code_number(Coder *c, int value, int bits) {
+    int v = 0;
+    while (bits--) v = v << 1 | code_bit(c, value >> bits & 1, 32768);
+    return v;
+}
+static int code_share(Coder *c, int value, i32 *odds) {  // 3 bits, each with one fast counter
+    int v = 1;
+    for (int k = 2; k >= 0; k--) {
+        int bit = code_bit(c, value >> k & 1, odds[v]);
+        odds[v] += ((bit << 16) - odds[v]) >> 6;
+        v = v << 1 | bit;
+    }
+    return v & 7;
+}
+// Ridge regression of every column on the columns to its left (column 0 is the constant).
+typedef struct { i64 n, next; i32 *gram; i64 *L; i16 *T; } Fit;
+
+static i64 isqrt(i64 v) {
+    i64 r = 0;
+    for (i64 b = 1ll << 31; b; b >>= 1) if ((r | b) * (r | b) <= v) r |= b;
+    return r;
+}
+static void refit(Fit *f, int d) {
+    i64 keep = f->n * 250 / (f->n + 1000), *L = f->L, *D = malloc(8 * d), *v = malloc(8 * d), *sd = malloc(8 * d);
+    for (int i = 0; i < d; i++) sd[i] = isqrt(f->gram[(i64)i * d + i] + f->n) + 1;
+    // L D L' = keep * correlations + (1 - keep) * identity, 28 fractional bits; trust grows with the rows seen
+    for (int i = 0; i < d; i++) {
+        i64 *Li = L + (i64)i * d, s = 0;
+        for (int j = 0; j < i; j++) {
+            i64 *Lj = L + (i64)j * d, c = f->gram[(i64)i * d + j] * (1ll << 24) / (sd[i] * sd[j]) * keep >> 4, dot = 0;
+            for (int k = 0; k < j; k++) dot += Li[k] * Lj[k];
+            Li[j] = c - (dot >> 28);
+        }
+        for (int j = 0; j < i; j++) { i64 l = Li[j] * (1 << 28) / D[j]; s += l * Li[j] >> 28; Li[j] = l; }
+        D[i] = (1 << 28) - s; if (D[i] < 1 << 16) D[i] = 1 << 16;
+        memcpy(v, Li, 8 * i);      // coefficients b of column i solve (left part of L)' b = row i of L
+        for (int j = i - 1; j >= 0; j--) {
+            for (int k = 0; k < j; k++) v[k] -= v[j] * L[(i64)j * d + k] >> 28;
+            f->T[(i64)i * d + j] = clamp((v[j] >> 8) * sd[i] / sd[j] >> 8, -32767, 32767);
+        }
+    }
+    free(D); free(v); free(sd);
+}
+
+// Codes x[matrices][rows][cols]; returns the bytes written, or more than cap when they do not fit.
+i64 code_codes(const i32 *squash, const i32 *stretch, const i32 *rate, const u32 *prior,
+               u8 *buf, i64 cap, int decode, int8_t *x, i64 matrices, i64 rows, i64 cols, const i32 *alike) {
+    Coder c = {squash, stretch, rate, prior, 0, ~0ull, 0, buf, 0, cap, decode};
+    int d = cols + 1, n = 0, regress = alike != 0;
+    u32 *tab = malloc(4ll * NODES * LEVELS * 20), *tabs[VOTES] = {tab};
+    tabs[1] = tab + NODES * LEVELS; tabs[2] = tabs[1] + NODES * LEVELS; tabs[3] = tabs[2] + NODES * LEVELS * 9;
+    for (int k = 0; k < VOTES; k++)
+        for (int l = 0, copies = k < 2 ? 1 : 9; l < LEVELS * copies; l++)
+            memcpy(tabs[k] + l * NODES, prior + l / copies * NODES, 4 * NODES);
+    i32 *wa = malloc(4 * NODES * VOTES * (9 + LEVELS)), *wb = wa + 9 * NODES * VOTES;
+    for (int i = 0; i < NODES * VOTES * (9 + LEVELS); i++) wa[i] = (1 << 18) / VOTES;
+    i32 *slow = malloc(8 * cols), *fast = slow + cols;                    // column variances, 18 fractional bits
+    i16 *left = calloc(d, 2);
+    Fit f = {0, 16, calloc(regress ? d * d : 1, 4), calloc(regress ? d * d : 1, 8), calloc(regress ? d * d : 1, 2)};
+    i16 *error = calloc(regress ? matrices * rows * cols : 1, 2);         // of the regression, 1/16 code
+    i32 odds[16];
+    for (int i = 0; i < 16; i++) odds[i] = 32768;
+    i64 energy = 0;                                                       // of a typical row
+    start(&c);
+    for (i64 row = 0; row < matrices * rows; row++, n++) {
+        i64 mean = 6 << 18;
+        if (row) { mean = 0; for (int j = 0; j < cols; j++) mean += slow[j]; mean /= cols; }
+        if (row % rows == 0) {     // a new matrix: one column estimate starts from the last matrix, one afresh
+            n = row ? 12 : 6;
+            for (int j = 0; j < cols; j++) { fast[j] = row ? slow[j] : mean; slow[j] = mean; }
+        }
+        i32 rate_slow = rate[n < 1023 ? n : 1023], rate_fast = rate[n < 250 ? n : 250];
+        i64 seen = mean, expected = mean, recent = mean, spent = 0;       // variances of the row so far
+        i64 rest = mean * cols, budget = row ? energy : rest;             // sums over the rest of the row
+        left[0] = 8;
+        int share[2] = {0, 0}; const i16 *model[2] = {error, error};      // earlier rows that resemble this one
+        for (int k = 0; regress && row && k < 2; k++) {
+            if (!(share[k] = code_share(&c, alike[2 * row + k] & 7, odds + 8 * k))) break;
+            int which = code_number(&c, alike[2 * row + k] >> 3, 32 - __builtin_clz((u32)row));
+            model[k] += (which < row ? which : 0) * cols;
+        }
+        if (regress && f.n >= f.next) { refit(&f, d); f.next += f.next / 6 + 1; }
+        for (int j = 0; j < cols; j++) {
+            i32 mu = 0, own = 0;                                          // prediction in 1/16 code
+            if (regress) {
+                const i16 *T = f.T + (i64)(j + 1) * d;
+                for (int k = 0; k <= j; k++) own += T[k] * left[k];
+                own = (own + 128) >> 8;
+                mu = clamp(own + (model[0][j] * share[0] + model[1][j] * share[1] >> 3), -1023, 1023);
+            }
+            // code the distance to the nearest integer m; mirrored so that the rest `part` is >= 0
+            int m = (mu + 8) >> 4, part = mu - m * 16, flip = part < 0 ? -1 : 1;
+            part *= flip;
+            // This row against its columns. All rows have nearly the same energy (their step is proportional to their
+            // deviation), so what is left of it tells the scale of the codes to come; predicted rows go by their past.
+            i64 ratio = clamp((seen << 8) / (expected + 1), 64, 1024);
+            if (!regress) {
+                ratio = clamp((budget - spent) * 256 / ((rest > 0 ? rest : 0) + 1), 64, 1024) - 256;
+                ratio = 256 + ratio * (cols - j) / (cols - j + (cols >> 6));   // less sure towards the end
+                part = clamp(((ratio - 256) >> 5) + 4, 0, 8);
+            }
+            i64 A = slow[j] >> 10, B = (A * ratio) >> 8, F = fast[j] >> 10;
+            int blend = level((B * 4 + (F * ratio >> 8) * 3 + (recent >> 10)) >> 3);
+            u32 *cell[VOTES] = {tabs[0] + level(A) * NODES, tabs[1] + level(F * ratio >> 8) * NODES,
+                                tabs[2] + (blend * 9 + part) * NODES, tabs[3] + (level(B) * 9 + part) * NODES};
+            i32 *pa = wa + part * NODES * VOTES, *pb = wb + blend * NODES * VOTES;
+            i64 at = row * cols + j;
+            int t = decode ? 0 : (x[at] - m) * flip, size = t < 0 ? -t : t, found = 0, sign = 1;
+            for (int node = 0; node < NODES; node++, pa += VOTES, pb += VOTES) {
+                int bit = decide(&c, cell, pa, pb, node == 0 ? t == 0 : node == 1 ? t < 0 : size >= node, 1000, 2);
+                for (int k = 0; k < VOTES; k++) cell[k]++;
+                if (node == 1) { sign = bit ? -1 : 1; found = 1; }
+                else if (bit != (node > 0)) break;
+                else if (node) found = node;
+            }
+            if (found == NODES - 1) while (found < 255 && code_bit(&c, size > found, 32768)) found++;
+            if (decode) x[at] = clamp(found * sign * flip + m, -128, 127);
+            left[j + 1] = x[at];
+            if (regress) error[at] = clamp(x[at] * 16 - own, -32767, 32767);
+            i64 e = clamp(x[at] * 16 - mu, -1023, 1023), var = e * e << 10;
+            i32 r = rate[j + 16 < 400 ? j + 16 : 400];
+            seen += (var - seen) * r >> 16; expected += (slow[j] - expected) * r >> 16;
+            recent += (var - recent) >> 4; spent += var; rest -= slow[j];
+            slow[j] += (var - slow[j]) * rate_slow >> 16; fast[j] += (var - fast[j]) * rate_fast >> 16;
+        }
+        energy += row ? (spent - energy) * rate[row < 1023 ? row : 1023] >> 16 : spent;
+        if (regress) {
+            f.n++;
+            for (int i = 0; i < d; i++) for (int j = 0; j <= i; j++) f.gram[(i64)i * d + j] += left[i] * left[j];
+        }
+    }
+    free(tab); free(wa); free(slow); free(left); free(error); free(f.gram); free(f.L); free(f.T);
+    return finish(&c);
+}
+
+// Words x[n]: high byte, then low byte, bit by bit; views: none, the previous word, the word `stride` back.
+i64 code_words(const i32 *squash, const i32 *stretch, const i32 *rate, const u32 *prior,
+               u8 *buf, i64 cap, int decode, u16 *x, i64 n, i64 stride) {
+    Coder c = {squash, stretch, rate, prior, 0, ~0ull, 0, buf, 0, cap, decode};
+    u32 *tab = malloc(4ll * 8 << 16);
+    i32 w[16 * 2 * VOTES];
+    for (int i = 0; i < 8 << 16; i++) tab[i] = 1u << 31 | 2;
+    for (int i = 0; i < 16 * 2 * VOTES; i++) w[i] = 105000;
+    start(&c);
+    for (i64 i = 0; i < n; i++) {
+        int prev = i ? x[i - 1] : 0, back = i >= stride ? x[i - stride] : 0, v = decode ? 0 : x[i], high = 0;
+        for (int half = 0; half < 2; half++) {
+            int node = 1, view[VOTES] = {0, prev >> 8, back >> 8, prev >> 12 << 4 | back >> 12};
+            if (half) {
+                view[0] = 0; view[1] = high;
+                view[2] = prev >> 8 == high ? 1 + (prev >> 4 & 15) : 0;
+                view[3] = back >> 8 == high ? 1 + (back >> 1 & 127) : 0;
+            }
+            for (int k = 7; k >= 0; k--) {
+                u32 *cell[VOTES]; i32 *pw = w + (half * 8 + k) * 2 * VOTES;
+                for (int s = 0; s < VOTES; s++) cell[s] = tab + ((half * VOTES + s) << 16) + (view[s] << 8) + node;
+                node = node << 1 | decide(&c, cell, pw, pw + VOTES, v >> (k + 8 - 8 * half) & 1, 250, 60);
+            }
+            high = half ? high << 8 | (node & 255) : node & 255;
+        }
+        x[i] = high;
+    }
+    free(tab);
+    return finish(&c);
+}
+"""
 
 
-def decode_codes(stream: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    raw = lzma.decompress(stream, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0,
-                                                             "pb": 0}])
-    matrices, rows, cols = shape
-    return np.frombuffer(raw, np.int8).reshape(matrices, cols, rows).transpose(0, 2, 1).copy()
+@functools.cache
+def _tables() -> tuple[np.ndarray, ...]:
+    """squash (logit/256 -> p/65536), stretch (its inverse), counter rates, Gaussian counters; integers only."""
+    power = [1 << 40]                                       # e**(k/256)
+    for _ in range(2047):
+        power.append(power[-1] * 4311777323 >> 32)
+    upper = [min((p << 16) // ((1 << 40) + p), 65520) for p in power]
+    squash = np.array([16] + [65536 - p for p in upper[:0:-1]] + upper, np.int32)
+    stretch = (np.searchsorted(squash, np.arange(4096) * 16 + 8).clip(1, 4095) - 2048).astype(np.int32)
+    rate = np.array([131072 // (2 * age + 3) for age in range(1024)], np.int32)
+    prior = []
+    for step in range(LEVELS):
+        variance = (2 * (8 + step % 8) + 1) << step // 8   # middle of the step, 1/256 code**2
+        ratio = max((1 << 32) - (1 << 29) // variance, 0)   # exp(-1 / 2 variance) as (1 - z/1024)**1024
+        for _ in range(10):
+            ratio = ratio * ratio >> 32
+        density, factor = [1 << 32], ratio
+        for _ in range(255):
+            density.append(density[-1] * factor >> 32)
+            factor = factor * (ratio * ratio >> 32) >> 32
+        tail = [sum(density[k:]) for k in range(NODES)]
+        p = [(density[0] << 22) // (density[0] + 2 * tail[1]), 1 << 21]
+        p += [(tail[k] << 22) // max(tail[k - 1], 1) for k in range(2, NODES)]
+        prior += [min(max(q, 1 << 14), (1 << 22) - (1 << 14)) << 10 | 30 for q in p]   # 30: trust in the prior
+    return squash, stretch, rate, np.array(prior, np.uint32)
+
+
+class _Twin:
+    """Arithmetic coder and mixer of CODER_C in plain Python; `data` None encodes, else decodes."""
+
+    def __init__(self, data: bytes | None) -> None:
+        self.tables = [t.tolist() for t in _tables()]
+        self.lo, self.hi, self.out, self.decode = 0, (1 << 64) - 1, bytearray(), data is not None
+        self.data = iter(data or b"")
+        self.code = int.from_bytes(bytes(next(self.data, 0) for _ in range(8)), "big")
+
+    def bit(self, bit: int, p: int) -> int:
+        middle = self.lo + ((self.hi - self.lo) >> 16) * p
+        if self.decode:
+            bit = int(self.code <= middle)
+        self.lo, self.hi = (self.lo, middle) if bit else (middle + 1, self.hi)
+        while not (self.lo ^ self.hi) >> 56:
+            self.out.append(self.hi >> 56)
+            self.lo, self.hi = self.lo << 8 & (1 << 64) - 1, self.hi << 8 & (1 << 64) - 1 | 255
+            self.code = self.code << 8 & (1 << 64) - 1 | next(self.data, 0)
+        return bit
+
+    def decide(self, tabs: list, cells: list, weights: list, bit: int, max_age: int, speed: int) -> int:
+        """One decision; `tabs[k][cells[k]]` are the counters, `weights` the two weight vectors (updated in place)."""
+        squash, stretch, rate, _ = self.tables
+        votes = [stretch[tab[cell] >> 20] for tab, cell in zip(tabs, cells)]
+        dots = [sum(w * v for w, v in zip(vector, votes)) for vector in weights]
+
+        def probability(x: int) -> int:
+            return squash[min(max(x, -2047), 2047) + 2048]
+
+        bit = self.bit(bit, probability(sum(dots) >> 19))
+        for vector, dot in zip(weights, dots):
+            error = ((bit << 16) - probability(dot >> 18)) * speed
+            vector[:] = [w + (v * error + (1 << 19) >> 20) for w, v in zip(vector, votes)]
+        for tab, cell in zip(tabs, cells):
+            p, age = tab[cell] >> 10, tab[cell] & 1023
+            p += ((4194303 if bit else 0) - p) * rate[age] >> 16
+            tab[cell] = p << 10 | min(age + 1, max(age, max_age))
+        return bit
+
+    def number(self, value: int, bits: int) -> int:
+        return sum(self.bit(value >> k & 1, 32768) << k for k in reversed(range(bits)))
+
+    def share(self, value: int, odds: list) -> int:
+        v = 1
+        for k in (2, 1, 0):
+            bit = self.bit(value >> k & 1, odds[v])
+            odds[v] += (bit << 16) - odds[v] >> 6
+            v = v << 1 | bit
+        return v & 7
+
+    def finish(self) -> bytes:
+        return bytes(self.out) + bytes([(self.lo >> 56) + 1])
+
+
+def _divide(a: int, b: int) -> int:
+    return a // b if a >= 0 else -(-a // b)                  # towards zero, like C
+
+
+def _twin_refit(gram: list, n: int) -> list:
+    """Coefficients (12 fractional bits) of every column on those to its left."""
+    size, one, L, D, T = len(gram), 1 << 28, [], [], []
+    keep = n * 250 // (n + 1000)
+    sd = [math.isqrt(gram[i][i] + n) + 1 for i in range(size)]
+    for i in range(size):
+        scaled = []
+        for j in range(i):
+            target = _divide(gram[i][j] << 24, sd[i] * sd[j]) * keep >> 4
+            scaled.append(target - (sum(s * l for s, l in zip(scaled, L[j])) >> 28))
+        L.append([_divide(s << 28, D[j]) for j, s in enumerate(scaled)])
+        D.append(max(one - sum(l * s >> 28 for l, s in zip(L[i], scaled)), 1 << 16))
+        b = L[i][:]
+        for j in reversed(range(i)):
+            b[:j] = [v - (b[j] * l >> 28) for v, l in zip(b, L[j])]
+        T.append([min(max(_divide((b[j] >> 8) * sd[i], sd[j]) >> 8, -32767), 32767) for j in range(i)])
+    return T
+
+
+def _level(variance: int) -> int:
+    variance = min(max(variance, 16), 1 << 19)
+    e = variance.bit_length() - 1
+    return (e - 4) * 8 + (variance >> e - 3 & 7)
+
+
+def twin_codes(codes: np.ndarray, alike: np.ndarray | None, data: bytes | None = None) -> bytes:
+    """Specification of code_codes: return the stream of `codes`, or fill `codes` from `data`."""
+    coder = _Twin(data)
+    alike = None if alike is None else alike.tolist()
+    _, _, rate, prior = coder.tables
+    tabs = [[prior[level * NODES + node] for level in range(LEVELS) for _ in range(copies) for node in range(NODES)]
+            for copies in (1, 1, 9, 9)]
+    fresh = [(1 << 18) // VOTES] * VOTES
+    by_part = [[fresh[:] for _ in range(NODES)] for _ in range(9)]
+    by_blend = [[fresh[:] for _ in range(NODES)] for _ in range(LEVELS)]
+    matrices, rows, cols = codes.shape
+    slow, fast, n, refit_at, energy, errors = [], [], 0, 16, 0, []
+    regress, odds = alike is not None, [[32768] * 8, [32768] * 8]
+    gram, T = [[0] * (cols + 1) for _ in range(cols + 1)], [[0] * cols for _ in range(cols + 1)]
+    for row in range(matrices * rows):
+        line = codes[row // rows, row % rows]
+        mean = sum(slow) // cols if row else 6 << 18
+        if row % rows == 0:
+            n = 12 if row else 6
+            slow, fast = [mean] * cols, slow if row else [mean] * cols
+        seen, expected, recent, spent = mean, mean, mean, 0
+        rest = mean * cols
+        budget = energy if row else rest
+        left = [8]
+        shares, models = [], []
+        while regress and row and len(shares) < 2 and (
+                share := coder.share(alike[row][len(shares)] & 7, odds[len(shares)])):
+            which = coder.number(alike[row][len(shares)] >> 3, row.bit_length())
+            models.append(errors[which if which < row else 0])
+            shares.append(share)
+        errors.append([])
+        if regress and row >= refit_at:
+            T, refit_at = _twin_refit(gram, row), refit_at + refit_at // 6 + 1
+        for j in range(cols):
+            own = sum(t * v for t, v in zip(T[j + 1], left)) + 128 >> 8
+            mu = min(max(own + (sum(model[j] * share for model, share in zip(models, shares)) >> 3), -1023), 1023)
+            m = mu + 8 >> 4
+            flip = -1 if mu < m * 16 else 1
+            part = (mu - m * 16) * flip
+            ratio = min(max((seen << 8) // (expected + 1), 64), 1024)
+            if not regress:
+                ratio = min(max(_divide(budget - spent << 8, max(rest, 0) + 1), 64), 1024) - 256
+                ratio = 256 + _divide(ratio * (cols - j), cols - j + (cols >> 6))
+                part = min(max((ratio - 256 >> 5) + 4, 0), 8)
+            A, F = slow[j] >> 10, fast[j] >> 10
+            B = A * ratio >> 8
+            blend = _level(B * 4 + (F * ratio >> 8) * 3 + (recent >> 10) >> 3)
+            bases = [_level(A), _level(F * ratio >> 8), blend * 9 + part, _level(B) * 9 + part]
+            t = 0 if coder.decode else (int(line[j]) - m) * flip
+            found, sign = 0, 1
+            for node in range(NODES):
+                bit = int((t == 0, t < 0, abs(t) >= node)[min(node, 2)])
+                bit = coder.decide(tabs, [base * NODES + node for base in bases],
+                                   [by_part[part][node], by_blend[blend][node]], bit, 1000, 2)
+                if node == 1:
+                    sign, found = (-1 if bit else 1), 1
+                elif bit != (node > 0):
+                    break
+                elif node:
+                    found = node
+            if found == NODES - 1:
+                while found < 255 and coder.bit(int(abs(t) > found), 32768):
+                    found += 1
+            if coder.decode:
+                line[j] = min(max(found * sign * flip + m, -128), 127)
+            left.append(int(line[j]))
+            errors[-1].append(min(max(left[-1] * 16 - own, -32767), 32767))
+            variance = min(max(left[-1] * 16 - mu, -1023), 1023) ** 2 << 10
+            step = rate[min(j + 16, 400)]
+            seen += (variance - seen) * step >> 16
+            expected += (slow[j] - expected) * step >> 16
+            recent += variance - recent >> 4
+            spent, rest = spent + variance, rest - slow[j]
+            slow[j] += (variance - slow[j]) * rate[min(n, 1023)] >> 16
+            fast[j] += (variance - fast[j]) * rate[min(n, 250)] >> 16
+        n += 1
+        energy += (spent - energy) * rate[min(row, 1023)] >> 16 if row else spent
+        if regress:
+            gram = [[g + a * b for g, b in zip(line_g, left)] for line_g, a in zip(gram, left)]
+    return coder.finish()
+
+
+def twin_words(words: np.ndarray, stride: int, data: bytes | None = None) -> bytes:
+    """Specification of code_words: return the stream of `words` (uint16), or fill `words` from `data`."""
+    coder = _Twin(data)
+    tabs = [[[1 << 31 | 2] * 65536 for _ in range(VOTES)] for _ in range(2)]
+    weights = [[[[105000] * VOTES for _ in range(2)] for _ in range(8)] for _ in range(2)]
+    for i in range(len(words)):
+        prev, back = (int(words[i - lag]) if i >= lag else 0 for lag in (1, stride))
+        word = 0 if coder.decode else int(words[i])
+        high = 0
+        for half in range(2):
+            views = [0, prev >> 8, back >> 8, prev >> 12 << 4 | back >> 12]
+            if half:
+                views = [0, high, 1 + (prev >> 4 & 15) if prev >> 8 == high else 0,
+                         1 + (back >> 1 & 127) if back >> 8 == high else 0]
+            node = 1
+            for k in reversed(range(8)):
+                bit = word >> (k + 8 - 8 * half) & 1
+                cells = [view << 8 | node for view in views]
+                node = node << 1 | coder.decide(tabs[half], cells, weights[half][k], bit, 250, 60)
+            high = high << 8 | node & 255
+        words[i] = high
+    return coder.finish()
+
+
+STREAM_HEADER = struct.Struct("<4s4B3I")      # magic, kind, parts, max_code, regress, then matrices, rows, columns
+STREAM_MAGIC, CODES, WORDS = b"CMX1", 0, 1
+MAX_SYMBOLS = 1 << 27                  # a header may not ask for more, nor for more than its payload could hold
+
+
+def _run(function: str, buffer: np.ndarray, decode: bool, values: np.ndarray, *numbers) -> int:
+    tables = _tables()                 # held by name: threads that race for the cache may own the only reference
+    routine = getattr(compile_c(CODER_C), function)
+    routine.restype = ctypes.c_int64
+    return routine(
+        *[ctypes.c_void_p(table.ctypes.data) for table in tables], ctypes.c_void_p(buffer.ctypes.data),
+        ctypes.c_int64(buffer.size), int(decode), ctypes.c_void_p(values.ctypes.data), *numbers)
+
+
+def _code_part(values: np.ndarray, option: int, data: bytes | None, use_twin: bool) -> bytes:
+    """Encode int8 codes (option: regress) or uint16 words (option: stride), or decode `data` into `values`."""
+    if not values.size:
+        return b""
+    extra = alike = None
+    if values.dtype == np.int8 and option:
+        rows = values.reshape(-1, values.shape[2])
+        alike = np.zeros((len(rows), 2), np.int32) if data is not None else similar_rows(rows)
+        extra = ctypes.c_void_p(alike.ctypes.data)
+    elif values.dtype == np.uint16:
+        extra = ctypes.c_int64(option)
+    if use_twin:
+        return twin_codes(values, alike, data) if values.dtype == np.int8 else twin_words(values, option, data)
+    name, shape = "code_codes" if values.dtype == np.int8 else "code_words", map(ctypes.c_int64, values.shape)
+    arguments = values, *shape, extra
+    if data is not None:
+        _run(name, np.frombuffer(data, np.uint8), True, *arguments)
+        return b""
+    buffer = np.empty(2 * values.nbytes + 64, np.uint8)
+    length = _run(name, buffer, False, *arguments)
+    if length > buffer.size:                # codes far from any Gaussian; the first pass has counted their bytes
+        buffer = np.empty(length, np.uint8)
+        _run(name, buffer, False, *arguments)
+    return buffer[:length].tobytes()
+
+
+def similar_rows(rows: np.ndarray, block: int = 512) -> np.ndarray:
+    """(rows, 2): 8 * index + share of the two earlier rows that help most once linear structure is removed; 0 ends.
+
+    Only the encoder searches, so floating point is safe here: any answer decodes (another machine's matrix library may
+    name other rows in a near tie; the stream then differs, not what it decodes to).
+    """
+    x = rows.astype(np.float32) - rows.mean(0, dtype=np.float32)
+    covariance = x.T @ x / len(x)
+    shrunk = 0.8 * covariance + 0.2 * np.diag(np.diag(covariance) + 1e-3)
+    white = np.linalg.solve(np.linalg.cholesky(shrunk), x.T).T
+    norm = np.linalg.norm(white, axis=1, keepdims=True) + 1e-9
+    unit, alike = white / norm, np.zeros((len(x), 2), np.int32)
+    for start in range(0, len(x), block):
+        index = np.arange(start, min(start + block, len(x)))
+        rest = white[index]
+        for k in range(2):
+            product = np.tril(rest @ unit[:index[-1] + 1].T, start - 1)
+            best = product.argmax(1)
+            top = product.max(1)
+            cosine = top / (np.linalg.norm(rest, axis=1) + 1e-9)
+            gain_bits = -rows.shape[1] / 2 * np.log2(1 - np.minimum(cosine, 0.999) ** 2) - np.log2(index + 1) - 1
+            share = np.rint(8 * top / norm[best, 0]).clip(0, 7) * (gain_bits > 0)
+            share *= k == 0 or alike[index, 0] > 0
+            alike[index, k] = np.where(share > 0, best * 8 + share, 0)
+            rest = rest - share[:, None] / 8 * white[best]
+    return alike
+
+
+def _pack(kind: int, max_code: int, option: int, shape: tuple, parts: list[bytes], content: np.ndarray) -> bytes:
+    head = STREAM_HEADER.pack(STREAM_MAGIC, kind, len(parts), max_code, option, *shape)
+    body = head + struct.pack(f"<{len(parts)}I", *map(len, parts)) + b"".join(parts)
+    body += struct.pack("<I", zlib.crc32(content.tobytes(), zlib.crc32(head)))
+    return body + struct.pack("<I", zlib.crc32(body))
+
+
+def _unpack(stream: bytes, kind: int) -> tuple[bytes, int, tuple, list[bytes], int]:
+    """Check all that can be checked before decoding; return head, option, shape, parts, checksum of the content."""
+    if len(stream) < STREAM_HEADER.size + 8 or stream[:4] != STREAM_MAGIC:
+        raise ValueError(f"expected a {STREAM_MAGIC.decode()} stream, found {len(stream)} bytes starting {bytes(stream[:4])!r}")
+    if zlib.crc32(stream[:-4]) != int.from_bytes(stream[-4:], "little"):
+        raise ValueError(f"stream of {len(stream)} bytes fails its checksum: truncated or damaged, write it again")
+    _, found_kind, parts, max_code, option, *shape = STREAM_HEADER.unpack_from(stream)
+    start, end, symbols = STREAM_HEADER.size + 4 * parts, len(stream) - 8, math.prod(shape if kind == CODES else shape[:2])
+    lengths = struct.unpack_from(f"<{parts}I", stream, STREAM_HEADER.size) if start <= end else ()
+    if found_kind != kind or not 1 <= parts <= max(1, shape[0]) or start + sum(lengths) != end:
+        raise ValueError(f"stream of kind {found_kind}, expected {kind}, with parts {lengths} for {shape}: not ours")
+    if symbols > min(MAX_SYMBOLS, 32768 * (end - start)) or (kind == CODES and option and not can_regress(shape)):
+        raise ValueError(f"stream of {len(stream)} bytes cannot hold shape {shape}: its header is damaged")
+    cuts = np.cumsum((start, *lengths)).tolist()
+    return stream[:STREAM_HEADER.size], option, tuple(shape), [stream[a:b] for a, b in zip(cuts, cuts[1:])], \
+        int.from_bytes(stream[-8:-4], "little")
+
+
+def can_regress(shape: tuple) -> bool:
+    return shape[2] <= MAX_REGRESSED[0] and shape[0] * shape[1] <= MAX_REGRESSED[1]
+
+
+def encode_codes(codes: np.ndarray, max_code: int = 128, *, parts: int = 1, regress: bool = False,
+                 threads: int | None = None, use_twin: bool = False) -> bytes:
+    """Code one tensor group.
+
+    codes    (matrices, rows, cols) int8 with |code| <= max_code <= 128; rows have comparable variance.
+    parts    independently decodable runs of whole matrices, one thread each; every further one costs about 1 kB.
+    regress  predict each code from the codes to its left in the row; pays where columns are correlated.
+    Returns a stream that carries its shape, lengths and checksums; the same bytes for any `threads`.
+    """
+    codes = np.ascontiguousarray(codes)
+    if codes.dtype != np.int8 or codes.ndim != 3:
+        raise ValueError(f"expected int8 codes (matrices, rows, cols), found {codes.dtype} {codes.shape}")
+    if codes.size and max(int(codes.max()), -int(codes.min())) > max_code or not 0 < max_code <= 128:
+        raise ValueError(f"codes span [{codes.min()}, {codes.max()}], expected at most max_code={max_code} <= 128")
+    if regress and not can_regress(codes.shape):
+        raise ValueError(f"regress=True takes at most {MAX_REGRESSED} columns and rows, found {codes.shape}; use False")
+    pieces = np.array_split(codes, min(parts, max(1, len(codes))))
+    with ThreadPool(threads or len(pieces)) as pool:
+        streams = pool.map(lambda piece: _code_part(piece, int(regress), None, use_twin), pieces)
+    return _pack(CODES, max_code, int(regress), codes.shape, streams, codes)
+
+
+def decode_codes(stream: bytes, *, threads: int | None = None, use_twin: bool = False) -> np.ndarray:
+    """Invert encode_codes. Raises ValueError on a truncated, damaged or foreign stream."""
+    head, regress, shape, parts, checksum = _unpack(stream, CODES)
+    codes = np.zeros(shape, np.int8)
+    jobs = list(zip(np.array_split(codes, len(parts)), parts))
+    with ThreadPool(threads or len(jobs)) as pool:
+        pool.map(lambda job: _code_part(job[0], regress, job[1], use_twin), jobs)
+    if zlib.crc32(codes.tobytes(), zlib.crc32(head)) != checksum:
+        raise ValueError(f"stream of {len(stream)} bytes decodes to other codes than were written: damaged")
+    return codes
+
+
+def ordered(words: np.ndarray) -> np.ndarray:
+    """Bits of fp16 values (uint16) to integers in the order of the values, so that differences are small."""
+    return np.where(words >> 15, ~words, words | 0x8000).astype(np.uint16)
+
+
+def _unordered(words: np.ndarray) -> np.ndarray:
+    return np.where(words >> 15, words & 0x7FFF, ~words).astype(np.uint16)
+
+
+def encode_words(words: np.ndarray, *, stride: int = 1, base: np.ndarray | None = None,
+                 use_twin: bool = False) -> bytes:
+    """Code uint16 bit patterns of fp16 values, exactly.
+
+    stride   distance to an earlier word that is likely similar (the same channel in the layer before).
+    base     same length: code the difference to it; both sides must know it.
+    Differences to the previous word are tried too (sorted values); the shorter stream wins.
+    """
+    words = np.ascontiguousarray(words, np.uint16).ravel()
+    if stride < 1 or base is not None and len(base) != len(words):
+        raise ValueError(f"expected stride >= 1 and a base of {len(words)} words, found stride {stride}, base {base}")
+    values = ordered(words) - (0 if base is None else ordered(base))
+    candidates = [values, np.diff(values, prepend=values.dtype.type(0))]
+    coded = [_code_part(v.astype(np.uint16), stride, None, use_twin) for v in candidates]
+    best = len(coded[1]) < len(coded[0])
+    return _pack(WORDS, 0, int(best), (1, len(words), stride), [coded[best]], words)
+
+
+def decode_words(stream: bytes, *, base: np.ndarray | None = None, use_twin: bool = False) -> np.ndarray:
+    """Invert encode_words; `base` as given there. Raises ValueError on a truncated, damaged or foreign stream."""
+    head, is_difference, (_, length, stride), parts, checksum = _unpack(stream, WORDS)
+    values = np.zeros(length, np.uint16)
+    _code_part(values, stride, parts[0], use_twin)
+    if is_difference:
+        values = np.cumsum(values, dtype=np.uint16)
+    if base is not None and len(base) != length:
+        raise ValueError(f"stream holds {length} words, but base has {len(base)}")
+    words = _unordered(values + (np.uint16(0) if base is None else ordered(base)))
+    if zlib.crc32(words.tobytes(), zlib.crc32(head)) != checksum:
+        raise ValueError(f"stream of {len(stream)} bytes decodes to other words than were written: damaged, or another base")
+    return words
+
+
+@torch.no_grad()
+def sort_hidden_units(model: GPT) -> None:
+    """Order each layer's MLP units by the deviation of their w_up row: same function, row scales nearly free to store."""
+    for up, down in zip(model.w_up, model.w_down):
+        order = up.std(-1).argsort(stable=True)
+        up.copy_(up[order])
+        down.copy_(down[:, order])
 
 
 def _in_threads(work: Callable, items: Sequence) -> list:
-    from concurrent.futures import ThreadPoolExecutor
-    with ThreadPoolExecutor(max_workers=max(1, min(len(items), os.cpu_count() or 1))) as pool:
-        return list(pool.map(work, items))
+    """work(item) of every item in order; C routines run at the same time, the first items first."""
+    with ThreadPool(max(1, min(len(items), os.cpu_count() or 1))) as pool:
+        return pool.map(work, items, chunksize=1)
 
 
 def checkpoint_path(run: Run) -> Path:
@@ -2058,7 +2693,7 @@ def write_checkpoint(cfg: Config, run: Run, model: GPT) -> None:
 
 
 def read_checkpoint(cfg: Config, run: Run, model: GPT) -> None:
-    streams = read_container(checkpoint_path(run), CHECKPOINT_MAGIC, cfg)
+    streams, _ = read_container(checkpoint_path(run), CHECKPOINT_MAGIC, cfg)
     model.load_state_dict(unpack_tensors(streams["weights"]))
 
 
@@ -2066,39 +2701,81 @@ def group_members(cfg: Config, group: str) -> list[str]:
     return [group] if group == "tok_emb" else [f"{group}.{layer}" for layer in range(cfg.num_layers)]
 
 
-def encode_model(cfg: Config, quantized: Mapping[str, Quantized], passed: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """The artifact's streams: one per tensor group, and one for scales, corrections and pass-through tensors."""
-    stacks = [np.stack([quantized[name].codes.cpu().numpy() for name in group_members(cfg, group)])
-              for group in STREAM_GROUPS]
-    small: dict[str, Tensor] = dict(passed)
-    for name, q in quantized.items():
-        small[f"{name}:scale"] = q.scale
-        if q.protect_starts:
-            small[f"{name}:protect"] = torch.tensor([q.group_size, *q.protect_starts], dtype=torch.int16)
-            small[f"{name}:scale_high"] = q.scale_high
-        if q.factors is not None:
-            small |= {f"{name}:{part}": value for part, value in q.factors._asdict().items()}
-    streams = dict(zip(STREAM_GROUPS, _in_threads(encode_codes, stacks)))
-    streams["small"] = lzma.compress(pack_tensors(small), preset=9 | lzma.PRESET_EXTREME)
-    return streams
+def _fp16_words(tensors: Sequence[Tensor]) -> np.ndarray:
+    return torch.cat([t.detach().cpu().half().flatten() for t in tensors]).numpy().view(np.uint16)
 
 
-def decode_model(cfg: Config, streams: Mapping[str, bytes]) -> dict[str, Tensor]:
+def _high_scale_base(scale: Tensor, bits: int, high_bits: int) -> np.ndarray:
+    """What scale_high is but for rounding, given scale: both sides derive it, only the difference is coded."""
+    return _fp16_words([scale.float() * (code_limit(bits) / code_limit(high_bits))])
+
+
+def encode_model(cfg: Config, quantized: Mapping[str, Quantized],
+                 passed: Mapping[str, Tensor]) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """(streams, notes) of the artifact: codes and scales per tensor group, corrections, pass-through tensors.
+
+    The notes say what the streams cannot: shapes of pass-through tensors, protected columns, kinds of corrections.
+    """
+    wide = [name for name, t in passed.items() if t.shape[-1:] == (cfg.model_dim,)]
+    rest = [name for name in passed if name not in wide]
+    jobs: dict[str, Callable[[], bytes]] = {}             # the longest job first
+    for group in STREAM_GROUPS:
+        members = [quantized[name] for name in group_members(cfg, group)]
+        codes = np.stack([q.codes.cpu().numpy() for q in members])
+        regress = group == "tok_emb" and can_regress(codes.shape)
+        jobs[group] = functools.partial(encode_codes, codes, regress=regress)
+        jobs[f"{group}:scale"] = functools.partial(encode_words, _fp16_words([q.scale for q in members]),
+                                                   stride=codes.shape[1])
+    corrected = {name: q.factors for name, q in quantized.items() if q.factors is not None}
+    protected = {name: q for name, q in quantized.items() if q.protect_starts}
+    for name, q in protected.items():
+        bits = cfg.embed_bits if name == "tok_emb" else cfg.matrix_bits
+        jobs[f"{name}:high"] = functools.partial(encode_words, _fp16_words([q.scale_high]),
+                                                 base=_high_scale_base(q.scale, bits, cfg.awq_lite_bits))
+    for name, f in corrected.items():
+        jobs[f"{name}:qA"] = functools.partial(encode_codes, f.qA[None].cpu().numpy(), 8)
+        jobs[f"{name}:qB"] = functools.partial(encode_codes, f.qB.mT[None].cpu().numpy(), 8)
+    scales = [part for f in corrected.values() for part in (f.sA, f.sB)]
+    jobs["wide"] = functools.partial(encode_words, _fp16_words([passed[name] for name in wide]), stride=cfg.model_dim)
+    jobs["rest"] = functools.partial(encode_words, _fp16_words([*(passed[name] for name in rest), *scales]))
+    notes = {"passed": [[name, list(passed[name].shape)] for name in (*wide, *rest)], "num_wide": len(wide),
+             "bits": [cfg.embed_bits, cfg.matrix_bits, cfg.awq_lite_bits],
+             "protected": {name: [q.group_size, *q.protect_starts] for name, q in protected.items()},
+             "corrected": [[name, list(f.sA.shape), list(f.sB.shape)] for name, f in corrected.items()]}
+    return dict(zip(jobs, _in_threads(lambda job: job(), list(jobs.values())))), notes
+
+
+def decode_model(cfg: Config, streams: Mapping[str, bytes], notes: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict the artifact stands for, fp32; the exact values dequantize() gave before encoding."""
-    small = unpack_tensors(lzma.decompress(streams["small"]))
-    D, Fd, kv = cfg.model_dim, cfg.mlp_dim, cfg.kv_dim
-    shapes = {"tok_emb": (1, cfg.vocab_size, D), "wq": (cfg.num_layers, D, D), "wk": (cfg.num_layers, kv, D),
-              "wv": (cfg.num_layers, kv, D), "wo": (cfg.num_layers, D, D), "w_up": (cfg.num_layers, Fd, D),
-              "w_down": (cfg.num_layers, D, Fd)}
-    stacks = _in_threads(lambda group: decode_codes(streams[group], shapes[group]), STREAM_GROUPS)
-    state = {name: t.float() for name, t in small.items() if ":" not in name}
-    for group, stack in zip(STREAM_GROUPS, stacks):
-        members = []
-        for name, codes in zip(group_members(cfg, group), stack):
-            group_size, *starts = small[f"{name}:protect"].tolist() if f"{name}:protect" in small else [0]
-            factors = Factors(*(small[f"{name}:{part}"] for part in Factors._fields)) if f"{name}:qA" in small else None
-            members.append(dequantize(Quantized(torch.from_numpy(codes), small[f"{name}:scale"], tuple(starts),
-                                                group_size, small.get(f"{name}:scale_high"), factors)))
+    coded = [name for name in streams if name in STREAM_GROUPS or name.endswith((":qA", ":qB"))]
+    codes = {name: torch.from_numpy(array) for name, array in zip(coded, _in_threads(
+        lambda name: decode_codes(streams[name]), coded))}
+
+    def words(name: str, base: np.ndarray | None = None) -> Tensor:
+        return torch.from_numpy(decode_words(streams[name], base=base).view(np.float16))
+
+    def take(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        parts = flat.split([math.prod(shape) for shape in shapes])
+        return [part.reshape(tuple(shape)) for part, shape in zip(parts, shapes)]
+
+    passed, wide = notes["passed"], notes["num_wide"]
+    rest_shapes = [shape for _, shape in passed[wide:]]
+    rest = take(words("rest"), rest_shapes + [shape for _, *pair in notes["corrected"] for shape in pair])
+    values = take(words("wide"), [shape for _, shape in passed[:wide]]) + rest[:len(rest_shapes)]
+    state = {name: t.float() for (name, _), t in zip(passed, values)}
+    factor_scales = iter(rest[len(rest_shapes):])
+    factors = {name: Factors(codes[f"{name}:qA"][0], sA, codes[f"{name}:qB"][0].mT.contiguous(), sB)
+               for (name, *_), sA, sB in zip(notes["corrected"], factor_scales, factor_scales)}
+    embed_bits, matrix_bits, high_bits = notes["bits"]
+    for group in STREAM_GROUPS:
+        stack, members = codes[group], []
+        for name, c, scale in zip(group_members(cfg, group), stack, words(f"{group}:scale").view(stack.shape[:2])):
+            q = Quantized(c, scale, factors=factors.get(name))
+            if name in notes["protected"]:
+                group_size, *starts = notes["protected"][name]
+                base = _high_scale_base(scale, embed_bits if name == "tok_emb" else matrix_bits, high_bits)
+                q = q._replace(protect_starts=tuple(starts), group_size=group_size, scale_high=words(f"{name}:high", base))
+            members.append(dequantize(q))
         state[group] = members[0] if group == "tok_emb" else torch.stack(members)
     return state
 
@@ -2107,10 +2784,12 @@ def write_artifact(cfg: Config, run: Run, quantized: Mapping[str, Quantized], pa
     """Encode, write and report the artifact (rank 0)."""
     if run.rank == 0:
         timer = Timer(run)
-        streams = encode_model(cfg, quantized, passed)
-        run.log(f"artifact encode_s:{timer.seconds():.1f} " + " ".join(
-            f"{name}_bytes:{len(stream)}" for name, stream in streams.items()))
-        model_bytes = write_container(artifact_path(run), ARTIFACT_MAGIC, cfg, streams)
+        streams, notes = encode_model(cfg, quantized, passed)
+        codes = {name: len(streams[name]) for name in STREAM_GROUPS}
+        run.log(f"artifact encode_s:{timer.seconds():.1f} "
+                + " ".join(f"{name}_bytes:{size}" for name, size in codes.items())
+                + f" small_bytes:{sum(map(len, streams.values())) - sum(codes.values())}")
+        model_bytes = write_container(artifact_path(run), ARTIFACT_MAGIC, cfg, streams, notes)
         source = Path(__file__).read_bytes()
         code_bytes = len(lzma.compress(source, preset=9 | lzma.PRESET_EXTREME))
         run.log("artifact code_form:lzma_of_source reason:\"no packed script yet\"")
@@ -2127,7 +2806,7 @@ def write_artifact(cfg: Config, run: Run, quantized: Mapping[str, Quantized], pa
 def read_artifact(cfg: Config, run: Run, model: GPT) -> None:
     """Replace the model's weights by what ships."""
     timer = Timer(run)
-    model.load_state_dict(decode_model(cfg, read_container(artifact_path(run), ARTIFACT_MAGIC, cfg)))
+    model.load_state_dict(decode_model(cfg, *read_container(artifact_path(run), ARTIFACT_MAGIC, cfg)))
     run.log(f"artifact load_s:{timer.seconds():.1f}")
 
 
@@ -2870,6 +3549,7 @@ def run_pipeline(cfg: Config, run: Run) -> None:
         diagnose(cfg, run, model, data, "pre-quantization post-ema")
         if cfg.prequant_only:
             return
+        sort_hidden_units(model)
         timer = Timer(run)
         stats = collect_hessians(cfg, run, model, data.train, cfg.gptq_calibration_batches)
         calibration_s = timer.seconds()

@@ -43,8 +43,8 @@ def test_recorded_codes_round_trip_through_streams_and_container(load_vectors, t
     stacks = {kind: np.stack(members) for kind, members in groups.items()}
     cfg, path = tiny_config(), tmp_path / "codes.artifact"
     gpt.write_container(path, gpt.ARTIFACT_MAGIC, cfg, {kind: gpt.encode_codes(stack) for kind, stack in stacks.items()})
-    for kind, stream in gpt.read_container(path, gpt.ARTIFACT_MAGIC, cfg).items():
-        restored = gpt.decode_codes(stream, stacks[kind].shape)
+    for kind, stream in gpt.read_container(path, gpt.ARTIFACT_MAGIC, cfg)[0].items():
+        restored = gpt.decode_codes(stream)
         assert restored.dtype == np.int8 and np.array_equal(restored, stacks[kind]), kind
 
 
@@ -52,14 +52,14 @@ def test_recorded_codes_round_trip_through_streams_and_container(load_vectors, t
 @given(st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)), st.integers(0, 2**31), st.sampled_from((1, 7, 31, 127)))
 def test_codes_of_any_shape_round_trip(shape, seed, limit):
     codes = np.random.default_rng(seed).integers(-limit, limit + 1, shape).astype(np.int8)
-    restored = gpt.decode_codes(gpt.encode_codes(codes), shape)
+    restored = gpt.decode_codes(gpt.encode_codes(codes))
     assert restored.dtype == np.int8 and np.array_equal(restored, codes)
 
 
 def test_extreme_code_values_round_trip():
     for codes in (np.full((2, 3, 4), -128, np.int8), np.zeros((1, 64, 64), np.int8),
                   np.arange(-128, 128).astype(np.int8).reshape(1, 16, 16)):
-        assert np.array_equal(gpt.decode_codes(gpt.encode_codes(codes), codes.shape), codes)
+        assert np.array_equal(gpt.decode_codes(gpt.encode_codes(codes)), codes)
 
 
 def test_skewed_codes_cost_fewer_bytes_than_they_occupy():
@@ -138,7 +138,7 @@ def container(tmp_path):
     cfg, path = tiny_config(), tmp_path / "folder" / "a.artifact"
     streams = {"one": b"first stream", "two": bytes(range(256)), "empty": b""}
     assert gpt.write_container(path, gpt.ARTIFACT_MAGIC, cfg, streams) == path.stat().st_size
-    assert gpt.read_container(path, gpt.ARTIFACT_MAGIC, cfg) == streams
+    assert gpt.read_container(path, gpt.ARTIFACT_MAGIC, cfg)[0] == streams
     return path, cfg
 
 

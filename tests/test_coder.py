@@ -1,0 +1,170 @@
+"""Properties of the weight coder: exact round trips, C equals twin, damaged streams are refused."""
+import numpy as np
+import pytest
+
+import train_gpt as coder
+
+RNG = np.random.default_rng(5)
+
+
+def gaussian_codes(matrices: int, rows: int, cols: int, max_code: int, std: float = 2.5) -> np.ndarray:
+    columns = np.exp(0.3 * RNG.standard_normal(cols))
+    codes = np.rint(RNG.standard_normal((matrices, rows, cols)) * columns * std + RNG.standard_normal(cols))
+    return np.clip(codes, -max_code, max_code).astype(np.int8)
+
+
+SHAPES = [(1, 1, 1), (1, 1, 7), (2, 5, 1), (3, 9, 17), (1, 40, 12), (2, 0, 5), (2, 5, 0)]
+
+
+@pytest.mark.parametrize("regress", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_c_and_twin_write_the_same_codes_stream(shape, regress):
+    codes = gaussian_codes(*shape, 31)
+    stream = coder.encode_codes(codes, 31, regress=regress)
+    assert stream == coder.encode_codes(codes, 31, regress=regress, use_twin=True)
+    for use_twin in (False, True):
+        assert np.array_equal(coder.decode_codes(stream, use_twin=use_twin), codes)
+
+
+def test_c_and_twin_agree_while_the_regression_is_refitted():
+    codes = gaussian_codes(2, 150, 5, 63, std=5)
+    codes[:, :, 3] = codes[:, :, 1] // 2 + codes[:, :, 0] // 3          # something to find
+    stream = coder.encode_codes(codes, 63, regress=True)
+    assert stream == coder.encode_codes(codes, 63, regress=True, use_twin=True)
+    assert np.array_equal(coder.decode_codes(stream), codes)
+
+
+def rows_that_repeat(rows: int, cols: int) -> np.ndarray:
+    codes = gaussian_codes(1, rows, cols, 31, std=6)
+    for row in range(rows // 2, rows):
+        earlier = codes[0, RNG.integers(row, size=2)].astype(int)
+        codes[0, row] = np.clip((5 * earlier[0] + 3 * earlier[1]) // 6 + RNG.integers(-1, 2, cols), -31, 31)
+    return codes
+
+
+def test_rows_that_resemble_earlier_rows_are_found_and_cost_less():
+    codes = rows_that_repeat(60, 48)
+    alike = coder.similar_rows(codes[0])
+    assert (alike[:, 0] & 7).max() > 0 and (alike[:, 1] & 7).max() > 0
+    assert all((entry >> 3) < row for row in range(1, 60) for entry in alike[row])
+    stream = coder.encode_codes(codes, 31, regress=True)
+    assert len(stream) < 0.95 * len(coder.encode_codes(codes, 31))
+    assert stream == coder.encode_codes(codes, 31, regress=True, use_twin=True)
+    for use_twin in (False, True):
+        assert np.array_equal(coder.decode_codes(stream, use_twin=use_twin), codes)
+
+
+@pytest.mark.parametrize("values", [np.full(300, -127), np.full(300, 127), np.tile([-127, 127, 0], 100),
+                                    np.r_[np.zeros(299), 127], RNG.integers(-127, 128, 300)])
+def test_extreme_codes_round_trip(values):
+    codes = values.astype(np.int8).reshape(2, 15, 10)
+    for regress in (False, True):
+        stream = coder.encode_codes(codes, 127, regress=regress)
+        assert stream == coder.encode_codes(codes, 127, regress=regress, use_twin=True)
+        assert np.array_equal(coder.decode_codes(stream), codes)
+
+
+def test_codes_larger_than_the_first_buffer_round_trip():
+    codes = RNG.choice(np.array([-127, 127, 0], np.int8), (1, 200, 200))
+    stream = coder.encode_codes(codes, 127)
+    assert len(stream) > 2 * codes.size and np.array_equal(coder.decode_codes(stream), codes)
+
+
+def test_parts_do_not_change_with_the_number_of_threads():
+    codes = gaussian_codes(6, 40, 32, 31)
+    streams = {coder.encode_codes(codes, 31, parts=3, threads=threads) for threads in (1, 2, 7)}
+    assert len(streams) == 1
+    stream = streams.pop()
+    assert all(np.array_equal(coder.decode_codes(stream, threads=threads), codes) for threads in (1, 2, 7))
+
+
+def test_threads_that_race_for_the_tables_agree():
+    codes = gaussian_codes(2, 30, 32, 31)
+    expected = coder.encode_codes(codes, 31)
+    for _ in range(5):
+        coder._tables.cache_clear()
+        with coder.ThreadPool(8) as pool:
+            assert set(pool.map(lambda _: coder.encode_codes(codes, 31), range(16), chunksize=1)) == {expected}
+
+
+def test_gaussian_codes_cost_about_their_entropy():
+    codes = gaussian_codes(4, 256, 128, 31)
+    fresh = sum(column_entropy_bytes(codes[:, :, j]) for j in range(128))
+    assert len(coder.encode_codes(codes, 31)) < 1.03 * fresh + 2000
+
+
+def column_entropy_bytes(x: np.ndarray) -> float:
+    p = np.bincount(x.ravel().astype(int) + 127) / x.size
+    p = p[p > 0]
+    return float(-(p * np.log2(p)).sum() * x.size / 8)
+
+
+@pytest.mark.parametrize("values", [np.zeros(0), np.ones(1), np.linspace(-3, 3, 777), np.sort(RNG.standard_normal(500)),
+                                    RNG.standard_normal(600) * 1e-4, [np.inf, -np.inf, np.nan, -0.0, 0.0, 65504, 6e-8]])
+def test_fp16_words_round_trip_bit_for_bit(values):
+    words = np.asarray(values, np.float16).view(np.uint16)
+    stream = coder.encode_words(words, stride=50)
+    assert stream == coder.encode_words(words, stride=50, use_twin=True)
+    for use_twin in (False, True):
+        assert np.array_equal(coder.decode_words(stream, use_twin=use_twin), words)
+
+
+def test_words_close_to_a_known_base_cost_little():
+    base = (RNG.random(3000) + 1).astype(np.float16).view(np.uint16)
+    words = (base + RNG.integers(-1, 2, 3000)).astype(np.uint16)
+    stream = coder.encode_words(words, base=base)
+    assert len(stream) < 800 and np.array_equal(coder.decode_words(stream, base=base), words)
+
+
+def test_codes_outside_the_range_are_refused():
+    with pytest.raises(ValueError, match="max_code"):
+        coder.encode_codes(np.full((1, 2, 2), 32, np.int8), 31)
+    with pytest.raises(ValueError, match="int8"):
+        coder.encode_codes(np.zeros((1, 2, 2), np.int16), 31)
+
+
+def damage(stream: bytes, rng: np.random.Generator) -> tuple[bytes, bool]:
+    """One random accident: flipped bits, a cut, extra bytes, a swap, foreign content, or a forged checksum."""
+    data, kind = bytearray(stream), rng.integers(7)
+    at = int(rng.integers(len(data)))
+    if kind <= 1:
+        for at in rng.integers(len(data), size=1 + kind * 5):
+            data[at] ^= 1 << int(rng.integers(8))
+    elif kind == 2:
+        del data[at:]
+    elif kind == 3:
+        data[at:at] = rng.bytes(int(rng.integers(1, 20)))
+    elif kind == 4:
+        data[at:at + 4] = rng.bytes(4)
+    elif kind == 5:
+        return rng.bytes(int(rng.integers(200))), False
+    else:                                                 # a flip whose outer checksum was made to fit again
+        data[int(rng.integers(len(data) - 4))] ^= 1 << int(rng.integers(8))
+        data[-4:] = coder.zlib.crc32(bytes(data[:-4])).to_bytes(4, "little")
+    return bytes(data), kind == 6
+
+
+def test_a_thousand_damaged_streams_are_refused():
+    rng = np.random.default_rng(11)
+    codes, words = rows_that_repeat(60, 24).reshape(3, 20, 24), RNG.standard_normal(200).astype(np.float16).view(np.uint16)
+    cases = [(coder.encode_codes(codes, 31, parts=2, regress=True), coder.decode_codes, codes),
+             (coder.encode_words(words, stride=20), coder.decode_words, words)]
+    refused = 0
+    for trial in range(1000):
+        stream, decode, original = cases[trial % 2]
+        broken, forged = damage(stream, rng)
+        if broken == stream:
+            continue
+        try:                                              # only a forged stream may pass, and only if nothing changed
+            decoded = decode(broken)
+            assert forged and np.array_equal(decoded, original)
+        except ValueError as error:
+            assert "stream" in str(error)
+            refused += 1
+    assert refused > 950
+
+
+def test_a_stream_of_the_other_kind_is_refused():
+    words = np.arange(50, dtype=np.uint16)
+    with pytest.raises(ValueError, match="kind"):
+        coder.decode_codes(coder.encode_words(words))
