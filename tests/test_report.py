@@ -1,11 +1,11 @@
 """report.py: numbers in README and submission.json come from logs, and stale ones are noticed."""
 import json
 import shutil
+import subprocess
 
 import pytest
 
 import report
-import train_gpt as gpt
 
 LOG = """\
   gptq_reserve_seconds: 4.0
@@ -161,12 +161,14 @@ def test_a_readme_without_markers_is_refused(checkout, capsys):
     assert "<!-- /results -->" in capsys.readouterr().err
 
 
-def test_the_committed_files_are_fresh(repo):
-    assert report.main(["--check"], repo) == 0, "run `python report.py` and commit the result"
-
-
-def test_the_readme_shows_the_settings_of_the_script(repo):
-    assert gpt.settings_table() in (repo / "README.md").read_text(encoding="utf-8")
+def test_the_committed_files_are_fresh(checkout, repo):
+    """With the committed logs only: anybody may have others of their own."""
+    listed = subprocess.run(["git", "ls-files", "logs"], cwd=repo, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout, so committed logs cannot be told from others")
+    for name in (*listed.stdout.split(), "submission.json"):
+        shutil.copy(repo / name, checkout / name)
+    assert report.main(["--check"], checkout) == 0, "run `python report.py` and commit the result"
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["--verify"], 2)])
