@@ -98,7 +98,7 @@ FIXED_SETTINGS: dict[str, tuple[str, str]] = {
         ("WITHIN_BOOST WORD_BOOST AGREE_ADD_BOOST", "0",
          "that n-gram channel looks at the token being scored before choosing its hint, which is not causal"),
         ("LQER_FACTOR_BITS", "4", "the symmetric fallback packs 4 bits"),
-        ("FILL_ARTIFACT RDO_LAMBDA SKIP_CHECK", "0", "it does not exist yet"),
+        ("RDO_LAMBDA SKIP_CHECK", "0", "it does not exist yet"),
         ("TILT_MODE", "fixed", "no other mode exists yet"),
         ("MATRIX_CLIP_SIGMAS", "12.85", "no tensor falls in that class"),
         ("TTT_OPTIMIZER", "adam", "adapters are trained with AdamW"),
@@ -187,6 +187,7 @@ class Config:
     attn_clip_sigmas: float = knob(13.0, "attention: clip range in row standard deviations", 0.1)
     mlp_clip_sigmas: float = knob(11.5, "MLP: clip range in row standard deviations", 0.1)
     embed_clip_sigmas: float = knob(14.0, "embedding: clip range in row standard deviations", 0.1)
+    fill_artifact: bool = knob(False, "1 lowers the clip sigmas until the artifact fills the size limit")
     compressor: str = knob("pergroup", "stream layout of the artifact", choices=("pergroup",))
     awq_lite_enabled: bool = knob(True, "protect the most salient column groups [AWQ]")
     awq_lite_bits: int = knob(8, "bits of a protected group", 2, 8)
@@ -1912,15 +1913,19 @@ def collect_hessians(cfg: Config, run: Run, model: GPT, paths: Sequence[Path], n
     return Calibration(sums, counts, num_batches)
 
 
-def quantize(cfg: Config, run: Run, model: GPT, stats: Calibration) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
-    """(quantized matrices by name "wq.0" ... "tok_emb", pass-through parameters as fp16)."""
+def quantize(cfg: Config, run: Run, model: GPT, stats: Calibration,
+             sigma_factor: float = 1.0) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
+    """(quantized matrices by name "wq.0" ... "tok_emb", pass-through parameters as fp16).
+
+    sigma_factor scales all clip sigmas: larger steps, fewer bytes.
+    """
     timer = Timer(run)
     matrices: dict[str, Matrix] = {}
 
     def add(name: str, W: Tensor, key: str, bits: int, clip_sigmas: float) -> None:
         total = stats.sums[key]
-        matrices[name] = Matrix(W.detach(), total / stats.num_batches, (total.diagonal() / stats.counts[key]).sqrt(),
-                                bits, clip_sigmas)
+        act_rms = (total.diagonal() / stats.counts[key]).sqrt()
+        matrices[name] = Matrix(W.detach(), total / stats.num_batches, act_rms, bits, clip_sigmas * sigma_factor)
 
     add("tok_emb", model.tok_emb, "head", cfg.embed_bits, cfg.embed_clip_sigmas)
     for name in MATRIX_NAMES:
@@ -1953,38 +1958,36 @@ class ArtifactError(ValueError):
     """A checkpoint or artifact is missing, damaged, or made with other model settings."""
 
 
-def write_container(path: Path, magic: bytes, cfg: Config, streams: Mapping[str, bytes],
-                    notes: Mapping[str, Any] | None = None) -> int:
-    """Write named byte streams with the model's settings, notes (JSON) and a SHA-256; returns the file's size.
+def build_container(magic: bytes, cfg: Config, streams: Mapping[str, bytes],
+                    notes: Mapping[str, Any] | None = None) -> bytes:
+    """Named byte streams with the model's settings, notes (JSON) and a SHA-256.
 
     Layout: magic (8), version u32, header length u32, header (zlib JSON), streams, SHA-256 of all before (32).
-    The file appears under its name only when complete.
     """
     header = zlib.compress(json.dumps({
         "settings": {name: getattr(cfg, name) for name in MODEL_FIELDS},
         "streams": [[name, len(stream)] for name, stream in streams.items()], "notes": notes or {}},
         separators=(",", ":")).encode(), 9)
-    start = magic + np.array([FORMAT_VERSION, len(header)], "<u4").tobytes() + header
-    digest = hashlib.sha256(start)
+    body = b"".join([magic, np.array([FORMAT_VERSION, len(header)], "<u4").tobytes(), header, *streams.values()])
+    return body + hashlib.sha256(body).digest()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file that appears under its name only when complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(start)
-            for stream in streams.values():
-                digest.update(stream)
-                file.write(stream)
-            file.write(digest.digest())
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return path.stat().st_size
 
 
 def read_container(path: Path, magic: bytes, cfg: Config) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Streams and notes of a file written by write_container; raises ArtifactError unless every check holds."""
+    """Streams and notes of a file made by build_container; raises ArtifactError unless every check holds."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -2686,9 +2689,9 @@ def artifact_path(run: Run) -> Path:
 def write_checkpoint(cfg: Config, run: Run, model: GPT) -> None:
     """Save the averaged fp32 weights (rank 0)."""
     if run.rank == 0:
-        size = write_container(checkpoint_path(run), CHECKPOINT_MAGIC, cfg,
-                               {"weights": pack_tensors(dict(model.named_parameters()))})
-        run.log(f"Serialized model: {size} bytes")
+        data = build_container(CHECKPOINT_MAGIC, cfg, {"weights": pack_tensors(dict(model.named_parameters()))})
+        write_file(checkpoint_path(run), data)
+        run.log(f"Serialized model: {len(data)} bytes")
     run.barrier()
 
 
@@ -2780,27 +2783,54 @@ def decode_model(cfg: Config, streams: Mapping[str, bytes], notes: Mapping[str, 
     return state
 
 
-def write_artifact(cfg: Config, run: Run, quantized: Mapping[str, Quantized], passed: Mapping[str, Tensor]) -> None:
-    """Encode, write and report the artifact (rank 0)."""
+RATE_TOLERANCE, RATE_ATTEMPTS = 4096, 8          # bytes below the limit that are as good as none
+SMALLEST_SIGMA_FACTOR = 0.5                      # below, real weights would begin to clip
+
+
+def write_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration) -> None:
+    """Quantize, encode, make it fit, write and report the artifact (rank 0)."""
     if run.rank == 0:
-        timer = Timer(run)
-        streams, notes = encode_model(cfg, quantized, passed)
-        codes = {name: len(streams[name]) for name in STREAM_GROUPS}
-        run.log(f"artifact encode_s:{timer.seconds():.1f} "
-                + " ".join(f"{name}_bytes:{size}" for name, size in codes.items())
-                + f" small_bytes:{sum(map(len, streams.values())) - sum(codes.values())}")
-        model_bytes = write_container(artifact_path(run), ARTIFACT_MAGIC, cfg, streams, notes)
         source = Path(__file__).read_bytes()
         code_bytes = len(lzma.compress(source, preset=9 | lzma.PRESET_EXTREME))
-        run.log("artifact code_form:lzma_of_source reason:\"no packed script yet\"")
+        run.log('artifact code_form:lzma_of_source reason:"no packed script yet"')
         run.log(f"Code size (uncompressed): {len(source)} bytes")
         run.log(f"Code size (compressed): {code_bytes} bytes")
-        run.log(f"Serialized model quantized+{cfg.compressor}: {model_bytes} bytes")
-        run.log(f"Total submission size quantized+{cfg.compressor}: {model_bytes + code_bytes} bytes")
-        if model_bytes + code_bytes > SIZE_LIMIT:
-            run.log(f"artifact warning over_limit_bytes:{model_bytes + code_bytes - SIZE_LIMIT} "
-                    f"limit_bytes:{SIZE_LIMIT}")
+        data = fit_artifact(cfg, run, model, stats, SIZE_LIMIT - code_bytes)
+        write_file(artifact_path(run), data)
+        run.log(f"Serialized model quantized+{cfg.compressor}: {len(data)} bytes")
+        run.log(f"Total submission size quantized+{cfg.compressor}: {len(data) + code_bytes} bytes")
     run.barrier()
+
+
+def fit_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration, limit: int) -> bytes:
+    """The artifact's bytes, at most `limit`: the configured clip sigmas where they fit, else larger ones.
+
+    With FILL_ARTIFACT=1 smaller ones where there is room. Scaling all steps by f saves log2(f) bits per weight, which
+    finds the factor in a few attempts. Raises ArtifactError when none fits.
+    """
+    weights = sum(getattr(model, name).numel() for name in STREAM_GROUPS)
+    factor, tried = 1.0, {}
+    for attempt in range(RATE_ATTEMPTS):
+        timer = Timer(run)
+        streams, notes = encode_model(cfg, *quantize(cfg, run, model, stats, factor))
+        tried[factor] = build_container(ARTIFACT_MAGIC, cfg, streams, notes)
+        room = limit - len(tried[factor])
+        codes = {name: len(streams[name]) for name in STREAM_GROUPS}
+        run.log(f"artifact attempt:{attempt + 1} sigma_factor:{factor:.6f} model_bytes:{len(tried[factor])} "
+                f"room_bytes:{room} elapsed_s:{timer.seconds():.1f} "
+                + " ".join(f"{name}_bytes:{size}" for name, size in codes.items())
+                + f" small_bytes:{sum(map(len, streams.values())) - sum(codes.values())}")
+        if 0 <= room and (room <= RATE_TOLERANCE or (factor == 1.0 and not cfg.fill_artifact)):
+            break
+        factor = max(factor * 2.0 ** min(4.0, (RATE_TOLERANCE / 2 - room) * 8 / weights), SMALLEST_SIGMA_FACTOR)
+        if factor in tried:
+            break
+    fitting = [f for f, data in tried.items() if len(data) <= limit]
+    if not fitting:
+        raise ArtifactError(f"no clip sigmas found that fit {limit:,} bytes in {RATE_ATTEMPTS} attempts (smallest "
+                            f"{min(map(len, tried.values())):,}); raise ATTN_, MLP_ and EMBED_CLIP_SIGMAS or shrink the "
+                            "model")
+    return tried[min(fitting)]
 
 
 def read_artifact(cfg: Config, run: Run, model: GPT) -> None:
@@ -3557,7 +3587,7 @@ def run_pipeline(cfg: Config, run: Run) -> None:
         if not cfg.quantize_only:
             run.log(f"train clock_s:{train_s + calibration_s:.1f} steps_s:{train_s:.1f} "
                     f"calibration_s:{calibration_s:.1f} budget_s:{cfg.max_wallclock_seconds:g}")
-        write_artifact(cfg, run, *quantize(cfg, run, model, stats))
+        write_artifact(cfg, run, model, stats)
     read_artifact(cfg, run, model)                        # score what ships, not what trained
     diagnose(cfg, run, model, data, "quantized")
     if cfg.ttt_enabled:

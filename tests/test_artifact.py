@@ -17,19 +17,27 @@ SHAPES = (dict(), dict(num_layers=3, model_dim=24, num_kv_heads=2, loop_end=1, p
           dict(awq_lite_enabled=False, lqer_asym_enabled=False))
 
 
-def quantized_model(cfg: gpt.Config, seed: int = 0) -> tuple[dict[str, gpt.Quantized], dict[str, torch.Tensor]]:
-    """A random model, quantized as a run would do it but with an identity Hessian."""
+def model_with_statistics(cfg: gpt.Config, seed: int = 0) -> tuple[gpt.GPT, gpt.Calibration]:
+    """A random model and the statistics of white calibration activations."""
     model = random_model(cfg, seed).requires_grad_(False)
     keys = {"head": cfg.model_dim} | {f"{kind}.{layer}": cfg.mlp_dim if kind == "down" else cfg.model_dim
                                       for layer in range(cfg.num_layers) for kind in ("qkv", "o", "up", "down")}
-    stats = gpt.Calibration({key: 4 * torch.eye(cols) for key, cols in keys.items()}, dict.fromkeys(keys, 4), 1)
-    return gpt.quantize(cfg, gpt.Run(cfg), model, stats)
+    return model, gpt.Calibration({key: 4 * torch.eye(cols) for key, cols in keys.items()}, dict.fromkeys(keys, 4), 1)
+
+
+def quantized_model(cfg: gpt.Config, seed: int = 0) -> tuple[dict[str, gpt.Quantized], dict[str, torch.Tensor]]:
+    return gpt.quantize(cfg, gpt.Run(cfg), *model_with_statistics(cfg, seed))
 
 
 def as_rank_zero(cfg: gpt.Config, run_id: str = "r") -> gpt.Run:
     run = gpt.Run(cfg)
     run.run_id = run_id
     return run
+
+
+def write_quantized(cfg, run, quantized, passed) -> None:
+    gpt.write_file(gpt.artifact_path(run), gpt.build_container(
+        gpt.ARTIFACT_MAGIC, cfg, *gpt.encode_model(cfg, quantized, passed)))
 
 
 # --- codes and tensors --------------------------------------------------------------------------------------
@@ -42,7 +50,8 @@ def test_recorded_codes_round_trip_through_streams_and_container(load_vectors, t
     assert groups
     stacks = {kind: np.stack(members) for kind, members in groups.items()}
     cfg, path = tiny_config(), tmp_path / "codes.artifact"
-    gpt.write_container(path, gpt.ARTIFACT_MAGIC, cfg, {kind: gpt.encode_codes(stack) for kind, stack in stacks.items()})
+    gpt.write_file(path, gpt.build_container(gpt.ARTIFACT_MAGIC, cfg, {
+        kind: gpt.encode_codes(stack) for kind, stack in stacks.items()}))
     for kind, stream in gpt.read_container(path, gpt.ARTIFACT_MAGIC, cfg)[0].items():
         restored = gpt.decode_codes(stream)
         assert restored.dtype == np.int8 and np.array_equal(restored, stacks[kind]), kind
@@ -86,7 +95,7 @@ def test_restored_weights_equal_the_dequantized_ones_bit_for_bit(changes, tmp_pa
     cfg = tiny_config(**changes)
     quantized, passed = quantized_model(cfg)
     run, model = as_rank_zero(cfg), gpt.GPT(cfg)
-    gpt.write_artifact(cfg, run, quantized, passed)
+    write_quantized(cfg, run, quantized, passed)
     gpt.read_artifact(cfg, run, model)
     for name, q in quantized.items():
         group, _, layer = name.partition(".")
@@ -102,7 +111,7 @@ def test_artifacts_of_the_same_model_are_the_same_bytes(tmp_path, monkeypatch):
     cfg = tiny_config()
     model = quantized_model(cfg)
     for run_id in "ab":
-        gpt.write_artifact(cfg, as_rank_zero(cfg, run_id), *model)
+        write_quantized(cfg, as_rank_zero(cfg, run_id), *model)
     first, second = (gpt.artifact_path(as_rank_zero(cfg, run_id)).read_bytes() for run_id in "ab")
     assert first == second
 
@@ -110,12 +119,51 @@ def test_artifacts_of_the_same_model_are_the_same_bytes(tmp_path, monkeypatch):
 def test_size_report_adds_the_file_and_the_code(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cfg, run = tiny_config(), as_rank_zero(tiny_config())
-    gpt.write_artifact(cfg, run, *quantized_model(cfg))
+    gpt.write_artifact(cfg, run, *model_with_statistics(cfg))
     lines = dict(line.split(": ") for line in capsys.readouterr().out.splitlines() if ": " in line and "bytes" in line)
     sizes = {key: int(value.split()[0]) for key, value in lines.items() if value.endswith(" bytes")}
     model_bytes = sizes["Serialized model quantized+pergroup"]
     assert model_bytes == gpt.artifact_path(run).stat().st_size
     assert sizes["Total submission size quantized+pergroup"] == model_bytes + sizes["Code size (compressed)"]
+
+
+@pytest.fixture
+def fitted():
+    """Configuration, run, model, statistics, and the artifact at the configured clip sigmas."""
+    cfg = tiny_config()
+    run, (model, stats) = as_rank_zero(cfg), model_with_statistics(cfg)
+    return cfg, run, model, stats, gpt.fit_artifact(cfg, run, model, stats, 10**9)
+
+
+def test_an_artifact_that_fits_keeps_the_configured_clip_sigmas(fitted):
+    cfg, run, model, stats, data = fitted
+    streams = gpt.encode_model(cfg, *gpt.quantize(cfg, run, model, stats))
+    assert data == gpt.build_container(gpt.ARTIFACT_MAGIC, cfg, *streams)
+    assert gpt.fit_artifact(cfg, run, model, stats, len(data)) == data
+
+
+def test_an_artifact_over_the_limit_gets_the_smallest_larger_steps_that_fit(fitted, monkeypatch, capsys):
+    cfg, run, model, stats, data = fitted
+    monkeypatch.setattr(gpt, "RATE_TOLERANCE", 400)
+    limit = len(data) - 3000
+    fits = gpt.fit_artifact(cfg, run, model, stats, limit)
+    assert limit - 400 <= len(fits) <= limit
+    assert "artifact attempt:2 sigma_factor:1." in capsys.readouterr().out
+
+
+def test_fill_artifact_spends_spare_bytes_on_smaller_steps(fitted, monkeypatch):
+    cfg, run, model, stats, data = fitted
+    monkeypatch.setattr(gpt, "RATE_TOLERANCE", 400)
+    limit = len(data) + 2000
+    full = gpt.fit_artifact(dataclasses.replace(cfg, fill_artifact=True), run, model, stats, limit)
+    assert limit - 400 <= len(full) <= limit
+    assert gpt.fit_artifact(cfg, run, model, stats, limit) == data
+
+
+def test_a_model_that_cannot_fit_is_refused(fitted):
+    cfg, run, model, stats, _ = fitted
+    with pytest.raises(gpt.ArtifactError, match="fit 500 bytes"):
+        gpt.fit_artifact(cfg, run, model, stats, 500)
 
 
 def test_checkpoint_restores_fp32_weights_exactly(tmp_path, monkeypatch, capsys):
@@ -137,7 +185,7 @@ def container(tmp_path):
     """A path and settings of a small valid file."""
     cfg, path = tiny_config(), tmp_path / "folder" / "a.artifact"
     streams = {"one": b"first stream", "two": bytes(range(256)), "empty": b""}
-    assert gpt.write_container(path, gpt.ARTIFACT_MAGIC, cfg, streams) == path.stat().st_size
+    gpt.write_file(path, gpt.build_container(gpt.ARTIFACT_MAGIC, cfg, streams))
     assert gpt.read_container(path, gpt.ARTIFACT_MAGIC, cfg)[0] == streams
     return path, cfg
 
@@ -181,7 +229,7 @@ def test_foreign_missing_and_swapped_files_are_refused(container, tmp_path):
 def test_another_format_version_is_refused(container, monkeypatch):
     path, cfg = container
     monkeypatch.setattr(gpt, "FORMAT_VERSION", gpt.FORMAT_VERSION + 1)
-    gpt.write_container(path, gpt.ARTIFACT_MAGIC, cfg, {})
+    gpt.write_file(path, gpt.build_container(gpt.ARTIFACT_MAGIC, cfg, {}))
     monkeypatch.undo()
     refuse(path, cfg, f"format version {gpt.FORMAT_VERSION + 1}, expected {gpt.FORMAT_VERSION}")
 
@@ -202,7 +250,7 @@ def test_failed_write_leaves_the_old_file_and_no_debris(container, monkeypatch, 
         raise OSError("disk full")
     monkeypatch.setattr(os, fail_at, fail)
     with pytest.raises(OSError, match="disk full"):
-        gpt.write_container(path, gpt.ARTIFACT_MAGIC, cfg, {"other": b"x" * 100})
+        gpt.write_file(path, b"x" * 100)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
@@ -212,5 +260,5 @@ def test_only_rank_zero_writes(tmp_path, monkeypatch):
     cfg, run = tiny_config(), as_rank_zero(tiny_config())
     run.rank = 1
     gpt.write_checkpoint(cfg, run, random_model(cfg))
-    gpt.write_artifact(cfg, run, *quantized_model(cfg))
+    gpt.write_artifact(cfg, run, *model_with_statistics(cfg))
     assert not list(tmp_path.rglob("*.*"))
