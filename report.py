@@ -3,6 +3,7 @@
 
     python report.py            rewrite the marked parts of README.md, and submission.json
     python report.py --check    change nothing; exit code 1 when something is stale
+    python report.py pack DIR   write the submission folder with the packed script, see pack.py
 
 A marked part of README.md lies between `<!-- NAME -->` and `<!-- /NAME -->`; names: headline, results, settings.
 Record runs are those that count for a submission: 8 H100s, 600 s, the published validation split, one uninterrupted
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pack
 import train_gpt as gpt
 
 REPO = Path(__file__).resolve().parent
@@ -236,6 +238,8 @@ def generate(repo: Path) -> dict[Path, str]:
 
 
 def main(argv: list[str], repo: Path = REPO) -> int:
+    if argv[:1] == ["pack"]:
+        return pack.main(argv[1:])
     if argv not in ([], ["--check"]):
         print(__doc__, file=sys.stdout if argv in (["--help"], ["-h"]) else sys.stderr)
         return 0 if argv in (["--help"], ["-h"]) else 2

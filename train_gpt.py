@@ -2355,7 +2355,7 @@ class _Twin:
         return bytes(self.out) + bytes([(self.lo >> 56) + 1])
 
 
-def _divide(a: int, b: int) -> int:
+def _twin_divide(a: int, b: int) -> int:
     return a // b if a >= 0 else -(-a // b)                  # towards zero, like C
 
 
@@ -2367,18 +2367,18 @@ def _twin_refit(gram: list, n: int) -> list:
     for i in range(size):
         scaled = []
         for j in range(i):
-            target = _divide(gram[i][j] << 24, sd[i] * sd[j]) * keep >> 4
+            target = _twin_divide(gram[i][j] << 24, sd[i] * sd[j]) * keep >> 4
             scaled.append(target - (sum(s * l for s, l in zip(scaled, L[j])) >> 28))
-        L.append([_divide(s << 28, D[j]) for j, s in enumerate(scaled)])
+        L.append([_twin_divide(s << 28, D[j]) for j, s in enumerate(scaled)])
         D.append(max(one - sum(l * s >> 28 for l, s in zip(L[i], scaled)), 1 << 16))
         b = L[i][:]
         for j in reversed(range(i)):
             b[:j] = [v - (b[j] * l >> 28) for v, l in zip(b, L[j])]
-        T.append([min(max(_divide((b[j] >> 8) * sd[i], sd[j]) >> 8, -32767), 32767) for j in range(i)])
+        T.append([min(max(_twin_divide((b[j] >> 8) * sd[i], sd[j]) >> 8, -32767), 32767) for j in range(i)])
     return T
 
 
-def _level(variance: int) -> int:
+def _twin_level(variance: int) -> int:
     variance = min(max(variance, 16), 1 << 19)
     e = variance.bit_length() - 1
     return (e - 4) * 8 + (variance >> e - 3 & 7)
@@ -2425,13 +2425,13 @@ def twin_codes(codes: np.ndarray, alike: np.ndarray | None, data: bytes | None =
             part = (mu - m * 16) * flip
             ratio = min(max((seen << 8) // (expected + 1), 64), 1024)
             if not regress:
-                ratio = min(max(_divide(budget - spent << 8, max(rest, 0) + 1), 64), 1024) - 256
-                ratio = 256 + _divide(ratio * (cols - j), cols - j + (cols >> 6))
+                ratio = min(max(_twin_divide(budget - spent << 8, max(rest, 0) + 1), 64), 1024) - 256
+                ratio = 256 + _twin_divide(ratio * (cols - j), cols - j + (cols >> 6))
                 part = min(max((ratio - 256 >> 5) + 4, 0), 8)
             A, F = slow[j] >> 10, fast[j] >> 10
             B = A * ratio >> 8
-            blend = _level(B * 4 + (F * ratio >> 8) * 3 + (recent >> 10) >> 3)
-            bases = [_level(A), _level(F * ratio >> 8), blend * 9 + part, _level(B) * 9 + part]
+            blend = _twin_level(B * 4 + (F * ratio >> 8) * 3 + (recent >> 10) >> 3)
+            bases = [_twin_level(A), _twin_level(F * ratio >> 8), blend * 9 + part, _twin_level(B) * 9 + part]
             t = 0 if coder.decode else (int(line[j]) - m) * flip
             found, sign = 0, 1
             for node in range(NODES):
@@ -2790,16 +2790,30 @@ SMALLEST_SIGMA_FACTOR = 0.5                      # below, real weights would beg
 def write_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration) -> None:
     """Quantize, encode, make it fit, write and report the artifact (rank 0)."""
     if run.rank == 0:
-        source = Path(__file__).read_bytes()
-        code_bytes = len(lzma.compress(source, preset=9 | lzma.PRESET_EXTREME))
-        run.log('artifact code_form:lzma_of_source reason:"no packed script yet"')
-        run.log(f"Code size (uncompressed): {len(source)} bytes")
-        run.log(f"Code size (compressed): {code_bytes} bytes")
+        code_bytes = report_code_size(run)
         data = fit_artifact(cfg, run, model, stats, SIZE_LIMIT - code_bytes)
         write_file(artifact_path(run), data)
         run.log(f"Serialized model quantized+{cfg.compressor}: {len(data)} bytes")
         run.log(f"Total submission size quantized+{cfg.compressor}: {len(data) + code_bytes} bytes")
     run.barrier()
+
+
+def report_code_size(run: Run) -> int:
+    """Bytes of the script that ships: the packed one, its own length when it is what runs; logged."""
+    source = Path(__file__).read_bytes()
+    packed_file = globals().get("PACKED_FILE")            # set by the loader of the packed script, see pack.py
+    if packed_file:
+        form, code_bytes = "packed_file", os.path.getsize(packed_file)
+    else:
+        try:
+            import pack
+            form, code_bytes = "packed", len(pack.pack_script(source.decode("utf-8")))
+        except ImportError:
+            form, code_bytes = "lzma_of_source", len(lzma.compress(source, preset=9 | lzma.PRESET_EXTREME))
+    run.log(f"artifact code_form:{form}" + (' reason:"pack.py is not beside the script"' if "lzma" in form else ""))
+    run.log(f"Code size (uncompressed): {len(source)} bytes")
+    run.log(f"Code size (compressed): {code_bytes} bytes")
+    return code_bytes
 
 
 def fit_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration, limit: int) -> bytes:
@@ -2939,7 +2953,7 @@ class Hints(NamedTuple):
     confidence: np.ndarray
 
 
-def ngram_hints_plain(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarray, context: int,
+def twin_ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarray, context: int,
                       threshold: float) -> Hints:
     """The definition: walk the targets in `order`; look each context up, then count the target.
 
@@ -3063,7 +3077,7 @@ int ngram_hints(const uint16_t *tokens, const int64_t *order, int64_t num_target
 
 def ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarray, context: int,
                 threshold: float) -> Hints:
-    """ngram_hints_plain in C, exactly; raises MemoryError when the table does not fit."""
+    """twin_ngram_hints in C, exactly; raises MemoryError when the table does not fit."""
     tokens, order, doc_start = (np.ascontiguousarray(x, dtype) for x, dtype in (
         (tokens, np.uint16), (order, np.int64), (doc_start, np.int64)))
     n = len(tokens) - 1
