@@ -370,7 +370,7 @@ REPO = Path(__file__).resolve().parent
 class Run:
     """Process-wide facts and services; create with Run.start(), use as a context manager.
 
-    `sum`, `max`, `broadcast` work in place on tensors of any dtype on the run's device; `agree` gives every rank
+    `sum` and `broadcast` work in place on tensors of any dtype on the run's device; `agree` gives every rank
     rank 0's Python floats without touching the GPU, so that decisions do not stall it.
     """
 
@@ -444,11 +444,6 @@ class Run:
             dist.all_reduce(x)
         return x
 
-    def max(self, x: Tensor) -> Tensor:
-        if self.world_size > 1:
-            dist.all_reduce(x, op=dist.ReduceOp.MAX)
-        return x
-
     def broadcast(self, x: Tensor) -> Tensor:
         if self.world_size > 1:
             dist.broadcast(x, src=0)
@@ -501,7 +496,8 @@ def compile_c(source: str) -> ctypes.CDLL:
         compiler = os.environ.get("CC", "cc")
         for target in (["-march=native"], []):            # not every compiler knows its own machine
             # -fwrapv: even a forged stream must not meet undefined behaviour.
-            command = [compiler, "-O3", *target, "-fwrapv", "-std=c99", "-shared", "-fPIC", str(c_file), "-o", str(library)]
+            command = [compiler, "-O3", *target, "-fwrapv", "-std=c99", "-shared", "-fPIC", str(c_file),
+                       "-o", str(library)]
             try:
                 done = subprocess.run(command, capture_output=True, text=True)
             except FileNotFoundError:
@@ -613,7 +609,8 @@ class Dataset:
 
     def load_validation(self) -> tuple[np.ndarray, np.ndarray]:
         """All validation tokens and their byte counts, uint16 (tokens,) each."""
-        tokens, counts = (np.concatenate([read_shard(path) for path in paths]) for paths in (self.val, self.val_bytes))
+        tokens, counts = (np.concatenate([read_shard(path) for path in paths])
+                          for paths in (self.val, self.val_bytes))
         if len(tokens) < 2 or tokens[0] != BOS:
             raise DataError(f"{self.folder}: the validation split must hold at least two tokens and begin with BOS "
                             f"({BOS}), found {len(tokens)} tokens beginning with {tokens[:1].tolist()}")
@@ -629,11 +626,12 @@ def check_tokenizer(cfg: Config, data: Dataset) -> Path:
         folder / name for name in names for folder in (data.folder, Path("tokenizers"), REPO / "tokenizers")]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
-        raise DataError(f"no tokenizer: expected {' or '.join(dict.fromkeys(map(str, candidates)))}; set TOKENIZER_PATH")
+        wanted = " or ".join(dict.fromkeys(map(str, candidates)))
+        raise DataError(f"no tokenizer: expected {wanted}; set TOKENIZER_PATH")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     recorded = path.with_name(path.name + ".sha256")
-    for source, want in (("the shards' manifest", manifest.get("sha256")),
-                         (recorded.name, (recorded.read_text().split() or ["(nothing)"])[0] if recorded.exists() else None)):
+    beside = (recorded.read_text().split() or ["(nothing)"])[0] if recorded.exists() else None
+    for source, want in (("the shards' manifest", manifest.get("sha256")), (recorded.name, beside)):
         if want and want != digest:
             raise DataError(f"{path}: SHA-256 {digest[:16]}..., but {source} says {want[:16]}...; use the tokenizer "
                             "the shards were made with")
@@ -709,8 +707,8 @@ class PackingLoader:
         if isinstance(item, BaseException):
             raise item
         inputs, targets, bounds, shard = item
-        move = lambda x: x.to(self.device, non_blocking=True)          # noqa: E731  pinned memory, so this overlaps
-        return Row(move(inputs), move(targets), move(bounds), shard)
+        # From pinned memory, so the copies overlap with what the GPU is doing.
+        return Row(*(x.to(self.device, non_blocking=True) for x in (inputs, targets, bounds)), shard)
 
     def spans(self) -> Iterator[tuple[np.ndarray, int]]:
         """All spans of row_tokens + 1 tokens with their shard index, for ever."""
@@ -998,27 +996,14 @@ class LayerAdapters(NamedTuple):
     mlp: LowRank | None = None
 
 
-class LayerWeights(NamedTuple):
-    """Views of one layer's parameters; see GPT for shapes."""
-    wq: Tensor
-    wk: Tensor
-    wv: Tensor
-    wo: Tensor
-    w_up: Tensor
-    w_down: Tensor
-    q_gain: Tensor
-    xsa_alpha: Tensor
-    attn_gate: Tensor
-    attn_scale: Tensor
-    mlp_scale: Tensor
-    resid_mix: Tensor
-    lane_post: Tensor
-    lane_resid: Tensor
-    ln_scale: Tensor
+# Views of one layer's parameters; see GPT for shapes.
+LayerWeights = NamedTuple("LayerWeights", [(name, Tensor) for name in (
+    "wq", "wk", "wv", "wo", "w_up", "w_down", "q_gain", "xsa_alpha", "attn_gate", "attn_scale", "mlp_scale",
+    "resid_mix", "lane_post", "lane_resid", "ln_scale")])
 
 
 class Packing(NamedTuple):
-    """Where attention may look: segment bounds in the flattened tokens, and rotary tables of the T positions."""
+    """Where attention may look: segment bounds in the flattened tokens; rotary tables of the T positions."""
     cu_seqlens: Tensor      # (segments + 1,) int32
     max_seqlen: int
     cos: Tensor             # (T, 1, rope_dims / 2) fp32
@@ -1268,7 +1253,8 @@ class GPT(nn.Module):
                 lane0 = lane1 = g.serial(lane0, x0, skip, layers[layer], packing, slots[slot], tap)
             else:
                 lane1 = lane1.clone() if lane1 is lane0 else lane1
-                lane0, lane1 = g.parallel(lane0, vary(lane1, 0, 1), x0, skip, layers[layer], packing, slots[slot], tap)
+                lane0, lane1 = g.parallel(lane0, vary(lane1, 0, 1), x0, skip, layers[layer], packing, slots[slot],
+                                          tap)
             if row < 0:
                 saved.append(lane0)
         return g.finish(vary(lane0, 0, 1), vary(lane1.clone() if lane1 is lane0 else lane1, 0, 1))
@@ -1614,7 +1600,8 @@ def warm_up(cfg: Config, run: Run, data: Dataset, model: GPT, optimizer: Optimiz
 
 
 def make_loader(cfg: Config, run: Run, data: Dataset) -> PackingLoader:
-    return PackingLoader(data.train, cfg.row_tokens, cfg.train_seq_len, run.rank, run.world_size, run.device, run.log)
+    return PackingLoader(data.train, cfg.row_tokens, cfg.train_seq_len, run.rank, run.world_size, run.device,
+                         run.log)
 
 
 def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
@@ -1757,7 +1744,8 @@ def gptq(W: Tensor, H: Tensor, scale: Tensor, max_code: int, high: Tensor | None
     # Column-major work copy (M, cols, rows): every step below touches whole columns.
     work = W.masked_fill(dead[:, None], 0.0).mT.gather(1, order[:, :, None].expand(M, cols, rows)).contiguous()
     codes = torch.empty_like(work)
-    steps, limits = scale.float()[:, None].expand(M, cols, rows), torch.full((cols,), float(max_code), device=W.device)
+    steps = scale.float()[:, None].expand(M, cols, rows)
+    limits = torch.full((cols,), float(max_code), device=W.device)
     if high is not None:
         steps = torch.where(high[:, None], scale_high.float()[:, None], steps)
         limits = torch.where(high, float(max_high), limits)
@@ -1814,7 +1802,9 @@ def _round_to(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 
 def pack_factors(A: Tensor, B: Tensor, group: int, asymmetric: bool = True) -> Factors:
     """Pack A in 2 bits and B in 4 bits with grouped scales, or both in 4 bits per row where groups do not fit."""
-    peak = lambda x, dim=None: (x.abs().max() if dim is None else x.abs().amax(dim)).clamp_min(SCALE_FLOOR)  # noqa: E731
+    def peak(x: Tensor, dim: int | None = None) -> Tensor:
+        return (x.abs().max() if dim is None else x.abs().amax(dim)).clamp_min(SCALE_FLOOR)
+
     if asymmetric and B.numel() % group == 0:
         sA, grouped = (peak(A) / 1.5).half(), B.reshape(-1, group)
         sB = (peak(grouped, -1) / 7.5).half()
@@ -2007,8 +1997,8 @@ def read_container(path: Path, magic: bytes, cfg: Config) -> tuple[dict[str, byt
     differing = {name: (made, getattr(cfg, name)) for name, made in header["settings"].items()
                  if getattr(cfg, name, None) != made}
     if differing:
-        raise ArtifactError(f"{path}: made with other settings: " + ", ".join(
-            f"{name.upper()}={made} (now {now})" for name, (made, now) in differing.items()) + "; set them as they were")
+        changes = ", ".join(f"{name.upper()}={made} (now {now})" for name, (made, now) in differing.items())
+        raise ArtifactError(f"{path}: made with other settings: {changes}; set them as they were")
     streams, offset = {}, 16 + header_bytes
     for name, length in header["streams"]:
         streams[name] = data[offset:offset + length]
@@ -2034,13 +2024,14 @@ def unpack_tensors(data: bytes) -> dict[str, Tensor]:
     return tensors
 
 
-# The coder of codes and scales is context mixing [lpaq]. A symbol is a few binary decisions (zero? sign? magnitude above
-# 1? above 2? ...). For each, four adaptive counters chosen by different views of the past vote, a logistic mixer weighs the
-# votes, and a binary arithmetic coder spends -log2 p bits. Weights are close to Gaussian and rows have nearly equal energy
-# (their step is proportional to their deviation), so the views are estimates of the local variance: of the column, of the
-# row so far, and of what is left of its energy. With `regress` (the embedding needs it) code j of a row is predicted from
-# codes 0..j-1 by a ridge regression that both sides refit from the rows already coded, plus a share of the regression
-# error of up to two earlier rows that the encoder names. All arithmetic that the decoder repeats is integer.
+# The coder of codes and scales is context mixing [lpaq]. A symbol is a few binary decisions (zero? sign? magnitude
+# above 1? above 2? ...). For each, four adaptive counters chosen by different views of the past vote, a logistic
+# mixer weighs the votes, and a binary arithmetic coder spends -log2 p bits. Weights are close to Gaussian and rows
+# have nearly equal energy (their step is proportional to their deviation), so the views are estimates of the local
+# variance: of the column, of the row so far, and of what is left of its energy. With `regress` (the embedding needs
+# it) code j of a row is predicted from codes 0..j-1 by a ridge regression that both sides refit from the rows already
+# coded, plus a share of the regression error of up to two earlier rows that the encoder names. All arithmetic that
+# the decoder repeats is integer.
 
 VOTES = 4                   # counters per decision
 NODES = 32                  # decisions of one symbol: zero?, negative?, then magnitude >= 2, >= 3, ...
@@ -2490,7 +2481,7 @@ def twin_words(words: np.ndarray, stride: int, data: bytes | None = None) -> byt
     return coder.finish()
 
 
-STREAM_HEADER = struct.Struct("<4s4B3I")      # magic, kind, parts, max_code, regress, then matrices, rows, columns
+STREAM_HEADER = struct.Struct("<4s2B3I")      # magic, kind, option, then matrices, rows, columns
 STREAM_MAGIC, CODES, WORDS = b"CMX1", 0, 1
 MAX_SYMBOLS = 1 << 27                  # a header may not ask for more, nor for more than its payload could hold
 
@@ -2504,7 +2495,7 @@ def _run(function: str, buffer: np.ndarray, decode: bool, values: np.ndarray, *n
         ctypes.c_int64(buffer.size), int(decode), ctypes.c_void_p(values.ctypes.data), *numbers)
 
 
-def _code_part(values: np.ndarray, option: int, data: bytes | None, use_twin: bool) -> bytes:
+def _code_values(values: np.ndarray, option: int, data: bytes | None, use_twin: bool) -> bytes:
     """Encode int8 codes (option: regress) or uint16 words (option: stride), or decode `data` into `values`."""
     if not values.size:
         return b""
@@ -2558,64 +2549,54 @@ def similar_rows(rows: np.ndarray, block: int = 512) -> np.ndarray:
     return alike
 
 
-def _pack(kind: int, max_code: int, option: int, shape: tuple, parts: list[bytes], content: np.ndarray) -> bytes:
-    head = STREAM_HEADER.pack(STREAM_MAGIC, kind, len(parts), max_code, option, *shape)
-    body = head + struct.pack(f"<{len(parts)}I", *map(len, parts)) + b"".join(parts)
-    body += struct.pack("<I", zlib.crc32(content.tobytes(), zlib.crc32(head)))
+def _pack(kind: int, option: int, shape: tuple, payload: bytes, content: np.ndarray) -> bytes:
+    head = STREAM_HEADER.pack(STREAM_MAGIC, kind, option, *shape)
+    body = head + payload + struct.pack("<I", zlib.crc32(content.tobytes(), zlib.crc32(head)))
     return body + struct.pack("<I", zlib.crc32(body))
 
 
-def _unpack(stream: bytes, kind: int) -> tuple[bytes, int, tuple, list[bytes], int]:
-    """Check all that can be checked before decoding; return head, option, shape, parts, checksum of the content."""
+def _unpack(stream: bytes, kind: int) -> tuple[bytes, int, tuple, bytes, int]:
+    """Check all that can be checked before decoding; return head, option, shape, payload, checksum of the content."""
     if len(stream) < STREAM_HEADER.size + 8 or stream[:4] != STREAM_MAGIC:
-        raise ValueError(f"expected a {STREAM_MAGIC.decode()} stream, found {len(stream)} bytes starting {bytes(stream[:4])!r}")
+        raise ValueError(f"expected a {STREAM_MAGIC.decode()} stream, found {len(stream)} bytes starting "
+                         f"{bytes(stream[:4])!r}")
     if zlib.crc32(stream[:-4]) != int.from_bytes(stream[-4:], "little"):
         raise ValueError(f"stream of {len(stream)} bytes fails its checksum: truncated or damaged, write it again")
-    _, found_kind, parts, max_code, option, *shape = STREAM_HEADER.unpack_from(stream)
-    start, end, symbols = STREAM_HEADER.size + 4 * parts, len(stream) - 8, math.prod(shape if kind == CODES else shape[:2])
-    lengths = struct.unpack_from(f"<{parts}I", stream, STREAM_HEADER.size) if start <= end else ()
-    if found_kind != kind or not 1 <= parts <= max(1, shape[0]) or start + sum(lengths) != end:
-        raise ValueError(f"stream of kind {found_kind}, expected {kind}, with parts {lengths} for {shape}: not ours")
-    if symbols > min(MAX_SYMBOLS, 32768 * (end - start)) or (kind == CODES and option and not can_regress(shape)):
+    _, found_kind, option, *shape = STREAM_HEADER.unpack_from(stream)
+    payload = stream[STREAM_HEADER.size:-8]
+    if found_kind != kind:
+        raise ValueError(f"stream of kind {found_kind}, expected {kind}: not ours")
+    symbols = math.prod(shape if kind == CODES else shape[:2])
+    if symbols > min(MAX_SYMBOLS, 32768 * len(payload)) or (kind == CODES and option and not can_regress(shape)):
         raise ValueError(f"stream of {len(stream)} bytes cannot hold shape {shape}: its header is damaged")
-    cuts = np.cumsum((start, *lengths)).tolist()
-    return stream[:STREAM_HEADER.size], option, tuple(shape), [stream[a:b] for a, b in zip(cuts, cuts[1:])], \
-        int.from_bytes(stream[-8:-4], "little")
+    return stream[:STREAM_HEADER.size], option, tuple(shape), payload, int.from_bytes(stream[-8:-4], "little")
 
 
 def can_regress(shape: tuple) -> bool:
     return shape[2] <= MAX_REGRESSED[0] and shape[0] * shape[1] <= MAX_REGRESSED[1]
 
 
-def encode_codes(codes: np.ndarray, max_code: int = 128, *, parts: int = 1, regress: bool = False,
-                 threads: int | None = None, use_twin: bool = False) -> bytes:
+def encode_codes(codes: np.ndarray, *, regress: bool = False, use_twin: bool = False) -> bytes:
     """Code one tensor group.
 
-    codes    (matrices, rows, cols) int8 with |code| <= max_code <= 128; rows have comparable variance.
-    parts    independently decodable runs of whole matrices, one thread each; every further one costs about 1 kB.
+    codes    (matrices, rows, cols) int8; rows have comparable variance.
     regress  predict each code from the codes to its left in the row; pays where columns are correlated.
-    Returns a stream that carries its shape, lengths and checksums; the same bytes for any `threads`.
+    Returns a stream that carries its shape and checksums. Raises ValueError when a shape or dtype is not codable.
     """
     codes = np.ascontiguousarray(codes)
     if codes.dtype != np.int8 or codes.ndim != 3:
         raise ValueError(f"expected int8 codes (matrices, rows, cols), found {codes.dtype} {codes.shape}")
-    if codes.size and max(int(codes.max()), -int(codes.min())) > max_code or not 0 < max_code <= 128:
-        raise ValueError(f"codes span [{codes.min()}, {codes.max()}], expected at most max_code={max_code} <= 128")
     if regress and not can_regress(codes.shape):
-        raise ValueError(f"regress=True takes at most {MAX_REGRESSED} columns and rows, found {codes.shape}; use False")
-    pieces = np.array_split(codes, min(parts, max(1, len(codes))))
-    with ThreadPool(threads or len(pieces)) as pool:
-        streams = pool.map(lambda piece: _code_part(piece, int(regress), None, use_twin), pieces)
-    return _pack(CODES, max_code, int(regress), codes.shape, streams, codes)
+        raise ValueError(f"regress=True takes at most {MAX_REGRESSED} columns and rows, found {codes.shape}; "
+                         "use False")
+    return _pack(CODES, int(regress), codes.shape, _code_values(codes, int(regress), None, use_twin), codes)
 
 
-def decode_codes(stream: bytes, *, threads: int | None = None, use_twin: bool = False) -> np.ndarray:
+def decode_codes(stream: bytes, *, use_twin: bool = False) -> np.ndarray:
     """Invert encode_codes. Raises ValueError on a truncated, damaged or foreign stream."""
-    head, regress, shape, parts, checksum = _unpack(stream, CODES)
+    head, regress, shape, payload, checksum = _unpack(stream, CODES)
     codes = np.zeros(shape, np.int8)
-    jobs = list(zip(np.array_split(codes, len(parts)), parts))
-    with ThreadPool(threads or len(jobs)) as pool:
-        pool.map(lambda job: _code_part(job[0], regress, job[1], use_twin), jobs)
+    _code_values(codes, regress, payload, use_twin)
     if zlib.crc32(codes.tobytes(), zlib.crc32(head)) != checksum:
         raise ValueError(f"stream of {len(stream)} bytes decodes to other codes than were written: damaged")
     return codes
@@ -2624,10 +2605,6 @@ def decode_codes(stream: bytes, *, threads: int | None = None, use_twin: bool = 
 def ordered(words: np.ndarray) -> np.ndarray:
     """Bits of fp16 values (uint16) to integers in the order of the values, so that differences are small."""
     return np.where(words >> 15, ~words, words | 0x8000).astype(np.uint16)
-
-
-def _unordered(words: np.ndarray) -> np.ndarray:
-    return np.where(words >> 15, words & 0x7FFF, ~words).astype(np.uint16)
 
 
 def encode_words(words: np.ndarray, *, stride: int = 1, base: np.ndarray | None = None,
@@ -2643,23 +2620,25 @@ def encode_words(words: np.ndarray, *, stride: int = 1, base: np.ndarray | None 
         raise ValueError(f"expected stride >= 1 and a base of {len(words)} words, found stride {stride}, base {base}")
     values = ordered(words) - (0 if base is None else ordered(base))
     candidates = [values, np.diff(values, prepend=values.dtype.type(0))]
-    coded = [_code_part(v.astype(np.uint16), stride, None, use_twin) for v in candidates]
+    coded = [_code_values(v.astype(np.uint16), stride, None, use_twin) for v in candidates]
     best = len(coded[1]) < len(coded[0])
-    return _pack(WORDS, 0, int(best), (1, len(words), stride), [coded[best]], words)
+    return _pack(WORDS, int(best), (1, len(words), stride), coded[best], words)
 
 
 def decode_words(stream: bytes, *, base: np.ndarray | None = None, use_twin: bool = False) -> np.ndarray:
     """Invert encode_words; `base` as given there. Raises ValueError on a truncated, damaged or foreign stream."""
-    head, is_difference, (_, length, stride), parts, checksum = _unpack(stream, WORDS)
+    head, is_difference, (_, length, stride), payload, checksum = _unpack(stream, WORDS)
     values = np.zeros(length, np.uint16)
-    _code_part(values, stride, parts[0], use_twin)
+    _code_values(values, stride, payload, use_twin)
     if is_difference:
         values = np.cumsum(values, dtype=np.uint16)
     if base is not None and len(base) != length:
         raise ValueError(f"stream holds {length} words, but base has {len(base)}")
-    words = _unordered(values + (np.uint16(0) if base is None else ordered(base)))
+    values = values + (np.uint16(0) if base is None else ordered(base))
+    words = np.where(values >> 15, values & 0x7FFF, ~values).astype(np.uint16)         # the inverse of ordered()
     if zlib.crc32(words.tobytes(), zlib.crc32(head)) != checksum:
-        raise ValueError(f"stream of {len(stream)} bytes decodes to other words than were written: damaged, or another base")
+        raise ValueError(f"stream of {len(stream)} bytes decodes to other words than were written: damaged, or "
+                         "another base")
     return words
 
 
@@ -2736,8 +2715,8 @@ def encode_model(cfg: Config, quantized: Mapping[str, Quantized],
         jobs[f"{name}:high"] = functools.partial(encode_words, _fp16_words([q.scale_high]),
                                                  base=_high_scale_base(q.scale, bits, cfg.awq_lite_bits))
     for name, f in corrected.items():
-        jobs[f"{name}:qA"] = functools.partial(encode_codes, f.qA[None].cpu().numpy(), 8)
-        jobs[f"{name}:qB"] = functools.partial(encode_codes, f.qB.mT[None].cpu().numpy(), 8)
+        jobs[f"{name}:qA"] = functools.partial(encode_codes, f.qA[None].cpu().numpy())
+        jobs[f"{name}:qB"] = functools.partial(encode_codes, f.qB.mT[None].cpu().numpy())
     scales = [part for f in corrected.values() for part in (f.sA, f.sB)]
     jobs["wide"] = functools.partial(encode_words, _fp16_words([passed[name] for name in wide]), stride=cfg.model_dim)
     jobs["rest"] = functools.partial(encode_words, _fp16_words([*(passed[name] for name in rest), *scales]))
@@ -2777,7 +2756,8 @@ def decode_model(cfg: Config, streams: Mapping[str, bytes], notes: Mapping[str, 
             if name in notes["protected"]:
                 group_size, *starts = notes["protected"][name]
                 base = _high_scale_base(scale, embed_bits if name == "tok_emb" else matrix_bits, high_bits)
-                q = q._replace(protect_starts=tuple(starts), group_size=group_size, scale_high=words(f"{name}:high", base))
+                q = q._replace(protect_starts=tuple(starts), group_size=group_size,
+                               scale_high=words(f"{name}:high", base))
             members.append(dequantize(q))
         state[group] = members[0] if group == "tok_emb" else torch.stack(members)
     return state
@@ -3567,15 +3547,10 @@ def log_start(cfg: Config, run: Run, data: Dataset, tokenizer: Path, model: GPT)
     run.log("source:\n" + Path(__file__).read_text(encoding="utf-8") + "source_end", file_only=True)
 
 
-def seed_everything(seed: int) -> None:
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def run_pipeline(cfg: Config, run: Run) -> None:
     data = Dataset.open(cfg)
     tokenizer = check_tokenizer(cfg, data)
-    seed_everything(cfg.seed)
+    torch.manual_seed(cfg.seed)
     model = GPT(cfg, run.compute_dtype).to(run.device)
     log_start(cfg, run, data, tokenizer, model)
     if run.device.type == "cuda" and not (cfg.compile or cfg.allow_slow):

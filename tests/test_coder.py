@@ -20,8 +20,8 @@ SHAPES = [(1, 1, 1), (1, 1, 7), (2, 5, 1), (3, 9, 17), (1, 40, 12), (2, 0, 5), (
 @pytest.mark.parametrize("shape", SHAPES)
 def test_c_and_twin_write_the_same_codes_stream(shape, regress):
     codes = gaussian_codes(*shape, 31)
-    stream = coder.encode_codes(codes, 31, regress=regress)
-    assert stream == coder.encode_codes(codes, 31, regress=regress, use_twin=True)
+    stream = coder.encode_codes(codes, regress=regress)
+    assert stream == coder.encode_codes(codes, regress=regress, use_twin=True)
     for use_twin in (False, True):
         assert np.array_equal(coder.decode_codes(stream, use_twin=use_twin), codes)
 
@@ -29,8 +29,8 @@ def test_c_and_twin_write_the_same_codes_stream(shape, regress):
 def test_c_and_twin_agree_while_the_regression_is_refitted():
     codes = gaussian_codes(2, 150, 5, 63, std=5)
     codes[:, :, 3] = codes[:, :, 1] // 2 + codes[:, :, 0] // 3          # something to find
-    stream = coder.encode_codes(codes, 63, regress=True)
-    assert stream == coder.encode_codes(codes, 63, regress=True, use_twin=True)
+    stream = coder.encode_codes(codes, regress=True)
+    assert stream == coder.encode_codes(codes, regress=True, use_twin=True)
     assert np.array_equal(coder.decode_codes(stream), codes)
 
 
@@ -47,9 +47,9 @@ def test_rows_that_resemble_earlier_rows_are_found_and_cost_less():
     alike = coder.similar_rows(codes[0])
     assert (alike[:, 0] & 7).max() > 0 and (alike[:, 1] & 7).max() > 0
     assert all((entry >> 3) < row for row in range(1, 60) for entry in alike[row])
-    stream = coder.encode_codes(codes, 31, regress=True)
-    assert len(stream) < 0.95 * len(coder.encode_codes(codes, 31))
-    assert stream == coder.encode_codes(codes, 31, regress=True, use_twin=True)
+    stream = coder.encode_codes(codes, regress=True)
+    assert len(stream) < 0.95 * len(coder.encode_codes(codes))
+    assert stream == coder.encode_codes(codes, regress=True, use_twin=True)
     for use_twin in (False, True):
         assert np.array_equal(coder.decode_codes(stream, use_twin=use_twin), codes)
 
@@ -59,38 +59,30 @@ def test_rows_that_resemble_earlier_rows_are_found_and_cost_less():
 def test_extreme_codes_round_trip(values):
     codes = values.astype(np.int8).reshape(2, 15, 10)
     for regress in (False, True):
-        stream = coder.encode_codes(codes, 127, regress=regress)
-        assert stream == coder.encode_codes(codes, 127, regress=regress, use_twin=True)
+        stream = coder.encode_codes(codes, regress=regress)
+        assert stream == coder.encode_codes(codes, regress=regress, use_twin=True)
         assert np.array_equal(coder.decode_codes(stream), codes)
 
 
 def test_codes_larger_than_the_first_buffer_round_trip():
     codes = RNG.choice(np.array([-127, 127, 0], np.int8), (1, 200, 200))
-    stream = coder.encode_codes(codes, 127)
+    stream = coder.encode_codes(codes)
     assert len(stream) > 2 * codes.size and np.array_equal(coder.decode_codes(stream), codes)
-
-
-def test_parts_do_not_change_with_the_number_of_threads():
-    codes = gaussian_codes(6, 40, 32, 31)
-    streams = {coder.encode_codes(codes, 31, parts=3, threads=threads) for threads in (1, 2, 7)}
-    assert len(streams) == 1
-    stream = streams.pop()
-    assert all(np.array_equal(coder.decode_codes(stream, threads=threads), codes) for threads in (1, 2, 7))
 
 
 def test_threads_that_race_for_the_tables_agree():
     codes = gaussian_codes(2, 30, 32, 31)
-    expected = coder.encode_codes(codes, 31)
+    expected = coder.encode_codes(codes)
     for _ in range(5):
         coder._tables.cache_clear()
         with coder.ThreadPool(8) as pool:
-            assert set(pool.map(lambda _: coder.encode_codes(codes, 31), range(16), chunksize=1)) == {expected}
+            assert set(pool.map(lambda _: coder.encode_codes(codes), range(16), chunksize=1)) == {expected}
 
 
 def test_gaussian_codes_cost_about_their_entropy():
     codes = gaussian_codes(4, 256, 128, 31)
     fresh = sum(column_entropy_bytes(codes[:, :, j]) for j in range(128))
-    assert len(coder.encode_codes(codes, 31)) < 1.03 * fresh + 2000
+    assert len(coder.encode_codes(codes)) < 1.03 * fresh + 2000
 
 
 def column_entropy_bytes(x: np.ndarray) -> float:
@@ -116,11 +108,12 @@ def test_words_close_to_a_known_base_cost_little():
     assert len(stream) < 800 and np.array_equal(coder.decode_words(stream, base=base), words)
 
 
-def test_codes_outside_the_range_are_refused():
-    with pytest.raises(ValueError, match="max_code"):
-        coder.encode_codes(np.full((1, 2, 2), 32, np.int8), 31)
-    with pytest.raises(ValueError, match="int8"):
-        coder.encode_codes(np.zeros((1, 2, 2), np.int16), 31)
+def test_arrays_that_are_no_code_matrices_are_refused():
+    for wrong in (np.zeros((1, 2, 2), np.int16), np.zeros((2, 2), np.int8)):
+        with pytest.raises(ValueError, match="int8"):
+            coder.encode_codes(wrong)
+    with pytest.raises(ValueError, match="regress=True takes at most"):
+        coder.encode_codes(np.zeros((1, 1, 513), np.int8), regress=True)
 
 
 def damage(stream: bytes, rng: np.random.Generator) -> tuple[bytes, bool]:
@@ -147,7 +140,7 @@ def damage(stream: bytes, rng: np.random.Generator) -> tuple[bytes, bool]:
 def test_a_thousand_damaged_streams_are_refused():
     rng = np.random.default_rng(11)
     codes, words = rows_that_repeat(60, 24).reshape(3, 20, 24), RNG.standard_normal(200).astype(np.float16).view(np.uint16)
-    cases = [(coder.encode_codes(codes, 31, parts=2, regress=True), coder.decode_codes, codes),
+    cases = [(coder.encode_codes(codes, regress=True), coder.decode_codes, codes),
              (coder.encode_words(words, stride=20), coder.decode_words, words)]
     refused = 0
     for trial in range(1000):

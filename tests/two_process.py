@@ -32,7 +32,7 @@ def results(cfg: gpt.Config, run: gpt.Run) -> dict[str, np.ndarray]:
     gpt.train(cfg, run, data, model)
     found.update({f"weight_{name}": p.detach().numpy() for name, p in model.named_parameters()})
     rank = torch.tensor([float(run.rank)])
-    found.update(world_size=np.array(run.world_size), sum=run.sum(rank + 1).numpy(), max=run.max(rank + 1).numpy(),
+    found.update(world_size=np.array(run.world_size), sum=run.sum(rank + 1).numpy(),
                  broadcast=run.broadcast(rank + 5).numpy(), agree=np.array(run.agree([run.rank + 0.1, 1e300])))
     run.barrier()
     return found
