@@ -1656,12 +1656,10 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
 
 
 def _log_speed(cfg: Config, run: Run, steps: int, train_s: float, loop_step: int, loop_s: float) -> None:
-    parts = []
-    for name, count, seconds in (("loops_off", loop_step, loop_s), ("loops_on", steps - loop_step, train_s - loop_s)):
-        if count:
-            parts.append(f"{name}_tok_per_s:{count * cfg.train_batch_tokens / seconds:.0f} "
-                         f"{name}_step_ms:{1000 * seconds / count:.1f}")
-    run.log(f"train speed {' '.join(parts)} steps:{steps}")
+    halves = (("loops_off", loop_step, loop_s), ("loops_on", steps - loop_step, train_s - loop_s))
+    run.log("train speed " + "".join(
+        f"{name}_tok_per_s:{count * cfg.train_batch_tokens / seconds:.0f} {name}_step_ms:{1000 * seconds / count:.1f} "
+        for name, count, seconds in halves if count) + f"steps:{steps}")
 
 
 # --- 10 quantization ----------------------------------------------------------------------------------------
@@ -1756,7 +1754,7 @@ def gptq(W: Tensor, H: Tensor, scale: Tensor, max_code: int, high: Tensor | None
             column = order[:, start + j]                  # (M,) original column index in each matrix
             step = steps[torch.arange(M, device=W.device), column]
             limit = limits[column][:, None]
-            q = torch.minimum(torch.maximum((block[:, j] / step.clamp_min(SCALE_FLOOR)).round(), -limit), limit)
+            q = (block[:, j] / step.clamp_min(SCALE_FLOOR)).round().clamp(-limit, limit)
             codes[:, start + j] = q
             errors[:, j] = (block[:, j] - q * step) / U[:, start + j, start + j, None]
             block[:, j:] -= U[:, start + j, start + j:end, None] * errors[:, j, None]
@@ -1874,9 +1872,11 @@ def collect_hessians(cfg: Config, run: Run, model: GPT, paths: Sequence[Path], n
 
     Looping is on; each execution of a looped layer counts. Rank r runs the batches r, R + r, ...
     """
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    layer = 0
+    # All keys from the start: with fewer batches than ranks some ranks add nothing, but still take part in the sums.
+    widths = {"head": cfg.model_dim} | {f"{kind}.{layer}": cfg.mlp_dim if kind == "down" else cfg.model_dim
+                                        for layer in range(cfg.num_layers) for kind in ("qkv", "o", "up", "down")}
+    sums = {key: torch.zeros(width, width, device=run.device) for key, width in widths.items()}
+    counts, layer = dict.fromkeys(widths, 0), 0
 
     def tap(kind: str, x: Tensor) -> None:
         nonlocal layer
@@ -1885,9 +1885,8 @@ def collect_hessians(cfg: Config, run: Run, model: GPT, paths: Sequence[Path], n
             return
         key = kind if kind == "head" else f"{kind}.{layer}"
         x = x.reshape(-1, x.shape[-1])
-        gram = torch.mm(x.T, x, out_dtype=torch.float32) if x.is_cuda else x.T @ x
-        sums[key] = sums[key].add_(gram) if key in sums else gram
-        counts[key] = counts.get(key, 0) + len(x)
+        sums[key] += torch.mm(x.T, x, out_dtype=torch.float32) if x.is_cuda else x.T @ x
+        counts[key] += len(x)
 
     batches = calibration_batches(paths, cfg.train_seq_len, cfg.row_tokens // cfg.train_seq_len)
     for index, batch in zip(range(num_batches), batches):
@@ -1895,11 +1894,9 @@ def collect_hessians(cfg: Config, run: Run, model: GPT, paths: Sequence[Path], n
             tokens = torch.from_numpy(batch[:, :-1].copy()).to(run.device)
             tap("head", model(tokens, looping=True, tap=tap, graphs=Graphs()))
     if run.world_size > 1:
-        keys = sorted(sums)
-        for key in keys:
-            run.sum(sums[key])
-        totals = run.sum(torch.tensor([counts[key] for key in keys], device=run.device)).tolist()
-        counts = dict(zip(keys, totals))
+        for total in sums.values():
+            run.sum(total)
+        counts = dict(zip(counts, run.sum(torch.tensor(list(counts.values()), device=run.device)).tolist()))
     return Calibration(sums, counts, num_batches)
 
 
@@ -1999,11 +1996,9 @@ def read_container(path: Path, magic: bytes, cfg: Config) -> tuple[dict[str, byt
     if differing:
         changes = ", ".join(f"{name.upper()}={made} (now {now})" for name, (made, now) in differing.items())
         raise ArtifactError(f"{path}: made with other settings: {changes}; set them as they were")
-    streams, offset = {}, 16 + header_bytes
-    for name, length in header["streams"]:
-        streams[name] = data[offset:offset + length]
-        offset += length
-    return streams, header["notes"]
+    names, lengths = zip(*header["streams"]) if header["streams"] else ((), ())
+    cuts = np.cumsum([16 + header_bytes, *lengths]).tolist()
+    return {name: data[a:b] for name, a, b in zip(names, cuts, cuts[1:])}, header["notes"]
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
@@ -3197,10 +3192,7 @@ def select_prefix(scored: ScoredChunks, docs: Documents, chunk: int, prefix_docs
     """Documents for the base adaptation: the first prefix_docs of phase 0 by their last chunk, shortest first."""
     is_last = (scored.phase == 0) & (scored.chunk == num_chunks(docs.length[scored.doc], chunk) - 1)
     chosen = scored.doc[is_last][:prefix_docs]
-    by_length = np.argsort(docs.length, kind="stable")
-    rank = np.empty(len(by_length), np.int64)
-    rank[by_length] = np.arange(len(by_length))
-    return chosen[np.argsort(rank[chosen])]
+    return chosen[np.lexsort((chosen, docs.length[chosen]))]          # a stable sort of all documents by length
 
 
 class Window(NamedTuple):
@@ -3453,8 +3445,7 @@ def make_hints(cfg: Config, run: Run, tokens: np.ndarray, order: np.ndarray, doc
     """Hints of all targets, counted in the certified order on rank 0 and sent to the others; logged."""
     if not cfg.ngram_tilt_enabled:
         return None
-    timer = Timer(run)
-    n = len(tokens) - 1
+    timer, n = Timer(run), len(tokens) - 1
     if run.rank == 0:
         doc_start = np.repeat(docs.start, docs.length - 1)
         doc_start = np.pad(doc_start, (0, n - len(doc_start)))        # nothing follows a lone final BOS

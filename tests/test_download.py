@@ -210,6 +210,8 @@ def test_missing_parts_of_a_repository_are_named(repo, hub, tmp_path):
     assert done.returncode == 1 and "expected one folder of shards" in done.stderr
     done = download(repo, hub, tmp_path, "--repo", "someone/nothing")
     assert done.returncode == 1 and "someone/nothing: expected to download it" in done.stderr
+    done = download(repo, hub, tmp_path, "--repo", "not a/name")
+    assert done.returncode == 1 and "not a/name: expected a repository name" in done.stderr
 
 
 def test_violations_of_the_fetched_data_set_the_exit_code(repo, hub, tmp_path):

@@ -192,3 +192,24 @@ def test_tool_round_trip_and_exit_codes(repo):
     assert run_tool(repo, "decode", "--permissive", data=b"a B").stdout == b"a B"
     assert run_tool(repo, "encode", "--permissive").returncode == 2
     assert run_tool(repo).returncode == 2
+
+
+def test_tool_reports_a_full_disk(repo):
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    with open(full, "wb") as sink:
+        done = subprocess.run([sys.executable, repo / "lossless_caps.py", "encode"], input=b"A" * 100_000,
+                              stdout=sink, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 1
+    assert done.stderr == b"lossless_caps.py encode: expected to write the result, found: " \
+                          b"No space left on device; free some space\n"
+
+
+def test_tool_ends_quietly_when_interrupted(monkeypatch, capsys):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lossless_caps, "_transform_stream", interrupt)
+    assert lossless_caps.main(["encode"]) == 1
+    assert capsys.readouterr().err == "lossless_caps.py encode: interrupted\n"

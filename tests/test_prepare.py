@@ -1,4 +1,5 @@
 """Preparation: exact ids and bytes, split, shards, robustness, tokenizer training."""
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -319,6 +320,9 @@ def test_the_source_manifest_decides_the_split(tmp_path):
     assert build(docs, tmp_path / "out", val_docs=None)["docs_val"] == 2
     with pytest.raises(PrepareError, match="--val-docs 3: expected 2"):
         build(docs, tmp_path / "other", val_docs=3)
+    (tmp_path / "docs_selected.source_manifest.json").write_text('{"docs_val": "2"}')
+    with pytest.raises(PrepareError, match="expected `docs_val` to be a number"):
+        build(docs, tmp_path / "other", val_docs=None)
 
 
 def test_too_few_documents_for_the_default_split(tmp_path):
@@ -474,6 +478,69 @@ def test_a_killed_build_leaves_no_final_name_and_restarts(tmp_path):
     assert all_files(out) == all_files(tmp_path / "want")
 
 
+def test_workers_end_with_a_killed_build(tmp_path):
+    docs, out = write_docs(tmp_path / "docs.jsonl", some_docs(30)), tmp_path / "out"
+    program = ("import os, prepare_caseops_data as p\n"
+               "p.ShardWriter.append = lambda self, values: os.kill(os.getpid(), 9)\n"
+               f"p.build({str(docs)!r}, {str(out)!r}, val_docs=3, workers=2, show_progress=False)")
+    # Workers hold the other end of the pipe, so this returns only when the last of them is gone.
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(prepare.__file__).parent, check=False,
+                          capture_output=True, timeout=60)
+    assert done.returncode == -9, done.stderr
+
+
+def test_a_build_interrupted_after_its_last_renaming_is_complete(tmp_path, monkeypatch):
+    docs, out = write_docs(tmp_path / "docs.jsonl", some_docs(30)), tmp_path / "out"
+    want = build(docs, tmp_path / "want")
+    replace = os.replace
+
+    def interrupted_after_manifest(old, new):
+        replace(old, new)
+        if Path(new) == out / "manifest.json":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted_after_manifest)
+    monkeypatch.setattr(prepare, "_discarded_on_error", lambda out: contextlib.nullcontext(out / ".partial"))
+    with pytest.raises(KeyboardInterrupt):
+        build(docs, out)
+    monkeypatch.undo()
+    assert (out / ".partial" / "settings.json").exists()
+    assert build(docs, out) == want
+    assert all_files(out) == all_files(tmp_path / "want")
+
+
+def test_half_a_build_beside_a_finished_one_is_not_published(tmp_path):
+    docs, out = write_docs(tmp_path / "docs.jsonl", some_docs(30)), tmp_path / "out"
+    build(docs, out)
+    (out / ".partial").mkdir()
+    (out / ".partial" / "settings.json").write_text("{}")
+    (out / ".partial" / "fineweb_train_000000.bin").write_bytes(b"half")
+    with pytest.raises(PrepareError, match="expected no shards"):
+        build(docs, out)
+    assert (out / "fineweb_train_000000.bin").read_bytes() != b"half"
+
+
+def test_a_staged_build_is_not_taken_for_that_of_changed_documents(tmp_path, monkeypatch):
+    def interrupt(out):
+        raise KeyboardInterrupt
+
+    docs, out = write_docs(tmp_path / "docs.jsonl", ["one", "two", "three", "four"]), tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare, "_publish", interrupt)
+        build(docs, out)
+    write_docs(docs, ["One", "Two", "Three", "Four"])
+    os.utime(docs, (1, 1))
+    with pytest.raises(PrepareError, match="expected no shards"):
+        build(docs, out)
+
+
+def test_blank_lines_after_the_last_wanted_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "_BATCH_BYTES", 1)
+    docs = tmp_path / "docs.jsonl"
+    docs.write_bytes(b'"one"\n"two"\n' + b"\n" * 10)
+    assert build(docs, tmp_path / "out", val_docs=1, train_docs=1)["docs_train"] == 1
+
+
 def test_missing_and_foreign_files_are_named(tmp_path, shipped):
     docs = write_docs(tmp_path / "docs.jsonl", some_docs(5))
     with pytest.raises(PrepareError, match="nothing.jsonl: expected a readable document file"):
@@ -591,6 +658,12 @@ def test_command_line_errors(repo, tmp_path):
         done = run(repo, *arguments)
         assert done.returncode == 2, arguments
         assert "error:" in done.stderr
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "fineweb_val_000000.bin").write_bytes(b"")
+    done = run(repo, "--docs", docs, "--out", tmp_path / "used", "--train-tokenizer", 300)
+    assert done.returncode == 1 and "expected no shards" in done.stderr, "the tokenizer is trained first"
+    done = run(repo, "--docs", docs, "--train-tokenizer", 300, "--sp", tmp_path / "new.model")
+    assert done.returncode == 1 and "after the first 50,000" in done.stderr
     docs.write_text("not json\n")
     done = run(repo, "--docs", docs, "--out", tmp_path / "out", "--val-docs", 1)
     assert done.returncode == 1

@@ -212,6 +212,17 @@ def test_a_manifest_or_tokenizer_of_another_build(folder):
     assert any("is not a manifest of this format" in sentence for sentence in violations(folder))
 
 
+@pytest.mark.parametrize("field, content", [
+    ("files", {"fineweb_val_000000.bin": 5}), ("tokenizer", "name"), ("tokenizer", {}),
+    ("tokenizer", {"file": "../other.model"}), ("tokenizer", {"file": 5}), ("val", [1]),
+    ("val", {"tokens": "many"}), ("train", None),
+])
+def test_a_manifest_of_odd_content_is_a_violation(folder, field, content):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {field: content}))
+    assert any("is not a manifest of this format" in sentence for sentence in violations(folder))
+
+
 def test_without_a_manifest_only_the_published_figures_are_trusted(folder, monkeypatch):
     (folder / "manifest.json").unlink()
     assert "this is not it: validation has" in only_violation(folder)
@@ -242,3 +253,17 @@ def test_command_line_exit_codes(repo, folder):
     done = run(folder / "nothing")
     assert done.returncode == 1 and "expected a directory of shards" in done.stderr
     assert run(folder, "--overlap-limit", 7).returncode == 2
+    (folder / "fineweb_train_000000.bin").unlink()
+    (folder / "fineweb_train_000000.bin").mkdir()
+    done = run(folder)
+    assert done.returncode == 1 and "fineweb_train_000000.bin: expected to read" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_leaves_gets_no_traceback(repo, folder):
+    script = repo / "prepare_caseops_data.py"
+    with subprocess.Popen([sys.executable, script, "verify", folder], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1

@@ -29,6 +29,8 @@ def results(cfg: gpt.Config, run: gpt.Run) -> dict[str, np.ndarray]:
     stats = gpt.collect_hessians(cfg, run, model, data.train, cfg.gptq_calibration_batches)
     for key, total in stats[0].items():
         found[f"hessian_{key}"], found[f"count_{key}"] = total.numpy(), np.array(stats[1][key])
+    single = gpt.collect_hessians(cfg, run, model, data.train, 1)          # fewer batches than ranks
+    found.update({f"hessian_single_{key}": total.numpy() for key, total in single.sums.items()})
     gpt.train(cfg, run, data, model)
     found.update({f"weight_{name}": p.detach().numpy() for name, p in model.named_parameters()})
     rank = torch.tensor([float(run.rank)])
