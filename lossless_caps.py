@@ -19,6 +19,7 @@ As a tool, streaming UTF-8 from stdin to stdout:
 
 import argparse
 import codecs
+import errno
 import os
 import re
 import sys
@@ -237,9 +238,16 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--permissive applies to decode only; encode accepts every text")
     try:
         _transform_stream(sys.stdin.buffer, sys.stdout.buffer, options.action, strict=not options.permissive)
-    except BrokenPipeError:
-        # The reader has left; close stdout on our terms, or the interpreter reports the same error at exit.
+    except OSError as error:
+        # Close stdout on our terms, or the interpreter reports the same error again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):        # then the reader has left, which needs no words
+            hint = "free some space" if error.errno == errno.ENOSPC else "check input and output"
+            print(f"lossless_caps.py {options.action}: expected to write the result, found: "
+                  f"{error.strerror}; {hint}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"lossless_caps.py {options.action}: interrupted", file=sys.stderr)
         return 1
     except ValueError as error:
         sys.stdout.flush()

@@ -207,7 +207,7 @@ def test_tool_reports_a_full_disk(repo):
 
 
 def test_tool_ends_quietly_when_interrupted(monkeypatch, capsys):
-    def interrupt(*arguments):
+    def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(lossless_caps, "_transform_stream", interrupt)
