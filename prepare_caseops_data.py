@@ -27,6 +27,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -321,7 +322,14 @@ def _start_worker(model: ModelFile, library: Path | str) -> None:
     global _worker_encoder
     # The parent decides when to stop; a second traceback from every worker would bury its message.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_encoder = DocumentEncoder(Tokenizer(model), library)
+
+
+def _end_with_parent() -> None:
+    # A worker holds both ends of the queue of batches, so it would wait for a killed parent for ever.
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _work(batch: Batch, edge_bytes: str) -> EncodedBatch:
