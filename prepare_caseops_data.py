@@ -100,6 +100,11 @@ class DocumentFile:
             stream = self._raw
         self._stream = io.BufferedReader(stream, _READ_BYTES)
 
+    def identity(self) -> list:
+        """Return what tells this file from another, or from a later version of itself, without reading it."""
+        facts = self.path.stat()
+        return [str(self.path.resolve()), facts.st_size, facts.st_mtime_ns]
+
     @property
     def position(self) -> int:
         """Stored (compressed) bytes read so far."""
@@ -204,13 +209,13 @@ def batches(source: DocumentFile, split_of: "SplitRule") -> Iterator[Batch]:
     for number, line in enumerate(source.lines(), start=1):
         is_document = not line.isspace()
         split = split_of(documents)
-        if split is None and is_document:
+        if split is None:
             break
         if batch and (batch_bytes >= _BATCH_BYTES or is_document and split != batch.split):
             yield batch
             batch = None
         if not batch:
-            batch, batch_bytes = Batch(str(source.path), split or "none", number, documents, []), 0
+            batch, batch_bytes = Batch(str(source.path), split, number, documents, []), 0
         batch.lines.append(line)
         batch_bytes += len(line)
         batch.num_documents += is_document
@@ -469,8 +474,8 @@ def build(docs: Path, out: Path, sp: Path = SHIPPED_TOKENIZER, val_docs: int | N
     if workers < 1:
         raise PrepareError(f"--workers {workers}: expected at least 1")
     sources = _sources(docs, val_docs_file, val_docs, train_docs)
-    settings = {"docs": str(docs.resolve()), "docs_bytes": docs.stat().st_size,
-                "val_docs_file": str(val_docs_file), "val_docs": val_docs, "tokenizer": model.sha256,
+    settings = {"sources": [source.identity() for source, _ in sources],
+                "val_docs": val_docs, "tokenizer": model.sha256,
                 "shard_tokens": shard_tokens, "edge_bytes": edge_bytes, "train_docs": train_docs,
                 "max_train_tokens": max_train_tokens}
     try:
@@ -539,6 +544,9 @@ def resolve_val_docs(docs: Path, val_docs: int | None) -> int:
         except (ValueError, AttributeError):
             raise PrepareError(f"{path}: expected a JSON object, found something else; fetch it "
                                "again") from None
+    if stated is not None and (type(stated) is not int or stated < 0):
+        raise PrepareError(f"{path}: expected `docs_val` to be a number of documents, found {stated!r}; "
+                           "fetch it again")
     if stated is None:
         return DEFAULT_VAL_DOCS if val_docs is None else val_docs
     if val_docs not in (None, stated):
@@ -552,15 +560,12 @@ def _claim(out: Path, settings: dict, overwrite: bool) -> dict | None:
     staging = out / STAGING_NAME
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if (staging / MANIFEST_NAME).exists() and not overwrite:
+        if not overwrite and _is_encoded(out):
             same = json.loads((staging / "settings.json").read_text("utf-8")) == settings
             _publish(out)
             if same:
                 return json.loads((out / MANIFEST_NAME).read_text("utf-8"))
-        old = sorted(out.glob("fineweb_*.bin"))
-        if old and not overwrite:
-            raise PrepareError(f"{out}: expected no shards, found {len(old)} (first {old[0].name}); choose "
-                               "another --out, or pass --overwrite to remove them")
+        old = _old_shards(out, overwrite)
         # The manifest goes first: shards without one are never taken for a complete build.
         for path in [out / MANIFEST_NAME, *old]:
             path.unlink(missing_ok=True)
@@ -571,6 +576,25 @@ def _claim(out: Path, settings: dict, overwrite: bool) -> dict | None:
         raise PrepareError(f"{out}: expected a directory to write to, found: {error.strerror or error}; "
                            "choose another --out") from None
     return None
+
+
+def _is_encoded(out: Path) -> bool:
+    """Whether an interrupted build of `out` had only renaming and tidying left."""
+    staging = out / STAGING_NAME
+    if (staging / MANIFEST_NAME).exists():
+        return True
+    # The manifest is renamed last, so beside it the settings alone mean that nothing else is missing.
+    return ((out / MANIFEST_NAME).exists() and staging.is_dir()
+            and [path.name for path in staging.iterdir()] == ["settings.json"])
+
+
+def _old_shards(out: Path, overwrite: bool) -> list[Path]:
+    """Return the shards that `out` has; raise PrepareError if there are any that may not be replaced."""
+    old = sorted(out.glob("fineweb_*.bin"))
+    if old and not overwrite:
+        raise PrepareError(f"{out}: expected no shards, found {len(old)} (first {old[0].name}); choose "
+                           "another --out, or pass --overwrite to remove them")
+    return old
 
 
 def _publish(out: Path) -> None:
@@ -1351,7 +1375,8 @@ def _build_command(arguments: list[str]) -> int:
             parser.error("--train-tokenizer needs --sp MODEL or --out DIR to know where to write")
         model_path = options.sp or options.out / f"caseops_{vocab_size}.model"
         if model_path.exists() and not options.overwrite:
-            parser.error(f"{model_path} exists; choose another --sp, or pass --overwrite to replace it")
+            parser.error(f"{model_path} exists; leave out --train-tokenizer and pass it with --sp to use it, "
+                         "choose another --sp, or pass --overwrite to replace it")
     least_values = {"val_docs": 0, "train_docs": 0, "max_train_tokens": 1, "shard_tokens": 1, "workers": 1}
     for name, least in least_values.items():
         value = getattr(options, name)
@@ -1359,11 +1384,16 @@ def _build_command(arguments: list[str]) -> int:
             parser.error(f"--{name.replace('_', '-')} {value}: expected at least {least}")
 
     if vocab_size is not None:
+        if options.out is not None:
+            _old_shards(options.out, options.overwrite)       # training takes minutes, so ask before it
         skip = 0 if options.val_docs_file else resolve_val_docs(options.docs, options.val_docs)
         names = options.tokenizer_sources
         names = FREE_SOURCES if names == "free" else names.split(",") if names else ()
         documents = training_documents(options.docs, skip, names, show_progress=True)
-        model = write_tokenizer(model_path, train_tokenizer(documents, vocab_size))
+        try:
+            model = write_tokenizer(model_path, train_tokenizer(documents, vocab_size))
+        except PrepareError as error:
+            raise PrepareError(f"{error} (training reads the documents after the first {skip:,})") from None
         print(f"tokenizer file:{model_path} vocab_size:{len(model.pieces)} sha256:{model.sha256}")
     if options.out is not None:
         manifest = build(options.docs, options.out, model_path, options.val_docs, options.val_docs_file,
