@@ -857,6 +857,22 @@ class SeriesFacts:
     target_total: int = 0                 # of the first PUBLISHED_TARGETS values after the first
 
 
+def _check_manifest_shape(manifest: dict) -> None:
+    """Raise ValueError unless everything that `verify` reads from a manifest has the right type."""
+    if manifest.get("format") != 1:
+        raise ValueError("no `format` 1")
+    files, tokenizer = manifest.get("files"), manifest.get("tokenizer")
+    if not isinstance(files, dict) or not all(isinstance(facts, dict) for facts in files.values()):
+        raise ValueError("no `files` with facts about each")
+    name = tokenizer.get("file") if isinstance(tokenizer, dict) else None
+    if not isinstance(name, str) or Path(name).name != name or type(tokenizer.get("vocab_size")) is not int:
+        raise ValueError("no `tokenizer` with the name of a file and a vocabulary size")
+    for split in ("train", "val"):
+        sums = manifest.get(split)
+        if not isinstance(sums, dict) or not all(type(value) is int for value in sums.values()):
+            raise ValueError(f"no whole numbers in `{split}`")
+
+
 class DirectoryCheck:
     """One pass over a shard directory; `violations` collects a plain sentence for each thing wrong."""
 
@@ -912,8 +928,7 @@ class DirectoryCheck:
             return None
         try:
             manifest = json.loads(path.read_text("utf-8"))
-            if manifest.get("format") != 1 or not isinstance(manifest.get("files"), dict):
-                raise ValueError("no `format` 1 with `files`")
+            _check_manifest_shape(manifest)
             return manifest
         except (ValueError, AttributeError) as error:
             self.violations.append(f"{MANIFEST_NAME} is not a manifest of this format ({error}).")
@@ -921,7 +936,7 @@ class DirectoryCheck:
 
     def _read_vocab_size(self) -> int | None:
         stated = (self._manifest or {}).get("tokenizer") or {}
-        models = [self.folder / stated["file"]] if "file" in stated else sorted(self.folder.glob("*.model"))
+        models = [self.folder / stated["file"]] if stated else sorted(self.folder.glob("*.model"))
         if not models or not models[0].exists():
             print("verify tokenizer:none (ids are checked against the manifest only)")
             return stated.get("vocab_size")
@@ -1101,7 +1116,7 @@ class DirectoryCheck:
 
     def _check_manifest_sums(self) -> None:
         val, sidecar, train = self._facts["val"], self._facts["val_bytes"], self._facts["train"]
-        stated_val, stated_train = self._manifest.get("val") or {}, self._manifest.get("train") or {}
+        stated_val, stated_train = self._manifest["val"], self._manifest["train"]
         pairs = [("validation tokens", stated_val.get("tokens"), val.values),
                  ("validation documents", self._manifest.get("docs_val"), val.bos),
                  ("sidecar bytes", stated_val.get("sidecar_bytes"), sidecar.total)]
@@ -1170,7 +1185,7 @@ def download(root: Path = DEFAULT_DOWNLOAD_ROOT, repo: str = PUBLISHED_REPO, rev
     """
     try:
         import huggingface_hub
-        from huggingface_hub.errors import HTTPError
+        from huggingface_hub.errors import HFValidationError, HTTPError
     except ImportError:
         raise PrepareError("download needs the package huggingface_hub, which is not installed; "
                            "run `pip install huggingface_hub`") from None
@@ -1194,6 +1209,9 @@ def download(root: Path = DEFAULT_DOWNLOAD_ROOT, repo: str = PUBLISHED_REPO, rev
                                                           revision=info.sha, local_dir=staging))
             _check_download(staged, file, staging)
             os.replace(staged, folder / name)
+    except HFValidationError as error:
+        raise PrepareError(f"{repo}: expected a repository name like {PUBLISHED_REPO}, found: {error} "
+                           "Check --repo") from None
     except (HTTPError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise PrepareError(f"{repo}: expected to download it, found: {reason}; {again}") from error
@@ -1276,12 +1294,22 @@ def main(arguments: list[str] | None = None) -> int:
     is_named = bool(arguments) and arguments[0] in commands
     command = commands[arguments[0]] if is_named else _build_command
     try:
-        return command(arguments[1:] if is_named else arguments)
+        exit_code = command(arguments[1:] if is_named else arguments)
+        sys.stdout.flush()
+        return exit_code
     except PrepareError as error:
         print(f"prepare_caseops_data.py: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("prepare_caseops_data.py: interrupted; no half-written file has a final name, run again",
               file=sys.stderr)
+    except OSError as error:
+        if error.filename is None:
+            # Standard output: close it on our terms, or the interpreter reports the error again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):        # then the reader has left, which needs no words
+            print(f"prepare_caseops_data.py: {error.filename or 'standard output'}: expected to read or "
+                  f"write it, found: {error.strerror}; check the path, its permissions and the disk",
+                  file=sys.stderr)
     return 1
 
 

@@ -256,7 +256,7 @@ def test_command_line_exit_codes(repo, folder):
     (folder / "fineweb_train_000000.bin").unlink()
     (folder / "fineweb_train_000000.bin").mkdir()
     done = run(folder)
-    assert done.returncode == 1 and "fineweb_train_000000.bin: expected to read" in done.stderr
+    assert done.returncode == 1 and "fineweb_train_000000.bin: expected to read or write it" in done.stderr
     assert "Traceback" not in done.stderr
 
 
