@@ -530,7 +530,7 @@ class CompileError(Exception):
 
 @functools.cache
 def compile_encoder() -> Path:
-    """Compile the C routine, once per process, and return the library's path.
+    """Compile the C routine, once per process, check that it loads, and return the library's path.
 
     The file lies in a private temporary directory until this process ends, so that workers can load it, too.
     Raises CompileError with the reason.
@@ -538,15 +538,19 @@ def compile_encoder() -> Path:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise CompileError("no C compiler (cc, gcc or clang) is installed")
-    folder = tempfile.TemporaryDirectory(prefix="caseops_")
-    atexit.register(folder.cleanup)
-    source, library = Path(folder.name) / "caseops_encoder.c", Path(folder.name) / "caseops_encoder.so"
-    source.write_text(_C_SOURCE, "utf-8")
-    done = subprocess.run([compiler, "-std=c99", "-O2", "-shared", "-fPIC", "-o", library, source],
-                          capture_output=True, text=True, check=False)
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="caseops_")
+        atexit.register(folder.cleanup)
+        source, library = Path(folder.name) / "caseops_encoder.c", Path(folder.name) / "caseops_encoder.so"
+        source.write_text(_C_SOURCE, "utf-8")
+        done = subprocess.run([compiler, "-std=c99", "-O2", "-shared", "-fPIC", "-o", library, source],
+                              capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise CompileError(f"{Path(compiler).name} cannot be run ({error})") from None
     if done.returncode:
         last_line = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise CompileError(f"{Path(compiler).name} failed: {last_line}")
+    _load(library)
     return library
 
 

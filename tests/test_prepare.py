@@ -183,6 +183,22 @@ def test_without_a_compiler_the_build_is_the_same(tmp_path, monkeypatch, capsys)
     assert all_files(tmp_path / "fast") == all_files(tmp_path / "slow")
 
 
+@pytest.mark.parametrize("script, reason", [
+    ("echo 'no stdint.h' >&2; exit 1", "cc failed: no stdint.h"),
+    ('while [ "$1" != -o ]; do shift; done; echo junk > "$2"', "cannot be loaded"),
+    (None, "cannot be run"),
+])
+def test_a_compiler_that_does_not_work_is_named(tmp_path, monkeypatch, capsys, script, reason):
+    (tmp_path / "cc").write_text(f"#!/bin/sh\n{script}\n" if script else "no program")
+    (tmp_path / "cc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    caseops_encoder.compile_encoder.cache_clear()
+    build(write_docs(tmp_path / "docs.jsonl", some_docs(12)), tmp_path / "out")
+    caseops_encoder.compile_encoder.cache_clear()
+    err = capsys.readouterr().err
+    assert "encoder:library reason:" in err and reason in err
+
+
 def test_a_tokenizer_with_another_character_map_uses_the_library(tmp_path):
     model = caseops_encoder.ModelFile.read(prepare.SHIPPED_TOKENIZER)
     path = tmp_path / "other.model"
