@@ -104,4 +104,7 @@ if [[ ! $processes =~ ^[1248]$ ]]; then
          "dealt evenly; set NPROC_PER_NODE" >&2
     exit 2
 fi
+if ((processes == 1)); then
+    exec "$python" train_gpt.py       # keeps the exit code: 2 for bad settings
+fi
 exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$processes" train_gpt.py

@@ -87,7 +87,7 @@ FIXED_SETTINGS: dict[str, tuple[str, str]] = {
     name: (value, reason) for names, value, reason in (
         ("GATED_XSA SMEAR_GATE_ENABLED SPARSE_ATTN_GATE_ENABLED SKIP_GATES_ENABLED LN_SCALE TIE_EMBEDDINGS "
          "ASYM_LOGIT_RESCALE", "1", "the architecture always has it"),
-        ("XSA_LAST_N", "11", "every layer has exclusive self attention"),
+        ("XSA_LAST_N", "11", "every layer has exclusive self attention, however many there are"),
         ("PARALLEL_FINAL_LANE", "mean", "the two lanes are always averaged"),
         ("SPARSE_ATTN_GATE_INIT_STD", "0", "gates always start at one half"),
         ("CASEOPS_ENABLED", "1", "bytes are always counted from the CaseOps sidecar"),
@@ -110,10 +110,13 @@ RETIRED_SETTINGS = {
     "EVAL_STRIDE": "plain evaluation has no overlap",
     "ROPE_TRAIN_SEQ_LEN": "rotary positions are never rescaled",
     "EMBED_LR": "embeddings are tied; set TIED_EMBED_LR",
+    **dict.fromkeys(("BETA2_NORMUON", "UW_FLOOR", "GATED_ATTN_INIT_STD", "ATTN_OUT_GATE_SRC", "WORD_ORDER",
+                     "GLOBAL_TTT_WARMUP_START_LR", "WORD_NORMALIZE"), "it has no effect in the record run"),
 }
 OWNED_PREFIXES = ("TTT_", "LQER_", "MUON_", "GLOBAL_TTT_", "PHASED_TTT_", "NGRAM_", "GPTQ_", "AWQ_LITE_", "XSA_",
                   "SPARSE_ATTN_", "TIED_EMBED_", "LOOP_", "TOKEN_", "WITHIN_", "WORD_", "PARALLEL_", "ROPE_",
-                  "TRAIN_", "VAL_", "EVAL_", "MATRIX_", "WARMDOWN_", "WARMUP_")
+                  "TRAIN_", "VAL_", "EVAL_", "MATRIX_", "WARMDOWN_", "WARMUP_", "GATED_", "SKYLIGHT_", "SMEAR_",
+                  "LOGIT_", "EMBED_", "ADAM_", "EMA_", "ENABLE_LOOP")
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ class Config:
     warmup_steps: int = knob(20, "compile warm-up steps per loop state, undone afterwards", 0)
     warmdown_frac: float = knob(0.75, "part of the budget over which the learning rate falls", 0.0, 1.0)
     min_lr: float = knob(0.1, "floor of the learning-rate factor", 0.0, 1.0)
-    enable_looping_at: float = knob(0.35, "progress at which looping switches on", 0.0)
+    enable_looping_at: float = knob(0.35, "progress at which looping switches on", 0.0, 1.0)
     matrix_lr: float = knob(0.028, "Muon learning rate", 0.0)
     muon_wd: float = knob(0.095, "Muon weight decay", 0.0)
     muon_momentum: float = knob(0.97, "Muon momentum", 0.0, 1.0)
@@ -173,7 +176,7 @@ class Config:
     beta1: float = knob(0.9, "AdamW first-moment decay", 0.0, BELOW_ONE)
     beta2: float = knob(0.95, "AdamW second-moment decay", 0.0, BELOW_ONE)
     adam_eps: float = knob(1e-8, "AdamW epsilon", 0.0)
-    grad_clip_norm: float = knob(0.3, "global gradient norm allowed to one row", 0.0)
+    grad_clip_norm: float = knob(0.3, "global gradient norm allowed to one row", 1e-9)
     ema_decay: float = knob(0.9965, "decay of the weight average per step", 0.0, 1.0)
     fused_ce_enabled: bool = knob(True, "0 computes the training loss with plain torch also on a GPU")
     # evaluation
@@ -218,7 +221,7 @@ class Config:
     global_ttt_momentum: float = knob(0.9, "SGD momentum", 0.0, 1.0)
     global_ttt_chunk_tokens: int = knob(32768, "tokens per SGD step", 1)
     global_ttt_batch_seqs: int = knob(32, "most sequences per SGD step", 1)
-    global_ttt_grad_clip: float = knob(1.0, "global gradient norm of an SGD step", 0.0)
+    global_ttt_grad_clip: float = knob(1.0, "global gradient norm of an SGD step", 1e-9)
     ngram_tilt_enabled: bool = knob(True, "0 scores with the model alone")
     token_order: int = knob(16, "n-gram order: context tokens plus one", 2, 64)
     token_threshold: float = knob(0.8, "confidence from which a hint is used", 0.0, 1.0)
@@ -424,7 +427,7 @@ class Run:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         if error is not None and self._log_file:
-            self._log_file.write(f"error {kind.__name__}: {error}\n")
+            self._log_file.write(f"error {kind.__name__}\n")      # its text may name folders; stderr has it
         if self._log_file:
             self._log_file.close()
         if dist.is_initialized() and error is None:     # after an error the other ranks may not answer any more
@@ -522,7 +525,8 @@ class DataError(ValueError):
 def read_shard_header(path: Path) -> int:
     """Number of values in a shard. Raises DataError unless magic, version and file size are right."""
     with open(path, "rb") as file:
-        header = np.frombuffer(file.read(SHARD_HEADER_BYTES), dtype="<i4")
+        raw = file.read(SHARD_HEADER_BYTES)
+    header = np.frombuffer(raw[:len(raw) // 4 * 4], dtype="<i4")
     if len(header) < SHARD_HEADER_BYTES // 4 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise DataError(f"{path}: expected a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION}), found "
                         f"{header[:2].tolist()}; this is no shard of this family, prepare the data again")
@@ -873,10 +877,10 @@ def choose_attention(run: Run) -> Attend:
     refused = []
     for name, load in (("flash_attention_3", _load_flash_attention_3), ("flash_attention_4", _load_flash_attention_4)):
         try:
-            if capability < (9, 0):
+            if capability < (9, 0) or (load is _load_flash_attention_3 and capability[0] != 9):
                 raise ImportError(f"needs compute capability 9.0, found {capability[0]}.{capability[1]}")
             attend = load()
-        except (ImportError, OSError) as error:
+        except (ImportError, OSError, AttributeError, RuntimeError, TypeError) as error:      # half-matching packages
             refused.append(f"{name}: {error}")
             continue
         reason = "; ".join(refused) or "first choice"
@@ -1032,8 +1036,7 @@ def attention(n_BTD: Tensor, w: LayerWeights, packing: Packing, adapters: LayerA
     """Attention sub-layer of a normed and scaled input: GQA with QK norm, gated XSA and a sparse output gate."""
     B, T, D = n_BTD.shape
     dtype, kv_dim, H = n_BTD.dtype, w.wk.shape[0], w.q_gain.shape[0]
-    K = D // H
-    G = kv_dim // K
+    K, G = D // H, kv_dim * H // D
     # One product for all three: the input is read once, and its gradient needs no additions.
     q, k, v = F.linear(n_BTD, torch.cat([w.wq, w.wk, w.wv]).to(dtype)).split([D, kv_dim, kv_dim], -1)
     if adapters.q is not None:
@@ -1122,7 +1125,7 @@ def score_tokens(hidden_ND: Tensor, tok_emb: Tensor, cap_pos: Tensor, cap_neg: T
                  hints_N: Tensor, delta_NV: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(nll of the target, log-probability of the hinted token), both (N,) fp32, over the full vocabulary.
 
-    delta_NV is an adapter's addition to the raw logits. Logits are fp32 from the product on.
+    delta_NV is an adapter's addition to the raw logits. The product rounds to the compute dtype, the rest is fp32.
     """
     logits = F.linear(hidden_ND, tok_emb.to(hidden_ND.dtype)).float()
     if delta_NV is not None:
@@ -1642,6 +1645,12 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
                 raise RuntimeError(f"train_loss is {mean_loss} after step {done}; the run has diverged, lower "
                                    "MATRIX_LR or check the data")
     steps = step if stopped else cfg.iterations
+    if not steps:
+        raise ConfigError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} leaves no time for a step beside "
+                          f"{calibration_s:.1f} s of calibration; raise it or lower GPTQ_CALIBRATION_BATCHES")
+    if cfg.num_loops and not looping:
+        run.log(f"train warning: looping never began (ENABLE_LOOPING_AT={cfg.enable_looping_at:g}), yet evaluation loops; "
+                "train longer, lower it, or set NUM_LOOPS=0")
     train_s = clock.timer.seconds()
     loader.close()
     if stopped:
@@ -1996,9 +2005,8 @@ def read_container(path: Path, magic: bytes, cfg: Config) -> tuple[dict[str, byt
     if differing:
         changes = ", ".join(f"{name.upper()}={made} (now {now})" for name, (made, now) in differing.items())
         raise ArtifactError(f"{path}: made with other settings: {changes}; set them as they were")
-    names, lengths = zip(*header["streams"]) if header["streams"] else ((), ())
-    cuts = np.cumsum([16 + header_bytes, *lengths]).tolist()
-    return {name: data[a:b] for name, a, b in zip(names, cuts, cuts[1:])}, header["notes"]
+    cuts = np.cumsum([16 + header_bytes, *(length for _, length in header["streams"])]).tolist()
+    return {name: data[a:b] for (name, _), a, b in zip(header["streams"], cuts, cuts[1:])}, header["notes"]
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
@@ -2040,14 +2048,11 @@ CODER_C = r"""
 typedef uint8_t u8; typedef int16_t i16; typedef uint16_t u16;
 typedef int32_t i32; typedef uint32_t u32; typedef int64_t i64; typedef uint64_t u64;
 enum { VOTES = 4, NODES = 32, LEVELS = 128 };
-
 typedef struct {
     const i32 *squash, *stretch, *rate; const u32 *prior;  // tables of _tables()
     u64 lo, hi, code; u8 *buf; i64 pos, cap; int decode;
 } Coder;
-
 static inline int clamp(i64 x, int lo, int hi) { return x < lo ? lo : x > hi ? hi : x; }
-
 // Arithmetic coder [lpaq] with 64-bit bounds: `p` of 65536 goes to bit 1; equal leading bytes leave at once.
 static inline int code_bit(Coder *c, int bit, u32 p) {
     u64 mid = c->lo + ((c->hi - c->lo) >> 16) * p;
@@ -2065,7 +2070,6 @@ static i64 finish(Coder *c) {  // one byte suffices: past the end the decoder re
     if (!c->decode && c->pos < c->cap) c->buf[c->pos] = (c->lo >> 56) + 1;
     return c->pos + 1;
 }
-
 // One decision. A counter is 22 bits of probability and 10 bits of age; it moves by 1/(age + 1.5).
 // Two weight sets, chosen by different contexts, are averaged; each learns from its own error.
 static inline int decide(Coder *c, u32 **cell, i32 *wa, i32 *wb, int bit, u32 max_age, int speed) {
@@ -2091,7 +2095,6 @@ static inline int level(i64 v) {  // variance in 1/256 code**2 -> step of the va
     int e = 31 - __builtin_clz((u32)v);
     return (e - 4) * 8 + (v >> (e - 3) & 7);
 }
-
 static int code_number(Coder *c, int value, int bits) {
     int v = 0;
     while (bits--) v = v << 1 | code_bit(c, value >> bits & 1, 32768);
@@ -2108,7 +2111,6 @@ static int code_share(Coder *c, int value, i32 *odds) {  // 3 bits, each with on
 }
 // Ridge regression of every column on the columns to its left (column 0 is the constant).
 typedef struct { i64 n, next; i32 *gram; i64 *L; i16 *T; } Fit;
-
 static i64 isqrt(i64 v) {
     i64 r = 0;
     for (i64 b = 1ll << 31; b; b >>= 1) if ((r | b) * (r | b) <= v) r |= b;
@@ -2135,7 +2137,6 @@ static void refit(Fit *f, int d) {
     }
     free(D); free(v); free(sd);
 }
-
 // Codes x[matrices][rows][cols]; returns the bytes written, or more than cap when they do not fit.
 i64 code_codes(const i32 *squash, const i32 *stretch, const i32 *rate, const u32 *prior,
                u8 *buf, i64 cap, int decode, int8_t *x, i64 matrices, i64 rows, i64 cols, const i32 *alike) {
@@ -2226,7 +2227,6 @@ i64 code_codes(const i32 *squash, const i32 *stretch, const i32 *rate, const u32
     free(tab); free(wa); free(slow); free(left); free(error); free(f.gram); free(f.L); free(f.T);
     return finish(&c);
 }
-
 // Words x[n]: high byte, then low byte, bit by bit; views: none, the previous word, the word `stride` back.
 i64 code_words(const i32 *squash, const i32 *stretch, const i32 *rate, const u32 *prior,
                u8 *buf, i64 cap, int decode, u16 *x, i64 n, i64 stride) {
@@ -2783,7 +2783,9 @@ def report_code_size(run: Run) -> int:
         try:
             import pack
             form, code_bytes = "packed", len(pack.pack_script(source.decode("utf-8")))
-        except ImportError:
+        except ModuleNotFoundError as error:
+            if error.name != "pack":
+                raise
             form, code_bytes = "lzma_of_source", len(lzma.compress(source, preset=9 | lzma.PRESET_EXTREME))
     run.log(f"artifact code_form:{form}" + (' reason:"pack.py is not beside the script"' if "lzma" in form else ""))
     run.log(f"Code size (uncompressed): {len(source)} bytes")
@@ -2964,17 +2966,14 @@ NGRAM_C = r"""
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-
 /* A context is kept as the position that first showed it, and compared token by token: hashes only find a place. */
 typedef struct { uint32_t seen_at, total, best; uint16_t top; } Entry;        /* seen_at 0: empty */
 /* Counts per (context, token) exist only for contexts that were followed by more than one token. */
 typedef struct { uint64_t key; uint32_t count; } Count;                       /* count 0: empty */
 typedef struct { Count *slots; uint64_t mask, used; } Counts;
-
 static uint64_t mix(uint64_t x) {
     x ^= x >> 32; x *= 0xd6e8feb86659fd93u; x ^= x >> 32; x *= 0xd6e8feb86659fd93u; return x ^ (x >> 32);
 }
-
 static uint64_t hash_context(const uint16_t *context, int length) {
     uint64_t h = 0;
     for (int i = 0; i < length; i += 4) {
@@ -2984,7 +2983,6 @@ static uint64_t hash_context(const uint16_t *context, int length) {
     }
     return mix(h);
 }
-
 static uint32_t *find_count(Counts *c, uint64_t key) {
     if (2 * (c->used + 1) > c->mask + 1) {                                    /* at most half full: grow fourfold */
         Counts bigger = { calloc(4 * (c->mask + 1), sizeof(Count)), 4 * (c->mask + 1) - 1, 0 };
@@ -2999,7 +2997,6 @@ static uint32_t *find_count(Counts *c, uint64_t key) {
     if (!c->slots[at].count) { c->slots[at].key = key; c->used++; }
     return &c->slots[at].count;
 }
-
 /* Returns 0, or 1 when memory ran out. */
 int ngram_hints(const uint16_t *tokens, const int64_t *order, int64_t num_targets, const int64_t *doc_start,
                 int context, float threshold, int32_t *hint, uint8_t *gate, float *confidence) {
@@ -3082,7 +3079,7 @@ def tilt(nll: Tensor, log_q_hint: Tensor, is_hit: Tensor, boost: Tensor) -> Tens
 # Documents are scored chunk by chunk; only then do their own adapters, and once the base, learn from them [TTT].
 
 LANES = 8                    # independent sequences of batches; R ranks run 8/R lanes each
-SPLIT_TOKENS = 8192          # a batch with a longer document is dealt to all lanes
+SPLIT_TOKENS = 1920          # a batch with a longer document is dealt to all lanes, which bounds the memory of a step
 STEP_COST_TOKENS = 8000      # launch overhead of one chunk step in tokens of forward and backward; balances lanes
 
 
@@ -3453,7 +3450,8 @@ def make_hints(cfg: Config, run: Run, tokens: np.ndarray, order: np.ndarray, doc
     else:
         hints = Hints(np.zeros(n, np.int32), np.zeros(n, bool), np.zeros(n, np.float32))
     if run.world_size > 1:
-        hints = Hints(*(run.broadcast(torch.from_numpy(x).to(run.device)).cpu().numpy() for x in hints))
+        hint, gate = (run.broadcast(torch.from_numpy(x).to(run.device)).cpu().numpy() for x in hints[:2])
+        hints = Hints(hint, gate, hints.confidence)                   # only rank 0 knows the confidence, nobody needs it
     gated = int(hints.gate.sum())
     run.log(f"ngram_tilt:hints total={n} gated={gated} token_gate={gated} within_gate=0 word_gate=0 agree2plus=0")
     run.log(f"ngram_tilt:precompute_done elapsed={timer.seconds():.2f}s total_targets={n}")
@@ -3472,18 +3470,17 @@ def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset) -> Score:
     phases = plan_batches(docs, batch_size=cfg.ttt_batch_size, prefix_docs=prefix, chunk=cfg.ttt_chunk_size,
                           window=cfg.ttt_eval_seq_len)
     scored = certified_order(phases, docs, cfg.ttt_chunk_size)
-    order = targets_in_order(scored, docs, cfg.ttt_chunk_size)
+    order = targets_in_order(scored, docs, cfg.ttt_chunk_size) if run.rank == 0 else np.empty(0, np.int64)
     hints = make_hints(cfg, run, tokens, order, docs)
     stream = make_stream(run, tokens, byte_counts, hints, cfg)
     run.log(f"ttt_phased: total_docs:{len(docs.start)} prefix_docs:{prefix} suffix_docs:{len(docs.start) - prefix} "
             f"num_phases:1 boundaries:[{prefix}]")
-    if cfg.audit:
+    if cfg.audit and run.rank == 0:
         audit_order(run, order, len(tokens) - 1)
-    meter = BpbMeter(run)
-    draws = [lane_draws(cfg, run, lane) for lane in range(LANES)]
+    meter, draws = BpbMeter(run), [lane_draws(cfg, run, lane) for lane in range(LANES)]
     for number, phase in enumerate(phases):
         score_phase(cfg, run, model, stream, docs, phase, meter, draws, f"{number + 1}/{len(phases)}")
-        if number == 0 and prefix:
+        if number == 0 and len(phases) > 1:
             run.barrier()
             phase_timer = Timer(run)
             model.requires_grad_(True)
@@ -3494,6 +3491,8 @@ def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset) -> Score:
                     f"eval_time_s:{timer.seconds():.1f}")
     score = meter.result()
     seconds = timer.seconds()
+    if run.device.type == "cuda":
+        run.log(f"ttt peak_allocated_mib:{torch.cuda.max_memory_allocated(run.device) >> 20}")
     run.log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms "
             f"targets:{score.tokens} bytes:{score.bytes}")
     run.log(f"total_eval_time:{seconds:.1f}s")
@@ -3509,11 +3508,9 @@ def audit_order(run: Run, order: np.ndarray, num_targets: int) -> None:
     """Check that the order holds every target exactly once and write it beside the log (int64, raw)."""
     if len(order) != num_targets or not np.array_equal(np.sort(order), np.arange(num_targets)):
         raise RuntimeError("audit: the scoring order does not hold every target exactly once")
-    if run.rank == 0:
-        path = run.log_path.with_suffix(".order.bin")
-        order.astype("<i8").tofile(path)
-        run.log(f"audit targets:{num_targets} order_file:{path} "
-                f"sha256:{hashlib.sha256(order.astype('<i8').tobytes()).hexdigest()}")
+    path, data = run.log_path.with_suffix(".order.bin"), order.astype("<i8").tobytes()
+    path.write_bytes(data)
+    run.log(f"audit targets:{num_targets} order_file:{path} sha256:{hashlib.sha256(data).hexdigest()}")
 
 
 # --- 15 pipeline --------------------------------------------------------------------------------------------
@@ -3542,10 +3539,15 @@ def run_pipeline(cfg: Config, run: Run) -> None:
     data = Dataset.open(cfg)
     tokenizer = check_tokenizer(cfg, data)
     torch.manual_seed(cfg.seed)
+    for source in () if cfg.prequant_only else (CODER_C, NGRAM_C):
+        compile_c(source)                                 # a missing compiler must not be found out after training
     model = GPT(cfg, run.compute_dtype).to(run.device)
+    for p in model.parameters():
+        run.broadcast(p.data)                             # replicas start equal to the last bit
     log_start(cfg, run, data, tokenizer, model)
-    if run.device.type == "cuda" and not (cfg.compile or cfg.allow_slow):
-        raise ConfigError("COMPILE=0 on a GPU is several times slower; set ALLOW_SLOW=1 to accept that")
+    if run.device.type == "cuda" and not cfg.allow_slow and not (cfg.compile and triton is not None):
+        raise ConfigError("a GPU run without torch.compile or Triton is several times slower; set ALLOW_SLOW=1 to "
+                          "accept that")
     model.attend = choose_attention(run)
     model.graphs = make_graphs(run)
 

@@ -67,7 +67,7 @@ def test_an_error_is_recorded_in_the_log_and_goes_on(in_tmp):
     with pytest.raises(gpt.DataError):
         with gpt.Run.start(tiny_config(run_id="abc"), {}):
             raise gpt.DataError("shard 3 is broken")
-    assert (in_tmp / "logs" / "abc.txt").read_text() == "error DataError: shard 3 is broken\n"
+    assert (in_tmp / "logs" / "abc.txt").read_text() == "error DataError\n"
 
 
 def test_a_cpu_run_computes_in_fp32():

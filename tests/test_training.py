@@ -82,7 +82,7 @@ def test_looping_switches_on_once_at_its_share_of_the_steps(train_tiny):
 
 
 def test_looping_changes_the_training(train_tiny):
-    assert not same_weights(train_tiny(enable_looping_at=0.0)[0], train_tiny(enable_looping_at=2.0)[0])
+    assert not same_weights(train_tiny(enable_looping_at=0.0)[0], train_tiny(enable_looping_at=1.0)[0])
     assert not any("layer_loop" in line for line in train_tiny(num_loops=0)[1])
 
 
