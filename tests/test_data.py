@@ -248,6 +248,17 @@ def test_the_shipped_tokenizer_is_used_when_nothing_else_is_named(shipped):
     assert check(cfg).name == "caseops_8192.model"
 
 
+def test_the_published_export_is_refused_with_any_other_tokenizer(shipped, monkeypatch):
+    copy, cfg = shipped
+    (copy.parent / "manifest.json").unlink()
+    monkeypatch.setitem(gpt.CHECK_FIGURES, "val_tokens", (1, 10**9))              # pass for the published export
+    published = dataclasses.replace(cfg, allow_unverified=False)
+    with pytest.raises(gpt.DataError, match="no tokenizer: expected .*fineweb_8192_bpe.*; set TOKENIZER_PATH"):
+        check(published)
+    with pytest.raises(gpt.DataError, match="but the published export says 97754754561f20de"):
+        check(dataclasses.replace(published, tokenizer_path=str(copy)))
+
+
 def test_a_missing_tokenizer_is_refused_with_the_places_looked_at(shipped):
     copy, cfg = shipped
     wanted = copy.parent / "absent.model"
