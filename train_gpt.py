@@ -446,6 +446,13 @@ class Run:
             dist.all_reduce(x)
         return x
 
+    def sum_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Sums over ranks of tensors of one dtype, in one reduction; new tensors unless the run is alone."""
+        if self.world_size == 1:
+            return list(tensors)
+        flat = self.sum(torch.cat([t.flatten() for t in tensors]))
+        return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+
     def broadcast(self, x: Tensor) -> Tensor:
         if self.world_size > 1:
             dist.broadcast(x, src=0)
@@ -1446,13 +1453,8 @@ class Optimizer:
         """Average the rows of all ranks and update every parameter."""
         torch._foreach_div_(self.grad_sum, self.num_rows)
         grads = dict(zip(self.params, self.grad_sum))
-        if self.run.world_size > 1:
-            flat = torch.cat([grads[p].flatten() for p in self.small])
-            for p, mean in zip(self.small, self.run.sum(flat).div_(self.run.world_size).split(
-                    [p.numel() for p in self.small])):
-                grads[p] = mean.view_as(p)
-        for p in self.small:
-            p.grad = grads[p]
+        for p, total in zip(self.small, self.run.sum_all([grads[p] for p in self.small])):
+            p.grad = total.div_(self.run.world_size)
         for group in self.adamw.param_groups:
             group["lr"] = self.base_lr[group["name"]] * lr_factor
         self.adamw.step()
@@ -3385,12 +3387,9 @@ def adapt_base(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, docs: Docu
                 # Eager: a hundred short steps take less time than compiling them would.
                 loss = model.loss(inputs, targets, bounds, looping=True, segment_cap=S, graphs=Graphs())
                 (loss * ((end - begin) / size)).backward()
-            for p in trained:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if run.world_size > 1:
-                flat = run.sum(torch.cat([p.grad.flatten() for p in trained]))
-                for p, grad in zip(trained, flat.split([p.numel() for p in trained])):
-                    p.grad = grad.view_as(p)
+            grads = run.sum_all([torch.zeros_like(p) if p.grad is None else p.grad for p in trained])
+            for p, grad in zip(trained, grads):
+                p.grad = grad
             torch.nn.utils.clip_grad_norm_(trained, cfg.global_ttt_grad_clip)
             sgd.step()
             with torch.no_grad():
