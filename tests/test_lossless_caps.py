@@ -1,8 +1,6 @@
 """The CaseOps transform: exact inverse, strict grammar, byte weights, streaming tool."""
-import gzip
 import io
 import itertools
-import json
 import re
 import subprocess
 import sys
@@ -14,6 +12,7 @@ from hypothesis import strategies as st
 
 import lossless_caps
 from lossless_caps import ALLCAPS, CAPNEXT, ESC, OPERATORS, TITLE, CaseOpsError, byte_weights, decode, encode
+from records import records
 
 exhaustive = settings(derandomize=True, deadline=None, max_examples=300, database=None)
 
@@ -29,14 +28,6 @@ CANONICAL = re.compile(
     f"|(?:{ALLCAPS}[a-z][a-z]+"
     f"|(?!{TITLE}[a-z](?:{CAPNEXT}[a-z])+(?![a-z{CAPNEXT}])){TITLE}?[a-z](?:{CAPNEXT}?[a-z])*)"
     f"(?![a-z{TITLE}{ALLCAPS}{CAPNEXT}]))*", re.DOTALL)
-
-
-def records(vectors_dir: Path, name: str) -> list[dict]:
-    path = vectors_dir / name
-    if not path.is_file():
-        pytest.skip(f"no {name} in {vectors_dir}; set VECTORS_DIR")
-    with gzip.open(path, "rt", encoding="ascii") as lines:
-        return [json.loads(line) for line in lines]
 
 
 def notation(text: str) -> str:

@@ -21,6 +21,7 @@ import caseops_encoder
 import lossless_caps
 import prepare_caseops_data as prepare
 from caseops_encoder import DocumentEncoder, ModelFile, PrepareError, Tokenizer, encode_document
+from records import records
 
 OFFICIAL = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
 FIXED = settings(derandomize=True, deadline=None, max_examples=300, database=None)
@@ -31,14 +32,6 @@ TRICKY = ("\t\n\x0c\r  "
           "aabeEB07.,<" + lossless_caps.OPERATORS)
 texts = st.text(alphabet=st.one_of(st.sampled_from(TRICKY), st.sampled_from("etaoins ETA ."),
                                    st.characters(exclude_categories=["Cs"])), max_size=40)
-
-
-def records(vectors_dir: Path, name: str) -> list[dict]:
-    path = vectors_dir / name
-    if not path.is_file():
-        pytest.skip(f"no {name} in {vectors_dir}; set VECTORS_DIR")
-    with gzip.open(path, "rt", encoding="ascii") as lines:
-        return [json.loads(line) for line in lines]
 
 
 @pytest.fixture(scope="module")
