@@ -1,6 +1,7 @@
 """Properties of the weight coder: exact round trips, C equals twin, damaged streams are refused."""
 import numpy as np
 import pytest
+import torch
 
 import train_gpt as coder
 
@@ -11,6 +12,12 @@ def gaussian_codes(matrices: int, rows: int, cols: int, max_code: int, std: floa
     columns = np.exp(0.3 * RNG.standard_normal(cols))
     codes = np.rint(RNG.standard_normal((matrices, rows, cols)) * columns * std + RNG.standard_normal(cols))
     return np.clip(codes, -max_code, max_code).astype(np.int8)
+
+
+def trellis_codes(matrices: int, rows: int, cols: int, std: float = 5.0) -> np.ndarray:
+    x = torch.from_numpy(RNG.standard_normal((cols, matrices, rows)).astype(np.float32) * std)
+    codes = [coder.round_column(column, torch.full((matrices, 1), 127.0), 0.08) if column.numel() else column for column in x]
+    return (torch.stack(codes, -1) if cols else torch.zeros(matrices, rows, 0)).to(torch.int8).numpy()
 
 
 SHAPES = [(1, 1, 1), (1, 1, 7), (2, 5, 1), (3, 9, 17), (1, 40, 12), (2, 0, 5), (2, 5, 0)]
@@ -24,6 +31,29 @@ def test_c_and_twin_write_the_same_codes_stream(shape, regress):
     assert stream == coder.encode_codes(codes, regress=regress, use_twin=True)
     for use_twin in (False, True):
         assert np.array_equal(coder.decode_codes(stream, use_twin=use_twin), codes)
+
+
+@pytest.mark.parametrize("regress", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 270, 4)])
+def test_trellis_codes_round_trip_in_c_and_twin(shape, regress):
+    codes = trellis_codes(*shape)
+    stream = coder.encode_codes(codes, regress=regress, trellis=True)
+    assert stream == coder.encode_codes(codes, regress=regress, trellis=True, use_twin=True)
+    for use_twin in (False, True):
+        assert np.array_equal(coder.decode_codes(stream, use_twin=use_twin), codes)
+
+
+def test_trellis_codes_cost_one_bit_less_than_their_range_suggests():
+    codes = trellis_codes(3, 256, 200)
+    bits = [8 * len(coder.encode_codes(codes, trellis=trellis)) / codes.size for trellis in (False, True)]
+    assert bits[1] < bits[0] - 0.9
+
+
+def test_codes_off_the_trellis_are_refused():
+    codes = gaussian_codes(1, 20, 10, 31)
+    for use_twin in (False, True):
+        with pytest.raises(ValueError, match="wrong parity"):
+            coder.encode_codes(codes, trellis=True, use_twin=use_twin)
 
 
 def test_c_and_twin_agree_while_the_regression_is_refitted():

@@ -185,6 +185,14 @@ def test_quantizing_a_checkpoint_again_gives_the_same_artifact_and_scores(whole,
     assert not again.matches(r".*train_loss.*")
 
 
+def test_trellis_rounding_goes_through_the_whole_run(whole, resumable):
+    trellis = Finished(resumable, quantize_only=True, rdo_lambda=0.1, ttt_enabled=False)
+    assert trellis.code == 0 and trellis.score(PREQUANT) == whole.score(PREQUANT)
+    before, plain, rounded = (float(score[0]) for score in (whole.score(PREQUANT), whole.score(QUANTIZED),
+                                                           trellis.score(QUANTIZED)))
+    assert rounded != plain and rounded == pytest.approx(before, rel=1e-2)
+
+
 def test_scoring_an_artifact_again_gives_the_same_scores(whole, resumable):
     (resumable / "checkpoints" / "toy.weights").unlink()
     again = Finished(resumable, ttt_eval_only=True)

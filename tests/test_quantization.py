@@ -117,7 +117,7 @@ def test_whole_quantization_selects_and_restores_as_recorded(load_vectors):
     cfg = gpt.Config(lqer_rank=int(z["lqer_rank"]), lqer_asym_group=int(z["lqer_group"]), lqer_top_k=int(z["lqer_top_k"]),
                    awq_lite_group_size=int(z["protect_group"]))
     matrices = archive_matrices(z, cfg)
-    done = gpt.quantize_matrices(cfg, matrices)
+    done = gpt.quantize_matrices(cfg, gpt.Run(cfg), matrices)
     assert list(done) == list(matrices)
     for name, q in done.items():
         assert method_of(matrices[name].bits, q) == str(z[f"{name}_method"]), name
@@ -211,7 +211,7 @@ def test_codes_stay_within_their_limits():
 def test_constant_and_zero_rows_do_not_produce_nan():
     W = torch.zeros(3, 32)
     W[1] = 0.5
-    q = gpt.quantize_matrices(tiny_config(awq_lite_enabled=False, lqer_enabled=False),
+    q = gpt.quantize_matrices(tiny_config(awq_lite_enabled=False, lqer_enabled=False), gpt.Run(tiny_config()),
                             {"m": gpt.Matrix(W, torch.eye(32), torch.ones(32), 6, 11.5)})["m"]
     assert gpt.dequantize(q).isfinite().all() and not q.codes[0].any()
 
@@ -256,15 +256,100 @@ def test_packing_falls_back_to_symmetric_when_groups_do_not_fit():
     assert torch.nn.functional.cosine_similarity(gpt.correction(packed).flatten(), (A @ B).flatten(), dim=0) > 0.97
 
 
+def test_balanced_steps_cost_the_same_loss_at_the_same_total_of_bits():
+    generator = torch.Generator().manual_seed(0)
+    matrices = {f"m{k}": gpt.Matrix(torch.randn(16 * (1 + k), 32, generator=generator), torch.eye(32), torch.ones(32), 6,
+                                    12.0, grad_sq=1e-6 * 2.0 ** -k) for k in range(3)}
+    balanced = gpt.balance_steps(matrices)
+
+    def log_step(m):
+        return 0.5 * np.log(float(gpt.row_scale(m.W, m.clip_sigmas, 31).double().square().mean()))
+
+    costs = [np.log(m.grad_sq) + 2 * log_step(m) for m in balanced.values()]
+    assert np.ptp(costs) < 1e-3
+    changes = {name: log_step(balanced[name]) - log_step(m) for name, m in matrices.items()}
+    assert sum(changes[name] * m.W.numel() for name, m in matrices.items()) == pytest.approx(0, abs=0.5)
+    assert abs(changes["m0"]) > 0.1
+    extreme = {"a": matrices["m0"]._replace(grad_sq=1e3), "b": matrices["m1"]}
+    assert [round(m.clip_sigmas / 12, 6) for m in gpt.balance_steps(extreme).values()] == list(gpt.STEP_FACTORS)
+
+
 def test_corrections_go_to_the_largest_residuals():
     generator = torch.Generator().manual_seed(6)
     matrices = {f"m{k}": gpt.Matrix(size * torch.randn(16, 64, generator=generator), correlated_hessian(64, k),
                                   torch.ones(64), 6, 11.5) for k, size in enumerate((1.0, 5.0, 0.1, 3.0))}
-    done = gpt.quantize_matrices(tiny_config(lqer_top_k=2, awq_lite_enabled=False), matrices)
+    done = gpt.quantize_matrices(tiny_config(lqer_top_k=2, awq_lite_enabled=False), gpt.Run(tiny_config()), matrices)
     assert [name for name, q in done.items() if q.factors is not None] == ["m1", "m3"]
-    off = gpt.quantize_matrices(tiny_config(lqer_enabled=False, awq_lite_enabled=False), matrices)
+    off = gpt.quantize_matrices(tiny_config(lqer_enabled=False, awq_lite_enabled=False), gpt.Run(tiny_config()), matrices)
     assert all(q.factors is None and not q.protect_starts for q in off.values())
     assert all(torch.equal(off[name].codes, done[name].codes) for name in matrices)
+
+
+# --- trellis rounding -----------------------------------------------------------------------------------------
+
+def on_trellis(codes: np.ndarray) -> np.ndarray:
+    """Which lines of codes (lines, n) every state of the machine allows, bool (lines,)."""
+    state, valid = np.zeros(len(codes), int), np.ones(len(codes), bool)
+    for code in codes.T.astype(int):
+        valid &= code & 1 == state & 1
+        state = state >> 1 ^ 33 * (state & 1) ^ 10 * (code >> 1 & 1)
+    return valid
+
+
+def test_trellis_rounding_finds_the_best_of_all_valid_codes():
+    x, limit = torch.randn(5, 6, generator=torch.Generator().manual_seed(1)) * 2, torch.tensor([2.0, 3, 4, 5, 5])
+    found = gpt.plain_trellis_round(x, limit)
+    for line in range(5):
+        span = np.arange(-int(limit[line]), int(limit[line]) + 1)
+        every = np.stack(np.meshgrid(*[span] * 6), -1).reshape(-1, 6)
+        best = ((every[on_trellis(every)] - x[line].numpy()) ** 2).sum(-1).min()
+        assert float((found[line] - x[line]).square().sum()) == pytest.approx(best, rel=1e-5)
+
+
+def test_trellis_rounding_has_three_quarters_of_the_error_of_plain_rounding():
+    x = torch.randn(100, 256, generator=torch.Generator().manual_seed(2)) * 5
+    codes = gpt.plain_trellis_round(x, torch.full((100,), 62.0))
+    assert float((x - codes).square().mean()) / 4 < 0.78 / 12              # in whole steps
+
+
+@pytest.mark.parametrize("rows", (5, 256, 300))
+def test_trellis_codes_are_valid_within_limits_and_lower_the_weighted_error(rows):
+    H, W = correlated_hessian(48, rows), torch.randn(2, rows, 48, generator=torch.Generator().manual_seed(rows))
+    plain, half = (torch.stack([gpt.row_scale(w, 12.0, limit) for w in W]) for limit in (31, 62))
+    codes = gpt.gptq(W, torch.stack([H, H]), half, 62, rdo_lambda=0.08)
+    for matrix in codes.numpy():
+        for start in range(0, rows, gpt.TRELLIS_ROWS):
+            assert on_trellis(matrix[start:start + gpt.TRELLIS_ROWS].T).all()
+    if rows > 5:
+        rounded = gpt.gptq(W, torch.stack([H, H]), plain, 31)
+        errors = [weighted_error(W[0], c[0] * s[0, :, None].float(), H) for c, s in ((rounded, plain), (codes, half))]
+        assert errors[1] < 0.85 * errors[0]
+    tight = gpt.gptq(W, torch.stack([H, H]), half / 20, 7, rdo_lambda=0.08)
+    assert tight.abs().max() == 7
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rdo_lambda", (0.0, 0.08))
+def test_gptq_on_a_gpu_gives_the_codes_of_the_cpu(rdo_lambda):
+    parts = 2 if rdo_lambda else 1
+    H = torch.stack([correlated_hessian(192, seed, 1024) for seed in (1, 2)])
+    W = torch.randn(2, 300, 192, generator=torch.Generator().manual_seed(3))
+    scale = torch.stack([gpt.row_scale(w, 12.0, 31 * parts) for w in W])
+    want = gpt.gptq(W, H, scale, 31 * parts, rdo_lambda=rdo_lambda)
+    got = gpt.gptq(W.cuda(), H.cuda(), scale.cuda(), 31 * parts, rdo_lambda=rdo_lambda).cpu()
+    errors = [weighted_error(W[0], c[0] * scale[0, :, None].float(), H[0]) for c in (want, got)]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+    if not rdo_lambda:
+        assert float((got == want).float().mean()) >= 0.98
+
+
+@pytest.mark.gpu
+def test_trellis_kernel_gives_the_codes_of_its_definition():
+    x = torch.randn(50, 256, generator=torch.Generator().manual_seed(4)) * 6
+    limit = torch.tensor([5.0, 62.0] * 25)
+    want, got = gpt.plain_trellis_round(x, limit), gpt.trellis_round(x.cuda(), limit.cuda()).cpu()
+    assert float((got == want).float().mean()) >= 0.999
+    assert float((got - x).square().mean()) == pytest.approx(float((want - x).square().mean()), rel=1e-5)
 
 
 # --- calibration --------------------------------------------------------------------------------------------
@@ -289,6 +374,20 @@ def test_calibration_counts_every_execution_of_a_looped_layer(tmp_path):
     assert stats.counts["head"] == tokens
     # The head reads normed states: the mean square of its inputs is one.
     assert float(stats.sums["head"].diagonal().sum()) / tokens / cfg.model_dim == pytest.approx(1.0, abs=1e-3)
+
+
+def test_squared_gradients_are_those_of_the_training_loss():
+    cfg = tiny_config()
+    model = random_model(cfg)
+    tokens = torch.randint(2, cfg.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
+    found = gpt.squared_gradients(model, tokens)
+    hidden = model(tokens[:, :-1], looping=True)
+    logits = gpt.softcap_logits(hidden @ model.tok_emb.T, model.softcap_pos, model.softcap_neg)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    torch.testing.assert_close(found["tok_emb"][0], model.tok_emb.grad.square().mean())
+    for layer in range(cfg.num_layers):
+        torch.testing.assert_close(found["w_up"][layer], model.w_up.grad[layer].square().mean())
+    assert found.keys() == {"tok_emb", *gpt.MATRIX_NAMES}
 
 
 def test_ranks_share_calibration_batches_without_changing_the_sum(tmp_path):

@@ -186,6 +186,14 @@ def test_two_processes_score_the_same_targets_as_one(one_and_two):
 
 
 @two_processes
+def test_two_processes_exchange_their_codes(one_and_two):
+    one, rank0, rank1, _ = one_and_two
+    for name in (key for key in one if key.startswith("codes_")):
+        assert (rank0[name] == rank1[name]).all() and rank0[name].any(), name
+        assert (rank0[name] == one[name]).mean() > 0.98, name             # sums in another order turn near ties
+
+
+@two_processes
 def test_two_processes_collect_the_same_hessians_as_one(one_and_two):
     one, rank0, rank1, _ = one_and_two
     names = [key for key in one if key.startswith(("hessian_", "count_"))]
