@@ -80,8 +80,6 @@ def knob(default: Any, doc: str, low: float = -math.inf, high: float = math.inf,
 
 
 BELOW_ONE = 1 - 1e-9         # decays of 1 would divide by zero in Adam's bias correction
-
-
 # Settings of the reference that have one meaning here. Any other value would silently do something else.
 FIXED_SETTINGS: dict[str, tuple[str, str]] = {
     name: (value, reason) for names, value, reason in (
@@ -236,7 +234,7 @@ class Config:
                 raise ConfigError(f"{key} is retired: {RETIRED_SETTINGS[key]}; unset it")
             if key in FIXED_SETTINGS:
                 value, reason = FIXED_SETTINGS[key]
-                if not _same_value(env[key], value):
+                if env[key] != value and _number(env[key]) != _number(value):
                     raise ConfigError(f"{key}={env[key]}: expected {value}, because {reason}; unset it")
             elif key not in kinds:
                 _refuse_misspelt(key, (*kinds, *FIXED_SETTINGS))
@@ -245,12 +243,11 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, meta = getattr(self, field.name), field.metadata
+            name, value, meta = field.name.upper(), getattr(self, field.name), field.metadata
             if meta["choices"] and value not in meta["choices"]:
-                raise ConfigError(f"{field.name.upper()}={value}: expected one of {list(meta['choices'])}")
+                raise ConfigError(f"{name}={value}: expected one of {list(meta['choices'])}")
             if not isinstance(value, (bool, str)) and not meta["low"] <= value <= meta["high"]:
-                raise ConfigError(f"{field.name.upper()}={value}: expected a value between {meta['low']} "
-                                  f"and {meta['high']}")
+                raise ConfigError(f"{name}={value}: expected a value between {meta['low']} and {meta['high']}")
         for ok, message in (
                 (self.model_dim % self.num_heads == 0, "MODEL_DIM must be a multiple of NUM_HEADS"),
                 (self.num_heads % self.num_kv_heads == 0, "NUM_HEADS must be a multiple of NUM_KV_HEADS"),
@@ -260,10 +257,8 @@ class Config:
                 (self.mlp_dim * 1.0 == self.mlp_mult * self.model_dim, "MLP_MULT times MODEL_DIM must be whole"),
                 (self.loop_start <= self.loop_end < self.parallel_start_layer <= self.num_layers,
                  "expected LOOP_START <= LOOP_END < PARALLEL_START_LAYER <= NUM_LAYERS"),
-                (self.train_batch_tokens % ROWS_PER_STEP == 0, f"TRAIN_BATCH_TOKENS must be a multiple of "
-                 f"{ROWS_PER_STEP}: one step is {ROWS_PER_STEP} rows"),
-                (self.row_tokens % self.train_seq_len == 0,
-                 f"TRAIN_BATCH_TOKENS/{ROWS_PER_STEP} must be a multiple of TRAIN_SEQ_LEN (calibration rows)"),
+                (self.train_batch_tokens % (ROWS_PER_STEP * self.train_seq_len) == 0, "TRAIN_BATCH_TOKENS must be a "
+                 f"multiple of {ROWS_PER_STEP} * TRAIN_SEQ_LEN: one step is {ROWS_PER_STEP} rows of whole sequences"),
                 (self.val_batch_tokens // ROWS_PER_STEP >= self.eval_seq_len,
                  f"VAL_BATCH_TOKENS/{ROWS_PER_STEP} must hold one sequence of EVAL_SEQ_LEN"),
                 (self.gptq_reserve_seconds < self.max_wallclock_seconds or self.max_wallclock_seconds == 0,
@@ -281,26 +276,12 @@ class Config:
                     f"{name}={getattr(self, name.lower())}" for name in re.findall(r"\b[A-Z][A-Z_]+[A-Z]\b", message)
                     if hasattr(self, name.lower())))
 
-    @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
-
-    @property
-    def kv_dim(self) -> int:
-        return self.num_kv_heads * self.head_dim
-
-    @property
-    def mlp_dim(self) -> int:
-        return int(self.mlp_mult * self.model_dim)
-
-    @property
-    def row_tokens(self) -> int:
-        return self.train_batch_tokens // ROWS_PER_STEP
-
-    @property
-    def longest_segment(self) -> int:
-        """Bound on segments in training and plain evaluation; one number, so that both use the same graphs."""
-        return max(self.train_seq_len, self.eval_seq_len)
+    head_dim = property(lambda self: self.model_dim // self.num_heads)
+    kv_dim = property(lambda self: self.num_kv_heads * self.head_dim)
+    mlp_dim = property(lambda self: int(self.mlp_mult * self.model_dim))
+    row_tokens = property(lambda self: self.train_batch_tokens // ROWS_PER_STEP)
+    # Bound on segments in training and plain evaluation; one number, so that both use the same graphs.
+    longest_segment = property(lambda self: max(self.train_seq_len, self.eval_seq_len))
 
 
 ROWS_PER_STEP = 8            # one optimizer step is 8 rows on any number of GPUs
@@ -309,28 +290,24 @@ OPERATOR_IDS = (4, 5, 6, 7)  # the four CaseOps operators
 SIZE_LIMIT = 16_000_000      # bytes of code plus weights
 
 
+def _number(text: str, kind: type = float) -> float:
+    """`text` as a number; NaN, which equals nothing, if it is none."""
+    try:
+        return kind(text)
+    except ValueError:
+        return math.nan
+
+
 def parse_value(key: str, kind: type, text: str) -> Any:
     """`text` as bool (exactly 0 or 1), int, finite float, or str; raises ConfigError naming `key`."""
     if kind is bool and text in ("0", "1"):
         return text == "1"
     if kind is str:
         return text
-    if kind in (int, float):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if math.isfinite(value):
-            return value
+    if kind in (int, float) and math.isfinite(value := _number(text, kind)):
+        return value
     expected = {bool: "0 or 1", int: "a whole number", float: "a finite number"}[kind]
     raise ConfigError(f"{key}={text!r}: expected {expected}")
-
-
-def _same_value(text: str, value: str) -> bool:
-    try:
-        return float(text) == float(value)
-    except ValueError:
-        return text == value
 
 
 def _refuse_misspelt(key: str, known: Sequence[str]) -> None:
