@@ -477,19 +477,16 @@ def compile_c(source: str) -> ctypes.CDLL:
     Raises RuntimeError with the compiler's message when there is no working C compiler.
     """
     with tempfile.TemporaryDirectory(prefix="train_gpt_") as folder:
-        c_file, library = Path(folder) / "code.c", Path(folder) / "code.so"
-        c_file.write_text(source)
-        compiler = os.environ.get("CC", "cc")
+        library, compiler = f"{folder}/code.so", os.environ.get("CC", "cc")
         for target in (["-march=native"], []):            # not every compiler knows its own machine
             # -fwrapv: even a forged stream must not meet undefined behaviour.
-            command = [compiler, "-O3", *target, "-fwrapv", "-std=c99", "-shared", "-fPIC", str(c_file),
-                       "-o", str(library)]
+            command = [compiler, "-O3", *target, "-fwrapv", "-std=c99", "-shared", "-fPIC", "-o", library, "-xc", "-"]
             try:
-                done = subprocess.run(command, capture_output=True, text=True)
+                done = subprocess.run(command, input=source, capture_output=True, text=True)
             except FileNotFoundError:
                 raise RuntimeError(f"no C compiler: expected `{compiler}` on the PATH; install gcc or clang") from None
             if done.returncode == 0:
-                return ctypes.CDLL(str(library))
+                return ctypes.CDLL(library)
         raise RuntimeError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
 
 
