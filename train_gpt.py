@@ -35,21 +35,21 @@ import datetime
 import difflib
 import functools
 import hashlib
+import itertools
 import json
 import lzma
 import math
 import os
 import platform
-import queue
 import re
 import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -674,25 +674,16 @@ class PackingLoader:
                  device: torch.device | str = "cpu", warn: Callable[[str], None] = lambda line: None) -> None:
         self.paths, self.row_tokens, self.segment_cap = list(paths), row_tokens, segment_cap
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
-        self._warn = warn
-        self._queue: queue.Queue = queue.Queue(self.PREFETCH)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._produce, daemon=True)
-        self._thread.start()
+        self._warn, self._rows, self._reader = warn, self._host_rows(), ThreadPoolExecutor(1)
+        self._ahead = [self._reader.submit(next, self._rows) for _ in range(self.PREFETCH)]
 
     def close(self) -> None:
-        self._stop.set()
-        while self._thread.is_alive():                    # a full queue may hold the thread in put()
-            try:
-                self._queue.get(timeout=0.05)
-            except queue.Empty:
-                pass
+        self._reader.shutdown(cancel_futures=True)
 
     def __next__(self) -> Row:
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        inputs, targets, bounds, shard = item
+        self._ahead.append(self._reader.submit(next, self._rows))
+        inputs, targets, bounds, shard = self._ahead[0].result()      # an error stays first: the next call meets it too
+        del self._ahead[0]
         # From pinned memory, so the copies overlap with what the GPU is doing.
         return Row(*(x.to(self.device, non_blocking=True) for x in (inputs, targets, bounds)), shard)
 
@@ -716,28 +707,11 @@ class PackingLoader:
                 raise DataError(f"no training shard holds one row of {span:,} tokens from its first BOS on; lower "
                                 "TRAIN_BATCH_TOKENS or prepare more data")
 
-    def _produce(self) -> None:
-        try:
-            for index, (span, shard) in enumerate(self.spans()):
-                if index % self.world_size == self.rank:
-                    row = torch.from_numpy(span.astype(np.int64))
-                    bounds = torch.from_numpy(segment_bounds(span[:-1], self.segment_cap))
-                    item = (row[:-1].clone(), row[1:].clone(), bounds)
-                    if self.device.type == "cuda":
-                        item = tuple(x.pin_memory() for x in item)
-                    self._offer((*item, shard))
-                if self._stop.is_set():
-                    return
-        except BaseException as error:                    # whatever it is, the reader must hear of it,
-            while not self._stop.is_set():                # as often as it asks
-                self._offer(error)
-
-    def _offer(self, item: Any) -> None:
-        while not self._stop.is_set():
-            try:
-                return self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+    def _host_rows(self) -> Iterator[tuple]:
+        for span, shard in itertools.islice(self.spans(), self.rank, None, self.world_size):
+            row = torch.from_numpy(span.astype(np.int64))
+            item = (row[:-1].clone(), row[1:].clone(), torch.from_numpy(segment_bounds(span[:-1], self.segment_cap)))
+            yield *(x.pin_memory() if self.device.type == "cuda" else x for x in item), shard
 
 
 def calibration_batches(paths: Sequence[Path], seq_len: int, batch_seqs: int, seed: int = 0) -> Iterator[np.ndarray]:
