@@ -556,12 +556,11 @@ class Dataset:
         folder = Path(cfg.data_path)
         train, val, sidecar = (tuple(find_shards(folder, series)) for series in ("train", "val", "val_bytes"))
         counts = {path.name: read_shard_header(path) for path in (*train, *val, *sidecar)}
-        if [counts[p.name] for p in val] != [counts[p.name] for p in sidecar]:
+        tokens, byte_counts = ([counts[path.name] for path in paths] for paths in (val, sidecar))
+        if tokens != byte_counts:
             raise DataError(f"{folder}: every fineweb_val_bytes shard must be as long as its fineweb_val shard; found "
-                            f"{[counts[p.name] for p in val]} tokens and {[counts[p.name] for p in sidecar]} byte "
-                            "counts; prepare the validation split again")
-        val_tokens = sum(counts[p.name] for p in val)
-        manifest = cls._manifest(folder, counts)
+                            f"{tokens} tokens and {byte_counts} byte counts; prepare the validation split again")
+        val_tokens, manifest = sum(tokens), cls._manifest(folder, counts)
         if manifest is None and not cfg.allow_unverified:
             low, high = CHECK_FIGURES["val_tokens"]
             if not low <= val_tokens <= high or len(train) > CHECK_FIGURES["train_shards"]:
@@ -583,14 +582,13 @@ class Dataset:
             manifest["tokenizer"]["file"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not a manifest of this family ({error}); prepare the data again") from error
-        wrong = {name: (listed.get(name), counts.get(name)) for name in listed.keys() | counts.keys()
-                 if listed.get(name) != counts.get(name)}
         # A partial download may leave out training shards at the end, never a file of the validation split.
-        wrong = {name: pair for name, pair in wrong.items() if pair[1] is not None or "_val_" in name}
+        wrong = sorted(name for name in listed.keys() | counts.keys()
+                       if listed.get(name) != counts.get(name) and (name in counts or "_val_" in name))
         if wrong:
-            name, (want, have) = sorted(wrong.items())[0]
-            raise DataError(f"{folder}: manifest.json and files disagree: {name} should hold {want} values, found "
-                            f"{have} ({len(wrong)} such files); both splits must come from one preparation run")
+            raise DataError(f"{folder}: manifest.json and files disagree: {wrong[0]} should hold "
+                            f"{listed.get(wrong[0])} values, found {counts.get(wrong[0])} ({len(wrong)} such files); "
+                            "both splits must come from one preparation run")
         return manifest
 
     def load_validation(self) -> tuple[np.ndarray, np.ndarray]:
@@ -643,11 +641,8 @@ def segment_bounds(tokens: np.ndarray, cap: int, pad: int = SEGMENT_PAD) -> np.n
     Returns int32 bounds [0, ..., n], padded with n (empty segments) to a multiple of `pad` entries.
     """
     n = len(tokens)
-    starts = np.flatnonzero(tokens == BOS)
-    if not len(starts) or starts[0] != 0:
-        starts = np.concatenate([[0], starts])
-    lengths = np.diff(starts, append=n)
-    pieces = -(-lengths // cap)
+    starts = np.union1d(0, np.flatnonzero(tokens == BOS))
+    pieces = -(-np.diff(starts, append=n) // cap)
     within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     bounds = np.append(np.repeat(starts, pieces) + within * cap, n)
     return np.pad(bounds, (0, -len(bounds) % pad), constant_values=n).astype(np.int32)
@@ -728,21 +723,18 @@ def calibration_batches(paths: Sequence[Path], seq_len: int, batch_seqs: int, se
         for tokens in shards:
             max_phase = min(seq_len - 1, max(0, len(tokens) - seq_len - 1))
             phase = int(rng.integers(max_phase + 1)) if max_phase else 0
-            count = max(0, (len(tokens) - 1 - phase) // seq_len)
-            stacks.append((phase + seq_len * rng.permutation(count)).tolist())
+            stacks.append((phase + seq_len * rng.permutation(max(0, (len(tokens) - 1 - phase) // seq_len))).tolist())
         if not any(stacks):
             raise DataError(f"no training shard holds one sequence of {seq_len + 1:,} tokens; lower TRAIN_SEQ_LEN or "
                             "prepare more data")
         return stacks
 
-    stacks = deal()
+    stacks: list[list[int]] = []
     while True:
         batch = np.empty((batch_seqs, seq_len + 1), dtype=np.int64)
         for row in range(batch_seqs):
+            stacks = stacks if any(stacks) else deal()
             left = np.array([len(stack) for stack in stacks], dtype=np.float64)
-            if not left.sum():
-                stacks = deal()
-                left = np.array([len(stack) for stack in stacks], dtype=np.float64)
             shard = int(rng.choice(len(shards), p=left / left.sum()))
             start = stacks[shard].pop()
             batch[row] = shards[shard][start:start + seq_len + 1]
@@ -839,8 +831,7 @@ def choose_attention(run: Run) -> Attend:
         except (ImportError, OSError, AttributeError, RuntimeError, TypeError) as error:      # half-matching packages
             refused.append(f"{name}: {error}")
             continue
-        reason = "; ".join(refused) or "first choice"
-        run.log(f'attention backend:{name} reason:"{reason}"')
+        run.log(f'attention backend:{name} reason:"{"; ".join(refused) or "first choice"}"')
         return attend
     if not run.cfg.allow_slow:
         raise ConfigError(f"no fast attention kernel ({'; '.join(refused)}); install requirements-gpu.txt, or set "
