@@ -48,6 +48,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -938,14 +939,13 @@ class LowRank(NamedTuple):
         return torch.bmm(low, self.B.to(x_BTD.dtype).transpose(1, 2)) * self.scale
 
 
-class LayerAdapters(NamedTuple):
-    """The adapters of one execution slot; None costs nothing."""
-    q: LowRank | None = None
-    k: LowRank | None = None
-    v: LowRank | None = None
-    o: LowRank | None = None
-    mlp: LowRank | None = None
+def adapted(y: Tensor, x_BTD: Tensor, adapter: LowRank | None) -> Tensor:
+    """y, plus what the adapter of each document makes of x."""
+    return y if adapter is None else y + adapter(x_BTD)
 
+
+# The adapters of one execution slot, LowRank each; None costs nothing.
+LayerAdapters = namedtuple("LayerAdapters", "q k v o mlp", defaults=[None] * 5)
 
 # Views of one layer's parameters; see GPT for shapes.
 LayerWeights = NamedTuple("LayerWeights", [(name, Tensor) for name in (
@@ -986,15 +986,11 @@ def attention(n_BTD: Tensor, w: LayerWeights, packing: Packing, adapters: LayerA
     K, G = D // H, kv_dim * H // D
     # One product for all three: the input is read once, and its gradient needs no additions.
     q, k, v = F.linear(n_BTD, torch.cat([w.wq, w.wk, w.wv]).to(dtype)).split([D, kv_dim, kv_dim], -1)
-    if adapters.q is not None:
-        q = q + adapters.q(n_BTD)
-    if adapters.k is not None:
-        k = k + adapters.k(n_BTD)
-    if adapters.v is not None:
-        v = v + adapters.v(n_BTD)
-    v = v.reshape(B, T, G, K)
-    q = rotate(rms_norm(q.reshape(B, T, H, K).float()), packing.cos, packing.sin) * w.q_gain[:, None]
-    k = rotate(rms_norm(k.reshape(B, T, G, K).float()), packing.cos, packing.sin)
+    q = adapted(q, n_BTD, adapters.q).reshape(B, T, H, K)
+    k = adapted(k, n_BTD, adapters.k).reshape(B, T, G, K)
+    v = adapted(v, n_BTD, adapters.v).reshape(B, T, G, K)
+    q = rotate(rms_norm(q.float()), packing.cos, packing.sin) * w.q_gain[:, None]
+    k = rotate(rms_norm(k.float()), packing.cos, packing.sin)
     y = packing.attend(q.to(dtype).reshape(B * T, H, K), k.to(dtype).reshape(B * T, G, K), v.reshape(B * T, G, K),
                        packing.cu_seqlens, packing.max_seqlen)
     # XSA: remove from each head what lies along the token's own value direction.
@@ -1007,19 +1003,16 @@ def attention(n_BTD: Tensor, w: LayerWeights, packing: Packing, adapters: LayerA
     if tap is not None:
         tap("qkv", n_BTD)
         tap("o", y)
-    out = F.linear(y, w.wo.to(dtype))
-    return out if adapters.o is None else out + adapters.o(n_BTD)
+    return adapted(F.linear(y, w.wo.to(dtype)), n_BTD, adapters.o)
 
 
 def mlp(n_BTD: Tensor, w: LayerWeights, adapters: LayerAdapters, tap: Tap | None) -> Tensor:
     """Down(φ(Up n)) with φ(z) = leaky_relu(z, 0.3)²."""
-    hidden = F.linear(n_BTD, w.w_up.to(n_BTD.dtype))
-    act = F.leaky_relu(hidden, 0.3).square()
+    act = F.leaky_relu(F.linear(n_BTD, w.w_up.to(n_BTD.dtype)), 0.3).square()
     if tap is not None:
         tap("up", n_BTD)
         tap("down", act)
-    out = F.linear(act, w.w_down.to(n_BTD.dtype))
-    return out if adapters.mlp is None else out + adapters.mlp(n_BTD)
+    return adapted(F.linear(act, w.w_down.to(n_BTD.dtype)), n_BTD, adapters.mlp)
 
 
 def blend_skip(x: Tensor, skip: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
@@ -1222,7 +1215,7 @@ class GPT(nn.Module):
         """(nll of targets, log-probability of hints) of hidden states; without hints the second equals -nll."""
         hints_N = targets_N.clone() if hints_N is None else hints_N
         for x in (hidden_ND, targets_N, hints_N, delta_NV):
-            if x is not None and self.cfg.compile:
+            if x is not None:
                 mark_varying(x, 0)
         return self.graphs.score(hidden_ND, self.tok_emb, self.softcap_pos, self.softcap_neg, targets_N, hints_N,
                                  delta_NV)
@@ -1492,18 +1485,13 @@ def train_rows(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, loader: 
     total = torch.zeros((), device=run.device)
     for _ in range(rows):
         row = next(loader)
-        _mark_segments(cfg, row.cu_seqlens)
-        loss = model.loss(row.inputs, row.targets, row.cu_seqlens, looping=looping, segment_cap=cfg.longest_segment)
+        # The number of documents in a row varies; only the attention kernel sees it.
+        loss = model.loss(row.inputs, row.targets, mark_varying(row.cu_seqlens, 0), looping=looping,
+                          segment_cap=cfg.longest_segment)
         loss.backward()
         optimizer.add_row()
         total += loss.detach()
     return total
-
-
-def _mark_segments(cfg: Config, cu_seqlens: Tensor) -> None:
-    # The number of documents in a row varies; only the attention kernel sees it.
-    if cfg.compile:
-        mark_varying(cu_seqlens, 0)
 
 
 def warm_up(cfg: Config, run: Run, data: Dataset, model: GPT, optimizer: Optimizer) -> float:
@@ -1516,8 +1504,7 @@ def warm_up(cfg: Config, run: Run, data: Dataset, model: GPT, optimizer: Optimiz
         row = next(loader)
         for pad in WARMUP_SEGMENT_PADS if cfg.compile and cfg.warmup_steps else ():
             bounds = torch.arange(0, cfg.row_tokens + 1, cfg.train_seq_len, dtype=torch.int32)
-            bounds = F.pad(bounds, (0, -len(bounds) % pad), value=cfg.row_tokens).to(run.device)
-            _mark_segments(cfg, bounds)
+            bounds = mark_varying(F.pad(bounds, (0, -len(bounds) % pad), value=cfg.row_tokens).to(run.device), 0)
             model.loss(row.inputs, row.targets, bounds, looping=looping, segment_cap=cfg.longest_segment).backward()
             model.zero_grad(set_to_none=True)
         for step in range(cfg.warmup_steps):
@@ -2823,8 +2810,7 @@ def score_row(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, byte_counts
     inputs = tokens[:-1].astype(np.int64)
     if cfg.compile:
         inputs = np.pad(inputs, (0, max(cfg.row_tokens, eval_row_tokens(cfg)) - length))      # causal: nothing sees it
-    bounds = torch.from_numpy(segment_bounds(inputs, cfg.eval_seq_len)).to(run.device)
-    _mark_segments(cfg, bounds)
+    bounds = mark_varying(torch.from_numpy(segment_bounds(inputs, cfg.eval_seq_len)).to(run.device), 0)
     with torch.set_grad_enabled(cfg.compile):
         hidden = model(torch.from_numpy(inputs).to(run.device)[None], looping=looping,
                        segments=(bounds, cfg.longest_segment))[0].detach()
@@ -3168,8 +3154,7 @@ class AdapterBank:
         for kind, slot in self.names:
             out = kinds.get(kind, cfg.vocab_size)
             self.params += [draw(kind, slot, (rows, R, D)), torch.zeros(rows, out, R, device=device)]
-        self.exp_avg = [torch.zeros_like(p) for p in self.params]
-        self.exp_avg_sq = [torch.zeros_like(p) for p in self.params]
+        self.exp_avg, self.exp_avg_sq = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
         self.steps = [torch.zeros((), device=device) for _ in self.params]
 
     def reset(self) -> None:
@@ -3182,8 +3167,7 @@ class AdapterBank:
 
     def leaves(self, first: int) -> list[Tensor]:
         """The parameters of documents first, first + 1, ..., ready to be differentiated."""
-        leaves = [p[first:].detach().requires_grad_() for p in self.params]
-        return [mark_varying(p, 0) for p in leaves] if self.cfg.compile else leaves
+        return [mark_varying(p[first:].detach().requires_grad_(), 0) for p in self.params]
 
     def adapters(self, leaves: Sequence[Tensor]) -> tuple[list[LayerAdapters], LowRank]:
         """The adapters of every slot and of the head, over `leaves`."""
