@@ -1292,52 +1292,43 @@ class Muon:
     @torch.no_grad()
     def step(self, grads: dict[nn.Parameter, Tensor], lr: float, momentum: float) -> None:
         """Apply one update from this rank's gradients; the average over ranks is taken here."""
-        R = self.run.world_size
-        pending = []
-        for bank in self.banks:                           # 1. launch all reductions
-            full = torch.cat([grads[p] for p in bank])
-            share = -(-len(full) // R)
-            if R > 1:
-                full = F.pad(full, (0, 0, 0, 0, 0, share * R - len(full)))
-            pending.append((share, *_reduce_scatter_mean(self.run, full)))
+        # 1. launch all reductions
+        reductions = [_reduce_scatter_mean(self.run, torch.cat([grads[p] for p in bank])) for bank in self.banks]
         gathers = []
-        for index, (share, shard, handle) in enumerate(pending):      # 2. update the own share
-            if handle is not None:
-                handle.wait()
+        for index, (shard, wait) in enumerate(reductions):            # 2. update the own share
+            wait()
             if self.momentum_buffers[index] is None:
                 self.momentum_buffers[index] = torch.zeros_like(shard)
             update = self.update_direction(shard, self.momentum_buffers[index], momentum)
             gathers.append(_all_gather(self.run, update))
-        for bank, (update, handle) in zip(self.banks, gathers):       # 3. gather, and apply to every replica
-            if handle is not None:
-                handle.wait()
-            offset = 0
-            for p in bank:
+        for bank, (update, wait) in zip(self.banks, gathers):         # 3. gather, and apply to every replica
+            wait()
+            lengths = [len(p) for p in bank]
+            for p, part in zip(bank, update[:sum(lengths)].split(lengths)):
                 rows, cols = p.shape[-2:]
                 p.mul_(1 - lr * self.weight_decay)
-                p.add_(update[offset:offset + len(p)].to(p.dtype), alpha=-lr * math.sqrt(max(1.0, rows / cols)))
-                offset += len(p)
+                p.add_(part.to(p.dtype), alpha=-lr * math.sqrt(max(1.0, rows / cols)))
 
 
-def _reduce_scatter_mean(run: Run, full: Tensor) -> tuple[Tensor, Any]:
-    """This rank's share of the mean of `full` over ranks, and a handle to wait for (None: done)."""
+def _reduce_scatter_mean(run: Run, full: Tensor) -> tuple[Tensor, Callable[[], Any]]:
+    """This rank's share of the mean of `full` (L, rows, cols) over ranks, and a function to call before reading it."""
     if run.world_size == 1:
-        return full, None
-    share = len(full) // run.world_size
-    full.div_(run.world_size)
+        return full, lambda: None
+    full = F.pad(full, (0, 0, 0, 0, 0, -len(full) % run.world_size)).div_(run.world_size)
+    shards = full.chunk(run.world_size)
     if run.device.type == "cuda":
-        shard = torch.empty_like(full[:share])
-        return shard, dist.reduce_scatter_tensor(shard, full, async_op=True)
+        shard = torch.empty_like(shards[0])
+        return shard, dist.reduce_scatter_tensor(shard, full, async_op=True).wait
     run.sum(full)                                         # gloo has no reduce-scatter
-    return full[run.rank * share:(run.rank + 1) * share].clone(), None
+    return shards[run.rank].clone(), lambda: None
 
 
-def _all_gather(run: Run, shard: Tensor) -> tuple[Tensor, Any]:
-    """All ranks' shards in rank order, and a handle to wait for (None: done)."""
+def _all_gather(run: Run, shard: Tensor) -> tuple[Tensor, Callable[[], Any]]:
+    """All ranks' shards in rank order, and a function to call before reading them."""
     if run.world_size == 1:
-        return shard, None
-    full = torch.empty((len(shard) * run.world_size, *shard.shape[1:]), dtype=shard.dtype, device=shard.device)
-    return full, dist.all_gather_into_tensor(full, shard.contiguous(), async_op=True)
+        return shard, lambda: None
+    full = shard.new_empty(len(shard) * run.world_size, *shard.shape[1:])
+    return full, dist.all_gather_into_tensor(full, shard.contiguous(), async_op=True).wait
 
 
 class Optimizer:
@@ -1391,8 +1382,8 @@ class Optimizer:
             group["lr"] = self.base_lr[group["name"]] * lr_factor
         self.adamw.step()
         self.muon.step(grads, self.cfg.matrix_lr * lr_factor, muon_momentum(self.cfg, step))
-        for cap in (self.model.softcap_pos, self.model.softcap_neg):
-            cap.clamp_(min=1.0)                           # a cap below one nat could not express a confident token
+        # A cap below one nat could not express a confident token.
+        torch._foreach_clamp_min_([self.model.softcap_pos, self.model.softcap_neg], 1.0)
         self.grad_sum, self.num_rows = [], 0
         self.model.zero_grad(set_to_none=True)
 
@@ -1546,7 +1537,7 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
     average = WeightAverage(model, cfg.ema_decay)
     loader = make_loader(cfg, run, data)
     rows = ROWS_PER_STEP // run.world_size
-    looping, stopped, loop_on = False, False, None
+    looping, loop_on = False, None
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
     run.barrier()
@@ -1554,7 +1545,6 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
     for step in range(cfg.iterations):
         progress, stop = run.agree(plan_step(cfg, step, clock.now(), clock.longest_recent(), calibration_s))
         if stop:
-            stopped = True
             break
         if not looping and cfg.num_loops and progress >= cfg.enable_looping_at:
             looping, loop_on = True, (step, clock.now())
@@ -1573,7 +1563,7 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
             if not math.isfinite(mean_loss):
                 raise RuntimeError(f"train_loss is {mean_loss} after step {done}; the run has diverged, lower "
                                    "MATRIX_LR or check the data")
-    steps = step if stopped else cfg.iterations
+    steps = step if stop else cfg.iterations
     if not steps:
         raise ConfigError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} leaves no time for a step beside "
                           f"{calibration_s:.1f} s of calibration; raise it or lower GPTQ_CALIBRATION_BATCHES")
@@ -1582,22 +1572,19 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
                 "train longer, lower it, or set NUM_LOOPS=0")
     train_s = clock.timer.seconds()
     loader.close()
-    if stopped:
+    if stop:
         run.log(f"stopping_early: wallclock_cap train_time: {1000 * train_s:.0f}ms step: {steps}/{cfg.iterations}")
-    _log_speed(cfg, run, steps, train_s, *(loop_on or (steps, train_s)))
+    loop_step, loop_s = loop_on or (steps, train_s)
+    halves = (("loops_off", loop_step, loop_s), ("loops_on", steps - loop_step, train_s - loop_s))
+    run.log("train speed " + "".join(
+        f"{name}_tok_per_s:{count * cfg.train_batch_tokens / seconds:.0f} {name}_step_ms:{1000 * seconds / count:.1f} "
+        for name, count, seconds in halves if count) + f"steps:{steps}")
     if run.device.type == "cuda":
         run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated(run.device) >> 20} MiB "
                 f"reserved: {torch.cuda.max_memory_reserved(run.device) >> 20} MiB")
     run.log("ema:applying EMA weights")
     average.apply()
     return train_s
-
-
-def _log_speed(cfg: Config, run: Run, steps: int, train_s: float, loop_step: int, loop_s: float) -> None:
-    halves = (("loops_off", loop_step, loop_s), ("loops_on", steps - loop_step, train_s - loop_s))
-    run.log("train speed " + "".join(
-        f"{name}_tok_per_s:{count * cfg.train_batch_tokens / seconds:.0f} {name}_step_ms:{1000 * seconds / count:.1f} "
-        for name, count, seconds in halves if count) + f"steps:{steps}")
 
 
 # --- 10 quantization ----------------------------------------------------------------------------------------
@@ -2858,6 +2845,10 @@ class Hints(NamedTuple):
     confidence: np.ndarray
 
 
+def closed_hints(count: int) -> Hints:
+    return Hints(np.zeros(count, np.int32), np.zeros(count, bool), np.zeros(count, np.float32))
+
+
 def twin_ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarray, context: int,
                       threshold: float) -> Hints:
     """The definition: walk the targets in `order`; look each context up, then count the target.
@@ -2869,9 +2860,7 @@ def twin_ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarra
     The hint is the token that first reached the highest count; the gate opens where its share of all counts is at
     least `threshold`, both as fp32.
     """
-    hint = np.zeros(len(tokens) - 1, np.int32)
-    gate = np.zeros(len(tokens) - 1, bool)
-    confidence = np.zeros(len(tokens) - 1, np.float32)
+    hint, gate, confidence = hints = closed_hints(len(tokens) - 1)
     table: dict[tuple, dict] = {}
     for i in order.tolist():
         begin = i + 1 - context
@@ -2887,7 +2876,7 @@ def twin_ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarra
         entry["total"] += 1
         if count > entry["best"]:
             entry["top"], entry["best"] = target, count
-    return Hints(hint, gate, confidence)
+    return hints
 
 
 NGRAM_C = r"""
@@ -2984,7 +2973,7 @@ def ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarray, co
     if len(doc_start) != n or (len(order) and not 0 <= order.min() <= order.max() < n):
         raise ValueError(f"ngram_hints: expected doc_start of {n} targets and order within them, found "
                          f"{len(doc_start)} and {order.min()}..{order.max()}")
-    hints = Hints(np.zeros(n, np.int32), np.zeros(n, np.uint8), np.zeros(n, np.float32))
+    hints = closed_hints(n)
     pointer = lambda x: ctypes.c_void_p(x.ctypes.data)                       # noqa: E731
     failed = compile_c(NGRAM_C).ngram_hints(
         pointer(tokens), pointer(order), ctypes.c_int64(len(order)), pointer(doc_start), ctypes.c_int(context),
@@ -2992,7 +2981,7 @@ def ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarray, co
     if failed:
         raise MemoryError(f"n-gram table for {len(order):,} targets does not fit into memory; free about "
                           f"{len(order) * 45 >> 20} MiB")
-    return hints._replace(gate=hints.gate.astype(bool))
+    return hints
 
 
 def tilt(nll: Tensor, log_q_hint: Tensor, is_hit: Tensor, boost: Tensor) -> Tensor:
@@ -3087,21 +3076,18 @@ def certified_order(phases: Sequence[Phase], docs: Documents, chunk: int) -> Sco
 
     Every prediction depends only on tokens before it in this order, whatever the number of ranks and their speed.
     """
-    columns: list[list[np.ndarray]] = [[] for _ in range(6)]
+    tables = []
     for phase, lanes in enumerate(phases):
         for lane, batches in enumerate(lanes):
             first_step = 0
             for batch in batches:
                 counts = num_chunks(docs.length[list(batch.docs)], chunk)
-                total = int(counts.sum())
                 row = np.repeat(np.arange(len(counts)), counts)
-                chunk_index = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
-                for column, values in zip(columns, (np.full(total, phase), first_step + chunk_index,
-                                                    np.full(total, lane), row, np.asarray(batch.docs)[row],
-                                                    chunk_index)):
-                    column.append(values)
+                index = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+                doc = np.asarray(batch.docs)[row]
+                tables.append(np.stack(np.broadcast_arrays(phase, first_step + index, lane, row, doc, index)))
                 first_step += int(counts.max())
-    phase, step, lane, row, doc, chunk_index = (np.concatenate(column).astype(np.int64) for column in columns)
+    phase, step, lane, row, doc, chunk_index = np.concatenate(tables, axis=1)
     order = np.lexsort((row, lane, step, phase))
     return ScoredChunks(doc[order], chunk_index[order], phase[order])
 
@@ -3316,8 +3302,7 @@ def adapt_base(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, docs: Docu
             torch.nn.utils.clip_grad_norm_(trained, cfg.global_ttt_grad_clip)
             sgd.step()
             with torch.no_grad():
-                for cap in (model.softcap_pos, model.softcap_neg):
-                    cap.clamp_(min=1.0)
+                torch._foreach_clamp_min_([model.softcap_pos, model.softcap_neg], 1.0)
             steps += 1
     model.zero_grad(set_to_none=True)
     return steps
@@ -3352,12 +3337,9 @@ def warm_up_ttt(cfg: Config, run: Run, model: GPT) -> None:
 
 
 def make_stream(run: Run, tokens: np.ndarray, byte_counts: np.ndarray, hints: Hints | None, cfg: Config) -> Stream:
-    n = len(tokens) - 1
-    return Stream(torch.from_numpy(tokens.astype(np.int32)).to(run.device),
-                  torch.from_numpy(byte_counts.astype(np.int32)).to(run.device),
-                  torch.from_numpy(hints.hint if hints else np.zeros(n, np.int32)).to(run.device),
-                  torch.from_numpy((hints.gate if hints else np.zeros(n)) * np.float32(cfg.token_boost)
-                                   ).float().to(run.device))
+    hints = hints or closed_hints(len(tokens) - 1)
+    return Stream(*(torch.from_numpy(x).to(run.device) for x in (
+        tokens.astype(np.int32), byte_counts.astype(np.int32), hints.hint, hints.gate * np.float32(cfg.token_boost))))
 
 
 def make_hints(cfg: Config, run: Run, tokens: np.ndarray, order: np.ndarray, docs: Documents) -> Hints | None:
@@ -3365,12 +3347,11 @@ def make_hints(cfg: Config, run: Run, tokens: np.ndarray, order: np.ndarray, doc
     if not cfg.ngram_tilt_enabled:
         return None
     timer, n = Timer(run), len(tokens) - 1
+    hints = closed_hints(n)
     if run.rank == 0:
         doc_start = np.repeat(docs.start, docs.length - 1)
         doc_start = np.pad(doc_start, (0, n - len(doc_start)))        # nothing follows a lone final BOS
         hints = ngram_hints(tokens, order, doc_start, cfg.token_order - 1, cfg.token_threshold)
-    else:
-        hints = Hints(np.zeros(n, np.int32), np.zeros(n, bool), np.zeros(n, np.float32))
     if run.world_size > 1:
         hint, gate = (run.broadcast(torch.from_numpy(x).to(run.device)).cpu().numpy() for x in hints[:2])
         hints = Hints(hint, gate, hints.confidence)                   # only rank 0 knows the confidence, nobody needs it
