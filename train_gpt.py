@@ -3009,8 +3009,7 @@ class Documents(NamedTuple):
 def find_documents(tokens: np.ndarray) -> Documents:
     """Documents begin at BOS and own the following BOS as their last target. A lone final BOS has no target."""
     starts = np.flatnonzero(tokens == BOS).astype(np.int64)
-    ends = np.append(starts[1:] + 1, len(tokens))
-    lengths = ends - starts
+    lengths = np.append(starts[1:] + 1, len(tokens)) - starts
     return Documents(starts[lengths >= 2], lengths[lengths >= 2])
 
 
@@ -3033,11 +3032,9 @@ def plan_batches(docs: Documents, *, batch_size: int, lanes: int = LANES, split_
     """
     by_length = np.argsort(docs.length, kind="stable")
     batches = [by_length[at:at + batch_size] for at in range(0, len(by_length), batch_size)]
-    queue_order = sorted(range(len(batches)), key=lambda b: -docs.length[batches[b]].max())
     phases: list[Phase] = [[[] for _ in range(lanes)]]
-    loads = np.zeros(lanes)
-    seen, boundary = 0, min(prefix_docs, len(by_length))
-    for b in queue_order:
+    loads, seen, boundary = np.zeros(lanes), 0, min(prefix_docs, len(by_length))
+    for b in sorted(range(len(batches)), key=lambda b: -docs.length[batches[b]].max()):
         if 0 < boundary <= seen and len(phases) == 1:
             phases.append([[] for _ in range(lanes)])
             loads[:] = 0
@@ -3236,11 +3233,8 @@ def score_batch(cfg: Config, run: Run, model: GPT, stream: Stream, docs: Documen
 def lane_draws(cfg: Config, run: Run, lane: int) -> DrawA:
     """Initial values of A, uniform(±1/sqrt(in)), from a generator of the lane's own."""
     generator = run.generator(lane)
-
-    def draw(kind: str, slot: int, shape: tuple[int, ...]) -> Tensor:
-        bound = 1 / math.sqrt(shape[-1])
-        return torch.empty(shape, device=run.device).uniform_(-bound, bound, generator=generator)
-    return draw
+    return lambda kind, slot, shape: torch.empty(shape, device=run.device).uniform_(
+        -1 / math.sqrt(shape[-1]), 1 / math.sqrt(shape[-1]), generator=generator)
 
 
 def score_phase(cfg: Config, run: Run, model: GPT, stream: Stream, docs: Documents, phase: Phase, meter: BpbMeter,
@@ -3275,37 +3269,30 @@ def adapt_base(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, docs: Docu
     runs of whole documents of a chunk; gradients are weighted by tokens, so the split does not matter.
     """
     joined = np.concatenate([tokens[s:s + n] for s, n in zip(docs.start[chosen], docs.length[chosen])])
-    S = cfg.ttt_eval_seq_len
-    num = -(-(len(joined) - 1) // cfg.global_ttt_chunk_tokens)
-    params = list(model.parameters())
-    trained = [p for p in params if p.requires_grad]
+    C, S = cfg.global_ttt_chunk_tokens, cfg.ttt_eval_seq_len
+    num = -(-(len(joined) - 1) // C)
+    steps = [(chunk, first) for chunk in range(num - 1) for first in range(0, C // S, cfg.global_ttt_batch_seqs)]
+    trained = [p for p in model.parameters() if p.requires_grad]
     sgd = torch.optim.SGD(trained, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
-    steps = 0
-    for chunk in range(num - 1):
+    for chunk, first in steps:
         sgd.param_groups[0]["lr"] = global_sgd_lr(cfg.global_ttt_lr, num, chunk)
-        seqs = cfg.global_ttt_chunk_tokens // S
-        for first in range(0, seqs, cfg.global_ttt_batch_seqs):
-            at = chunk * cfg.global_ttt_chunk_tokens + first * S
-            size = min(cfg.global_ttt_batch_seqs, seqs - first) * S
-            begin, end = rank_share(joined[at:at + size], run.rank, run.world_size)
-            model.zero_grad(set_to_none=True)
-            if end > begin:
-                inputs, targets = (torch.from_numpy(joined[at + k + begin:at + k + end].astype(np.int64)).to(run.device)
-                                   for k in (0, 1))
-                bounds = torch.from_numpy(segment_bounds(joined[at + begin:at + end], S)).to(run.device)
-                # Eager: a hundred short steps take less time than compiling them would.
-                loss = model.loss(inputs, targets, bounds, looping=True, segment_cap=S, graphs=Graphs())
-                (loss * ((end - begin) / size)).backward()
-            grads = run.sum_all([torch.zeros_like(p) if p.grad is None else p.grad for p in trained])
-            for p, grad in zip(trained, grads):
-                p.grad = grad
-            torch.nn.utils.clip_grad_norm_(trained, cfg.global_ttt_grad_clip)
-            sgd.step()
-            with torch.no_grad():
-                torch._foreach_clamp_min_([model.softcap_pos, model.softcap_neg], 1.0)
-            steps += 1
+        at, size = chunk * C + first * S, min(cfg.global_ttt_batch_seqs, C // S - first) * S
+        begin, end = rank_share(joined[at:at + size], run.rank, run.world_size)
+        model.zero_grad(set_to_none=True)
+        if end > begin:
+            row = torch.from_numpy(joined[at + begin:at + end + 1].astype(np.int64)).to(run.device)
+            bounds = torch.from_numpy(segment_bounds(joined[at + begin:at + end], S)).to(run.device)
+            # Eager: a hundred short steps take less time than compiling them would.
+            loss = model.loss(row[:-1], row[1:].clone(), bounds, looping=True, segment_cap=S, graphs=Graphs())
+            (loss * ((end - begin) / size)).backward()
+        for p, grad in zip(trained, run.sum_all([torch.zeros_like(p) if p.grad is None else p.grad for p in trained])):
+            p.grad = grad
+        torch.nn.utils.clip_grad_norm_(trained, cfg.global_ttt_grad_clip)
+        sgd.step()
+        with torch.no_grad():
+            torch._foreach_clamp_min_([model.softcap_pos, model.softcap_neg], 1.0)
     model.zero_grad(set_to_none=True)
-    return steps
+    return len(steps)
 
 
 def rank_share(tokens: np.ndarray, rank: int, world_size: int) -> tuple[int, int]:
@@ -3392,8 +3379,7 @@ def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset) -> Score:
             model.requires_grad_(False)
             run.log(f"ttt adapted_base documents:{len(chosen)} sgd_steps:{steps} elapsed_s:{phase_timer.seconds():.1f} "
                     f"eval_time_s:{timer.seconds():.1f}")
-    score = meter.result()
-    seconds = timer.seconds()
+    score, seconds = meter.result(), timer.seconds()
     if run.device.type == "cuda":
         run.log(f"ttt peak_allocated_mib:{torch.cuda.max_memory_allocated(run.device) >> 20}")
     run.log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms "
