@@ -239,8 +239,7 @@ class Config:
                     raise ConfigError(f"{key}={env[key]}: expected {value}, because {reason}; unset it")
             elif key not in kinds:
                 _refuse_misspelt(key, (*kinds, *FIXED_SETTINGS))
-        return cls(**{name: parse_value(key, kind, env[key])
-                      for key, (name, kind) in kinds.items() if key in env})
+        return cls(**{name: parse_value(key, kind, env[key]) for key, (name, kind) in kinds.items() if key in env})
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -351,8 +350,7 @@ REPO = Path(__file__).resolve().parent
 class Run:
     """Process-wide facts and services; create with Run.start(), use as a context manager.
 
-    `sum` and `broadcast` work in place on tensors of any dtype on the run's device; `agree` gives every rank
-    rank 0's Python floats without touching the GPU, so that decisions do not stall it.
+    `sum` and `broadcast` work in place on tensors of any dtype on the run's device.
     """
 
     def __init__(self, cfg: Config, rank: int = 0, world_size: int = 1, device: torch.device | None = None,
@@ -361,8 +359,7 @@ class Run:
         self.device = device or torch.device("cpu")
         # bf16 matmuls on GPUs; CPUs are for checks and small demos, where fp32 is both exact and faster.
         self.compute_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.run_id = cfg.run_id
-        self.log_path = log_path
+        self.run_id, self.log_path = cfg.run_id, log_path
         self._host_group = self._log_file = None
 
     @classmethod
@@ -403,9 +400,8 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if error is not None and self._log_file:
-            self._log_file.write(f"error {kind.__name__}\n")      # its text may name folders; stderr has it
         if self._log_file:
+            self._log_file.write(f"error {kind.__name__}\n" if kind else "")      # its text may name folders; stderr has it
             self._log_file.close()
         if dist.is_initialized() and error is None:     # after an error the other ranks may not answer any more
             dist.destroy_process_group()
@@ -416,8 +412,7 @@ class Run:
             if not file_only:
                 print(line, flush=True)
             if self._log_file:
-                self._log_file.write(line + "\n")
-                self._log_file.flush()
+                print(line, file=self._log_file, flush=True)
 
     def sum(self, x: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -437,7 +432,7 @@ class Run:
         return x
 
     def agree(self, values: Sequence[float]) -> list[float]:
-        """Rank 0's `values` on every rank (float64, through the host)."""
+        """Rank 0's `values` on every rank, float64; through the host, so that decisions do not stall the GPU."""
         if self.world_size == 1:
             return list(values)
         box = torch.tensor(list(values), dtype=torch.float64)
@@ -473,10 +468,7 @@ class Timer:
 
 @functools.cache
 def compile_c(source: str) -> ctypes.CDLL:
-    """Compile C source into a private temporary directory and load it, once per process.
-
-    Raises RuntimeError with the compiler's message when there is no working C compiler.
-    """
+    """Load C source, compiled once per process; RuntimeError with the compiler's message when that does not work."""
     with tempfile.TemporaryDirectory(prefix="train_gpt_") as folder:
         library, compiler = f"{folder}/code.so", os.environ.get("CC", "cc")
         for target in (["-march=native"], []):            # not every compiler knows its own machine
@@ -637,10 +629,8 @@ def check_tokenizer(cfg: Config, data: Dataset) -> Path:
 
 
 def segment_bounds(tokens: np.ndarray, cap: int, pad: int = SEGMENT_PAD) -> np.ndarray:
-    """cu_seqlens of a flat row: documents start at BOS, segments are cut every `cap` tokens.
-
-    Returns int32 bounds [0, ..., n], padded with n (empty segments) to a multiple of `pad` entries.
-    """
+    """cu_seqlens of a flat row, int32 [0, ..., n]: documents start at BOS, segments are cut every `cap` tokens, and
+    n is repeated (empty segments) up to a multiple of `pad` entries."""
     n = len(tokens)
     starts = np.union1d(0, np.flatnonzero(tokens == BOS))
     pieces = -(-np.diff(starts, append=n) // cap)
@@ -661,8 +651,7 @@ class PackingLoader:
     """The endless stream of training rows, in shard order; rank r of R yields rows r, R + r, 2R + r, ...
 
     A row is row_tokens inputs and their targets; consecutive rows do not overlap. A shard is read from its first
-    BOS; its tail that holds no full row is dropped. Shards that cannot hold a row are skipped, and refused when
-    none can. A thread prepares rows ahead; it changes nothing about their order.
+    BOS; its tail that holds no full row is dropped. A thread prepares rows ahead, in the same order.
     """
     PREFETCH = 3
 
@@ -753,8 +742,7 @@ def attend_math(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, cu_seqlens: Tensor,
 
     cu_seqlens (segments + 1,) int32 ascending from 0 to N; empty segments are allowed. Returns (N, H, K).
     """
-    bounds = cu_seqlens.tolist()
-    out = []
+    bounds, out = cu_seqlens.tolist(), []
     for start, end in zip(bounds, bounds[1:]):
         if end > start:
             q, k, v = (x[start:end].transpose(0, 1)[None] for x in (q_NHK, k_NGK, v_NGK))
@@ -964,6 +952,7 @@ class Packing(NamedTuple):
 
 
 Tap = Callable[[str, Tensor], None]
+Skip = tuple[Tensor, Tensor, Tensor] | None               # (kept encoder output, weight, gate)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -997,8 +986,8 @@ def attention(n_BTD: Tensor, w: LayerWeights, packing: Packing, adapters: LayerA
     y = y.reshape(B, T, G, H // G, K).float()
     unit = F.normalize(v.float(), dim=-1, eps=1e-12)[:, :, :, None]
     y = y - torch.tanh(w.xsa_alpha).view(G, H // G, 1) * (y * unit).sum(-1, keepdim=True) * unit
-    window = w.attn_gate.shape[-1]
-    gate = torch.sigmoid(packing.gate_scale * F.linear(n_BTD[..., :window], w.attn_gate.to(dtype)).float())
+    gate_in = n_BTD[..., :w.attn_gate.shape[-1]]
+    gate = torch.sigmoid(packing.gate_scale * F.linear(gate_in, w.attn_gate.to(dtype)).float())
     y = (y * gate.view(B, T, G, H // G, 1)).reshape(B, T, D).to(dtype)
     if tap is not None:
         tap("qkv", n_BTD)
@@ -1015,7 +1004,7 @@ def mlp(n_BTD: Tensor, w: LayerWeights, adapters: LayerAdapters, tap: Tap | None
     return adapted(F.linear(act, w.w_down.to(n_BTD.dtype)), n_BTD, adapters.mlp)
 
 
-def blend_skip(x: Tensor, skip: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
+def blend_skip(x: Tensor, skip: Skip) -> Tensor:
     """Per channel from the scaled encoder output (gate → 0) to the running value (gate → 1)."""
     if skip is None:
         return x
@@ -1029,12 +1018,11 @@ def embed(tokens_BT: Tensor, tok_emb: Tensor, smear_w: Tensor, smear_lambda: Ten
     e = F.embedding(tokens_BT, tok_emb).to(dtype)
     gate = smear_lambda * torch.sigmoid((e[..., :len(smear_w)].float() * smear_w).sum(-1, keepdim=True))
     gate = (gate * (tokens_BT != BOS)[..., None]).to(dtype)
-    previous = F.pad(e[:, :-1], (0, 0, 1, 0))
-    return rms_norm(e + gate * previous)
+    return rms_norm(e + gate * F.pad(e[:, :-1], (0, 0, 1, 0)))
 
 
-def serial_block(x: Tensor, x0: Tensor, skip: tuple[Tensor, Tensor, Tensor] | None, w: LayerWeights,
-                 packing: Packing, adapters: LayerAdapters, tap: Tap | None = None) -> Tensor:
+def serial_block(x: Tensor, x0: Tensor, skip: Skip, w: LayerWeights, packing: Packing, adapters: LayerAdapters,
+                 tap: Tap | None = None) -> Tensor:
     """Attention, then MLP, on one residual stream (B, T, D)."""
     dtype = x.dtype
     mix, scale = w.resid_mix.to(dtype), w.ln_scale.to(dtype)
@@ -1043,9 +1031,8 @@ def serial_block(x: Tensor, x0: Tensor, skip: tuple[Tensor, Tensor, Tensor] | No
     return z + w.mlp_scale.to(dtype) * mlp(scale * rms_norm(z), w, adapters, tap)
 
 
-def parallel_block(lane0: Tensor, lane1: Tensor, x0: Tensor, skip: tuple[Tensor, Tensor, Tensor] | None,
-                   w: LayerWeights, packing: Packing, adapters: LayerAdapters,
-                   tap: Tap | None = None) -> tuple[Tensor, Tensor]:
+def parallel_block(lane0: Tensor, lane1: Tensor, x0: Tensor, skip: Skip, w: LayerWeights, packing: Packing,
+                   adapters: LayerAdapters, tap: Tap | None = None) -> tuple[Tensor, Tensor]:
     """Attention reads lane 0 (mixed with x0 and the skip), the MLP reads lane 1, both write to both lanes."""
     dtype = lane0.dtype
     mix, scale, resid, post = (p.to(dtype) for p in (w.resid_mix, w.ln_scale, w.lane_resid, w.lane_post))
@@ -1063,10 +1050,8 @@ def finish(lane0: Tensor, lane1: Tensor) -> Tensor:
 
 def score_tokens(hidden_ND: Tensor, tok_emb: Tensor, cap_pos: Tensor, cap_neg: Tensor, targets_N: Tensor,
                  hints_N: Tensor, delta_NV: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(nll of the target, log-probability of the hinted token), both (N,) fp32, over the full vocabulary.
-
-    delta_NV is an adapter's addition to the raw logits. The product rounds to the compute dtype, the rest is fp32.
-    """
+    """(nll of the target, log-probability of the hinted token), both (N,) fp32, over the full vocabulary; delta_NV is
+    an adapter's addition to the raw logits. The product rounds to the compute dtype, the rest is fp32."""
     logits = F.linear(hidden_ND, tok_emb.to(hidden_ND.dtype)).float()
     if delta_NV is not None:
         logits = logits + delta_NV.float()
@@ -1536,7 +1521,6 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
     calibration_s = warm_up(cfg, run, data, model, optimizer)
     average = WeightAverage(model, cfg.ema_decay)
     loader = make_loader(cfg, run, data)
-    rows = ROWS_PER_STEP // run.world_size
     looping, loop_on = False, None
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
@@ -1550,7 +1534,7 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
             looping, loop_on = True, (step, clock.now())
             encoder, decoder = execution_order(cfg, True)
             run.log(f"layer_loop:enabled step:{step} frac:{progress:.3f} encoder:{encoder} decoder:{decoder}")
-        loss = train_rows(cfg, run, model, optimizer, loader, rows, looping)
+        loss = train_rows(cfg, run, model, optimizer, loader, ROWS_PER_STEP // run.world_size, looping)
         optimizer.step(step, lr_factor(cfg, progress))
         average.update()
         clock.step_done()
@@ -2769,9 +2753,8 @@ class BpbMeter:
     def add(self, nll: Tensor, byte_counts: Tensor, scored: Tensor | None = None) -> None:
         """Bank nll (nats) and bytes of targets of one shape; `scored` masks those that count."""
         scored = torch.ones_like(nll, dtype=torch.bool) if scored is None else scored
-        self.sums += torch.stack([torch.where(scored, nll, 0.0).sum(dtype=torch.float64),
-                                  scored.sum(dtype=torch.float64),
-                                  torch.where(scored, byte_counts, 0).sum(dtype=torch.float64)])
+        self.sums += torch.stack([
+            torch.where(scored, x, 0).sum(dtype=torch.float64) for x in (nll, scored, byte_counts)])
 
     def result(self) -> Score:
         """Totals over all ranks; call once, at the end."""
@@ -2793,8 +2776,7 @@ def score_row(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, byte_counts
     A compiled model gets the row padded to a training row and with gradients on, though nothing goes backward:
     then the graphs of training serve here, and nothing is compiled for two diagnostics.
     """
-    length = len(tokens) - 1
-    inputs = tokens[:-1].astype(np.int64)
+    length, inputs = len(tokens) - 1, tokens[:-1].astype(np.int64)
     if cfg.compile:
         inputs = np.pad(inputs, (0, max(cfg.row_tokens, eval_row_tokens(cfg)) - length))      # causal: nothing sees it
     bounds = mark_varying(torch.from_numpy(segment_bounds(inputs, cfg.eval_seq_len)).to(run.device), 0)
@@ -2810,10 +2792,8 @@ def score_row(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, byte_counts
 
 def evaluate_plain(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, byte_counts: np.ndarray,
                    looping: bool = True) -> Score:
-    """Score every target after the first token in flat rows of whole sequences, dealt to the ranks.
-
-    Rows begin at multiples of their length on any world size, so the context of a target does not depend on it.
-    """
+    """Score every target after the first token in flat rows of whole sequences, dealt to the ranks. Rows begin at
+    multiples of their length on any world size, so the context of a target does not depend on it."""
     width, meter = eval_row_tokens(cfg), BpbMeter(run)
     for start in range(width * run.rank, len(tokens) - 1, width * run.world_size):
         span = slice(start, start + width + 1)
@@ -2924,13 +2904,11 @@ int ngram_hints(const uint16_t *tokens, const int64_t *order, int64_t num_target
     Counts counts = { calloc(1024, sizeof(Count)), 1023, 0 };
     int failed = !table || !counts.slots;
     for (int64_t k = -AHEAD; k < num_targets && !failed; k++) {
-        if (k + AHEAD < num_targets) {
-            int64_t i = order[k + AHEAD];
-            if (i + 1 - context >= doc_start[i]) {
-                uint64_t h = hash_context(tokens + i + 1 - context, context) & (capacity - 1);
-                hashes[(k + AHEAD) % (2 * AHEAD)] = h;
-                __builtin_prefetch(&table[h]);
-            }
+        int64_t ahead = k + AHEAD < num_targets ? order[k + AHEAD] : -1;
+        if (ahead >= 0 && ahead + 1 - context >= doc_start[ahead]) {
+            uint64_t h = hash_context(tokens + ahead + 1 - context, context) & (capacity - 1);
+            hashes[(k + AHEAD) % (2 * AHEAD)] = h;
+            __builtin_prefetch(&table[h]);
         }
         if (k < 0) continue;
         int64_t i = order[k], begin = i + 1 - context;
@@ -2975,20 +2953,15 @@ def ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarray, co
                          f"{len(doc_start)} and {order.min()}..{order.max()}")
     hints = closed_hints(n)
     pointer = lambda x: ctypes.c_void_p(x.ctypes.data)                       # noqa: E731
-    failed = compile_c(NGRAM_C).ngram_hints(
-        pointer(tokens), pointer(order), ctypes.c_int64(len(order)), pointer(doc_start), ctypes.c_int(context),
-        ctypes.c_float(threshold), *map(pointer, hints))
-    if failed:
-        raise MemoryError(f"n-gram table for {len(order):,} targets does not fit into memory; free about "
-                          f"{len(order) * 45 >> 20} MiB")
+    if compile_c(NGRAM_C).ngram_hints(
+            pointer(tokens), pointer(order), ctypes.c_int64(len(order)), pointer(doc_start), ctypes.c_int(context),
+            ctypes.c_float(threshold), *map(pointer, hints)):
+        raise MemoryError(f"no memory for n-grams of {len(order):,} targets; free about {len(order) * 45 >> 20} MiB")
     return hints
 
 
 def tilt(nll: Tensor, log_q_hint: Tensor, is_hit: Tensor, boost: Tensor) -> Tensor:
-    """nll after multiplying the hinted token's probability by exp(boost) and renormalizing; boost 0 changes nothing.
-
-    All (..., ) fp32: nll of the target, log-probability of the hint, whether the target is the hint, boost.
-    """
+    """nll of the target after multiplying the hint's probability by exp(boost) and renormalizing; all (...,) fp32."""
     return nll - boost * is_hit + torch.log1p(log_q_hint.clamp_max(0.0).exp() * torch.expm1(boost))
 
 
@@ -3069,10 +3042,8 @@ class ScoredChunks(NamedTuple):
 
 
 def certified_order(phases: Sequence[Phase], docs: Documents, chunk: int) -> ScoredChunks:
-    """The one total order in which chunks count as scored: by phase, step of the lane, lane, row.
-
-    Every prediction depends only on tokens before it in this order, whatever the number of ranks and their speed.
-    """
+    """The one total order in which chunks count as scored: by phase, step of the lane, lane, row. Every prediction
+    depends only on tokens before it in this order, whatever the number of ranks and their speed."""
     tables = []
     for phase, lanes in enumerate(phases):
         for lane, batches in enumerate(lanes):
@@ -3122,10 +3093,8 @@ DrawA = Callable[[str, int, tuple[int, ...]], Tensor]     # (kind, slot, shape) 
 
 
 class AdapterBank:
-    """Adapters and optimizer state of one batch; documents are rows and never mix.
-
-    `params` holds A (rows, R, in) and B (rows, out, R) of every slot and kind, fp32, A before B.
-    """
+    """Adapters and optimizer state of one batch; documents are rows and never mix. `params` holds A (rows, R, in) and
+    B (rows, out, R) of every slot and kind, fp32, A before B."""
 
     def __init__(self, cfg: Config, num_slots: int, rows: int, device: torch.device, draw: DrawA) -> None:
         self.cfg, self.rows, self.draw = cfg, rows, draw
@@ -3156,9 +3125,8 @@ class AdapterBank:
         """The adapters of every slot and of the head, over `leaves`."""
         scale = self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank
         made = [LowRank(A, B, scale) for A, B in zip(leaves[::2], leaves[1::2])]
-        per_slot = len(self.kinds)
-        slots = [LayerAdapters(**dict(zip(self.kinds, made[at:at + per_slot])))
-                 for at in range(0, len(made) - 1, per_slot)]
+        n = len(self.kinds)
+        slots = [LayerAdapters(**dict(zip(self.kinds, made[at:at + n]))) for at in range(0, len(made) - 1, n)]
         return slots, made[-1]
 
     @torch.no_grad()
@@ -3309,10 +3277,9 @@ def warm_up_ttt(cfg: Config, run: Run, model: GPT) -> None:
     timer = Timer(run)
     model.sizes_vary = cfg.compile
     if cfg.compile:
-        rng = np.random.default_rng(cfg.seed)
         C, E = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
         lengths = np.array([2 * C + 1] * (cfg.ttt_batch_size - 1) + [E + 3 * C])
-        tokens = rng.integers(2, cfg.vocab_size, lengths.sum() + 1).astype(np.uint16)
+        tokens = np.random.default_rng(cfg.seed).integers(2, cfg.vocab_size, lengths.sum() + 1).astype(np.uint16)
         docs = Documents(np.cumsum(lengths) - lengths, lengths)
         slots = sum(map(len, execution_order(cfg, True)))
         stream = make_stream(run, tokens, np.ones_like(tokens), None, cfg)
@@ -3355,12 +3322,11 @@ def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset) -> Score:
     run.barrier()
     timer = Timer(run)
     tokens, byte_counts = data.load_validation()
-    docs = find_documents(tokens)
+    docs, C = find_documents(tokens), cfg.ttt_chunk_size
     prefix = min(cfg.phased_ttt_prefix_docs, len(docs.start))
-    phases = plan_batches(docs, batch_size=cfg.ttt_batch_size, prefix_docs=prefix, chunk=cfg.ttt_chunk_size,
-                          window=cfg.ttt_eval_seq_len)
-    scored = certified_order(phases, docs, cfg.ttt_chunk_size)
-    order = targets_in_order(scored, docs, cfg.ttt_chunk_size) if run.rank == 0 else np.empty(0, np.int64)
+    phases = plan_batches(docs, batch_size=cfg.ttt_batch_size, prefix_docs=prefix, chunk=C, window=cfg.ttt_eval_seq_len)
+    scored = certified_order(phases, docs, C)
+    order = targets_in_order(scored, docs, C) if run.rank == 0 else np.empty(0, np.int64)
     hints = make_hints(cfg, run, tokens, order, docs)
     stream = make_stream(run, tokens, byte_counts, hints, cfg)
     run.log(f"ttt_phased: total_docs:{len(docs.start)} prefix_docs:{prefix} suffix_docs:{len(docs.start) - prefix} "
@@ -3374,7 +3340,7 @@ def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset) -> Score:
             run.barrier()
             phase_timer = Timer(run)
             model.requires_grad_(True)
-            chosen = select_prefix(scored, docs, cfg.ttt_chunk_size, prefix)
+            chosen = select_prefix(scored, docs, C, prefix)
             steps = adapt_base(cfg, run, model, tokens, docs, chosen)
             model.requires_grad_(False)
             run.log(f"ttt adapted_base documents:{len(chosen)} sgd_steps:{steps} elapsed_s:{phase_timer.seconds():.1f} "
