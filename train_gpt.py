@@ -51,7 +51,6 @@ import zlib
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -112,13 +111,13 @@ RETIRED_SETTINGS = {
     **dict.fromkeys(("BETA2_NORMUON", "UW_FLOOR", "GATED_ATTN_INIT_STD", "ATTN_OUT_GATE_SRC", "WORD_ORDER",
                      "GLOBAL_TTT_WARMUP_START_LR", "WORD_NORMALIZE"), "it has no effect in the record run"),
 }
-OWNED_PREFIXES = ("TTT_", "LQER_", "MUON_", "GLOBAL_TTT_", "PHASED_TTT_", "NGRAM_", "GPTQ_", "AWQ_LITE_", "XSA_",
-                  "SPARSE_ATTN_", "TIED_EMBED_", "LOOP_", "TOKEN_", "WITHIN_", "WORD_", "PARALLEL_", "ROPE_",
-                  "TRAIN_", "VAL_", "EVAL_", "MATRIX_", "WARMDOWN_", "WARMUP_", "GATED_", "SKYLIGHT_", "SMEAR_",
-                  "LOGIT_", "EMBED_", "ADAM_", "EMA_", "ENABLE_LOOP")
+OWNED_PREFIXES = tuple((
+    "TTT_ LQER_ MUON_ GLOBAL_TTT_ PHASED_TTT_ NGRAM_ GPTQ_ AWQ_LITE_ XSA_ SPARSE_ATTN_ TIED_EMBED_ LOOP_ TOKEN_ "
+    "WITHIN_ WORD_ PARALLEL_ ROPE_ TRAIN_ VAL_ EVAL_ MATRIX_ WARMDOWN_ WARMUP_ GATED_ SKYLIGHT_ SMEAR_ LOGIT_ EMBED_ "
+    "ADAM_ EMA_ ENABLE_LOOP").split())
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting of a run; the environment variable is the field name in capitals."""
     # run
@@ -348,10 +347,8 @@ REPO = Path(__file__).resolve().parent
 
 
 class Run:
-    """Process-wide facts and services; create with Run.start(), use as a context manager.
-
-    `sum` and `broadcast` work in place on tensors of any dtype on the run's device.
-    """
+    """Process-wide facts and services; create with Run.start(), use as a context manager. `sum` and `broadcast` work
+    in place on tensors of any dtype on the run's device."""
 
     def __init__(self, cfg: Config, rank: int = 0, world_size: int = 1, device: torch.device | None = None,
                  log_path: Path | None = None) -> None:
@@ -363,9 +360,8 @@ class Run:
         self._host_group = self._log_file = None
 
     @classmethod
-    def start(cls, cfg: Config, env: Mapping[str, str] | None = None) -> "Run":
+    def start(cls, cfg: Config, env: Mapping[str, str] = os.environ) -> "Run":
         """Join the process group torchrun set up (or run alone), pick the device, open the log on rank 0."""
-        env = os.environ if env is None else env
         rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         local_rank = int(env.get("LOCAL_RANK", 0))
         if ROWS_PER_STEP % world_size:
@@ -401,7 +397,8 @@ class Run:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         if self._log_file:
-            self._log_file.write(f"error {kind.__name__}\n" if kind else "")      # its text may name folders; stderr has it
+            # The error's text may name folders, and logs are published; stderr has it.
+            self._log_file.write(f"error {kind.__name__}\n" if kind else "")
             self._log_file.close()
         if dist.is_initialized() and error is None:     # after an error the other ranks may not answer any more
             dist.destroy_process_group()
@@ -533,7 +530,7 @@ def find_shards(folder: Path, series: str) -> list[Path]:
     return [path for _, path in found]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Dataset:
     """Checked file lists of one data folder. Only headers have been read."""
     folder: Path
@@ -648,11 +645,9 @@ class Row(NamedTuple):
 
 
 class PackingLoader:
-    """The endless stream of training rows, in shard order; rank r of R yields rows r, R + r, 2R + r, ...
-
-    A row is row_tokens inputs and their targets; consecutive rows do not overlap. A shard is read from its first
-    BOS; its tail that holds no full row is dropped. A thread prepares rows ahead, in the same order.
-    """
+    """The endless stream of training rows, in shard order; rank r of R yields rows r, R + r, 2R + r, ... A row is
+    row_tokens inputs and their targets; consecutive rows do not overlap. A shard is read from its first BOS; its tail
+    that holds no full row is dropped. A thread prepares rows ahead, in the same order."""
     PREFETCH = 3
 
     def __init__(self, paths: Sequence[Path], row_tokens: int, segment_cap: int, rank: int = 0, world_size: int = 1,
@@ -701,10 +696,8 @@ class PackingLoader:
 
 def calibration_batches(paths: Sequence[Path], seq_len: int, batch_seqs: int, seed: int = 0) -> Iterator[np.ndarray]:
     """Batches of random sequences, int64 (batch_seqs, seq_len + 1) each, for ever; document borders are ignored.
-
     Every file gets a random phase and a random order of its sequences; each row is drawn from a file with
-    probability proportional to what the file has left. When all are used up they are dealt anew.
-    """
+    probability proportional to what the file has left. When all are used up they are dealt anew."""
     rng = np.random.Generator(np.random.PCG64(seed))
     shards = [np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES) for path in paths]
 
@@ -738,10 +731,8 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
 def attend_math(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """Plain causal softmax attention of each segment, query head h reading key/value head h // (H/G).
-
-    cu_seqlens (segments + 1,) int32 ascending from 0 to N; empty segments are allowed. Returns (N, H, K).
-    """
+    """Plain causal softmax attention of each segment, query head h reading key/value head h // (H/G); (N, H, K).
+    cu_seqlens (segments + 1,) int32 ascending from 0 to N; empty segments are allowed."""
     bounds, out = cu_seqlens.tolist(), []
     for start, end in zip(bounds, bounds[1:]):
         if end > start:
@@ -986,8 +977,8 @@ def attention(n_BTD: Tensor, w: LayerWeights, packing: Packing, adapters: LayerA
     y = y.reshape(B, T, G, H // G, K).float()
     unit = F.normalize(v.float(), dim=-1, eps=1e-12)[:, :, :, None]
     y = y - torch.tanh(w.xsa_alpha).view(G, H // G, 1) * (y * unit).sum(-1, keepdim=True) * unit
-    gate_in = n_BTD[..., :w.attn_gate.shape[-1]]
-    gate = torch.sigmoid(packing.gate_scale * F.linear(gate_in, w.attn_gate.to(dtype)).float())
+    window = w.attn_gate.shape[-1]
+    gate = torch.sigmoid(packing.gate_scale * F.linear(n_BTD[..., :window], w.attn_gate.to(dtype)).float())
     y = (y * gate.view(B, T, G, H // G, 1)).reshape(B, T, D).to(dtype)
     if tap is not None:
         tap("qkv", n_BTD)
@@ -1079,10 +1070,8 @@ def mark_varying(x: Tensor, *dims: int) -> Tensor:
 
 def make_graphs(run: Run) -> Graphs:
     """Compiled functions; eager ones when COMPILE=0. Sizes are static unless marked with mark_varying.
-
     Blocks are compiled one by one and shared by all layers: eleven times less to compile than the whole model.
-    On CPUs plain attention loops over segments in Python, so a graph may break there and only there.
-    """
+    On CPUs plain attention loops over segments in Python, so a graph may break there and only there."""
     if not run.cfg.compile:
         return Graphs()
     # Serial and parallel blocks exist with and without skip, gradient and adapters.
@@ -1099,10 +1088,8 @@ def execution_order(cfg: Config, looping: bool) -> tuple[list[int], list[int]]:
 
 class GPT(nn.Module):
     """Weights of the model and the order in which the blocks run.
-
     Banks hold one matrix per layer: wq, wo (L, D, D), wk, wv (L, G*K, D), w_up (L, F, D), w_down (L, D, F).
-    All parameters are fp32; `compute_dtype` is the dtype of activations and of every matrix product.
-    """
+    All parameters are fp32; `compute_dtype` is the dtype of activations and of every matrix product."""
     LAYER_PARAMETERS = LayerWeights._fields[:-1]
 
     def __init__(self, cfg: Config, compute_dtype: torch.dtype = torch.float32, attend: Attend = attend_math) -> None:
@@ -1181,8 +1168,7 @@ class GPT(nn.Module):
                 lane0 = lane1 = g.serial(lane0, x0, skip, layers[layer], packing, slots[slot], tap)
             else:
                 lane1 = lane1.clone() if lane1 is lane0 else lane1
-                lane0, lane1 = g.parallel(lane0, vary(lane1, 0, 1), x0, skip, layers[layer], packing, slots[slot],
-                                          tap)
+                lane0, lane1 = g.parallel(lane0, vary(lane1, 0, 1), x0, skip, layers[layer], packing, slots[slot], tap)
             if row < 0:
                 saved.append(lane0)
         return g.finish(vary(lane0, 0, 1), vary(lane1.clone() if lane1 is lane0 else lane1, 0, 1))
@@ -1248,11 +1234,9 @@ def polar_express(G: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) ->
 
 class Muon:
     """Momentum, row normalization and orthogonalization of matrix banks, sharded over ranks [Muon].
-
     Parameters (L, rows, cols) of one matrix shape form a bank; its matrices are dealt to the ranks in equal shares
     (padded with zeros), so every rank keeps the momentum of its own share only. Gradients are reduced in fp32,
-    updates gathered in the compute dtype.
-    """
+    updates gathered in the compute dtype."""
 
     def __init__(self, params: Sequence[nn.Parameter], run: Run, weight_decay: float = 0.0, backend_steps: int = 5,
                  row_normalize: bool = True) -> None:
@@ -1473,7 +1457,7 @@ def train_rows(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, loader: 
 def warm_up(cfg: Config, run: Run, data: Dataset, model: GPT, optimizer: Optimizer) -> float:
     """Compile and run every training graph, then put everything back. Returns the seconds calibration will take."""
     timer = Timer(run)
-    saved = [p.detach().clone() for p in model.parameters()]
+    before = WeightAverage(model, decay=1.0)              # an average that is never updated: a copy to go back to
     rng = torch.get_rng_state(), torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None
     loader = make_loader(cfg, run, data)
     for looping, name in ((False, "warmup_step"), (True, "loop_warmup_step")):
@@ -1497,8 +1481,7 @@ def warm_up(cfg: Config, run: Run, data: Dataset, model: GPT, optimizer: Optimiz
             collect_hessians(cfg, run, model, data.train, num_batches=run.world_size)
             batch_s = batch_timer.seconds()
         calibration_s = 1.2 * batch_s * -(-cfg.gptq_calibration_batches // run.world_size)
-    with torch.no_grad():
-        torch._foreach_copy_(list(model.parameters()), saved)
+    before.apply()
     optimizer.reset()
     torch.set_rng_state(rng[0])
     if rng[1] is not None:
@@ -1508,8 +1491,7 @@ def warm_up(cfg: Config, run: Run, data: Dataset, model: GPT, optimizer: Optimiz
 
 
 def make_loader(cfg: Config, run: Run, data: Dataset) -> PackingLoader:
-    return PackingLoader(data.train, cfg.row_tokens, cfg.train_seq_len, run.rank, run.world_size, run.device,
-                         run.log)
+    return PackingLoader(data.train, cfg.row_tokens, cfg.train_seq_len, run.rank, run.world_size, run.device, run.log)
 
 
 def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
@@ -2771,11 +2753,9 @@ def eval_row_tokens(cfg: Config) -> int:
 
 def score_row(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, byte_counts: np.ndarray, meter: BpbMeter,
               looping: bool) -> None:
-    """Bank every target of one flat row of tokens (length + 1,).
-
-    A compiled model gets the row padded to a training row and with gradients on, though nothing goes backward:
-    then the graphs of training serve here, and nothing is compiled for two diagnostics.
-    """
+    """Bank every target of one flat row of tokens (length + 1,). A compiled model gets the row padded to a training
+    row and with gradients on, though nothing goes backward: then the graphs of training serve here, and nothing is
+    compiled for two diagnostics."""
     length, inputs = len(tokens) - 1, tokens[:-1].astype(np.int64)
     if cfg.compile:
         inputs = np.pad(inputs, (0, max(cfg.row_tokens, eval_row_tokens(cfg)) - length))      # causal: nothing sees it
@@ -2999,10 +2979,8 @@ Phase = list[list[Batch]]    # batches of each lane, in order
 def plan_batches(docs: Documents, *, batch_size: int, lanes: int = LANES, split_tokens: int = SPLIT_TOKENS,
                  prefix_docs: int = 0, chunk: int = 48, window: int = 2560) -> list[Phase]:
     """Deal all documents to lanes, in one or two phases. Depends on document lengths and settings only.
-
     Batches of documents of similar length are queued longest first; each goes to the lane with the least work.
-    The first phase ends with the batch that brings the number of documents to prefix_docs (0: a single phase).
-    """
+    The first phase ends with the batch that brings the number of documents to prefix_docs (0: a single phase)."""
     by_length = np.argsort(docs.length, kind="stable")
     batches = [by_length[at:at + batch_size] for at in range(0, len(by_length), batch_size)]
     phases: list[Phase] = [[[] for _ in range(lanes)]]
@@ -3158,10 +3136,8 @@ class Stream(NamedTuple):
 def score_batch(cfg: Config, run: Run, model: GPT, stream: Stream, docs: Documents, batch: Batch, bank: AdapterBank,
                 meter: BpbMeter, nll_by_target: Tensor | None = None) -> None:
     """Score all chunks of a batch, each before anything has learnt from it; adapters learn after every chunk.
-
     Documents are sorted by length, so the unfinished ones are always the last rows. nll_by_target (N - 1,) fp64
-    receives every scored (tilted) nll when given.
-    """
+    receives every scored (tilted) nll when given."""
     C, E = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
     start, length = docs.start[list(batch.docs)], docs.length[list(batch.docs)]
     counts = num_chunks(length, C)
@@ -3183,11 +3159,10 @@ def score_batch(cfg: Config, run: Run, model: GPT, stream: Stream, docs: Documen
         slots, head = bank.adapters(leaves)
         hidden = model(inputs, looping=True, adapters=slots)
         hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
-        hints = stream.hints[target].long()
-        nll, log_q = model.score(hidden.flatten(0, 1), stream.tokens[target + 1].long().flatten(), hints.flatten(),
-                                 head(hidden).flatten(0, 1))
+        answers, hints = stream.tokens[target + 1].long(), stream.hints[target].long()
+        nll, log_q = model.score(hidden.flatten(0, 1), answers.flatten(), hints.flatten(), head(hidden).flatten(0, 1))
         nll, log_q = nll.view_as(target), log_q.view_as(target)       # 1. scored by weights that never saw the chunk
-        tilted = tilt(nll.detach(), log_q.detach(), stream.tokens[target + 1] == hints, stream.boost[target])
+        tilted = tilt(nll.detach(), log_q.detach(), answers == hints, stream.boost[target])
         meter.add(tilted, stream.byte_counts[target + 1], scored)     # 2. banked; it is never revised
         if nll_by_target is not None:
             nll_by_target[target[scored]] = tilted[scored].double()
@@ -3232,10 +3207,8 @@ def score_phase(cfg: Config, run: Run, model: GPT, stream: Stream, docs: Documen
 
 def adapt_base(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, docs: Documents, chosen: np.ndarray) -> int:
     """Train all base weights with SGD on documents that have been scored. Returns the number of steps.
-
     The documents are joined in the given order and cut in chunks; the last chunk is skipped. Ranks take contiguous
-    runs of whole documents of a chunk; gradients are weighted by tokens, so the split does not matter.
-    """
+    runs of whole documents of a chunk; gradients are weighted by tokens, so the split does not matter."""
     joined = np.concatenate([tokens[s:s + n] for s, n in zip(docs.start[chosen], docs.length[chosen])])
     C, S = cfg.global_ttt_chunk_tokens, cfg.ttt_eval_seq_len
     num = -(-(len(joined) - 1) // C)
@@ -3401,8 +3374,7 @@ def run_pipeline(cfg: Config, run: Run) -> None:
         run.broadcast(p.data)                             # replicas start equal to the last bit
     log_start(cfg, run, data, tokenizer, model)
     if run.device.type == "cuda" and not cfg.allow_slow and not (cfg.compile and triton is not None):
-        raise ConfigError("a GPU run without torch.compile or Triton is several times slower; set ALLOW_SLOW=1 to "
-                          "accept that")
+        raise ConfigError("a GPU run without torch.compile or Triton is several times slower; allow it by ALLOW_SLOW=1")
     model.attend = choose_attention(run)
     model.graphs = make_graphs(run)
 
