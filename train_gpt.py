@@ -35,22 +35,22 @@ import datetime
 import difflib
 import functools
 import hashlib
+import itertools
 import json
 import lzma
 import math
 import os
 import platform
-import queue
 import re
 import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import zlib
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -80,8 +80,6 @@ def knob(default: Any, doc: str, low: float = -math.inf, high: float = math.inf,
 
 
 BELOW_ONE = 1 - 1e-9         # decays of 1 would divide by zero in Adam's bias correction
-
-
 # Settings of the reference that have one meaning here. Any other value would silently do something else.
 FIXED_SETTINGS: dict[str, tuple[str, str]] = {
     name: (value, reason) for names, value, reason in (
@@ -113,13 +111,13 @@ RETIRED_SETTINGS = {
     **dict.fromkeys(("BETA2_NORMUON", "UW_FLOOR", "GATED_ATTN_INIT_STD", "ATTN_OUT_GATE_SRC", "WORD_ORDER",
                      "GLOBAL_TTT_WARMUP_START_LR", "WORD_NORMALIZE"), "it has no effect in the record run"),
 }
-OWNED_PREFIXES = ("TTT_", "LQER_", "MUON_", "GLOBAL_TTT_", "PHASED_TTT_", "NGRAM_", "GPTQ_", "AWQ_LITE_", "XSA_",
-                  "SPARSE_ATTN_", "TIED_EMBED_", "LOOP_", "TOKEN_", "WITHIN_", "WORD_", "PARALLEL_", "ROPE_",
-                  "TRAIN_", "VAL_", "EVAL_", "MATRIX_", "WARMDOWN_", "WARMUP_", "GATED_", "SKYLIGHT_", "SMEAR_",
-                  "LOGIT_", "EMBED_", "ADAM_", "EMA_", "ENABLE_LOOP")
+OWNED_PREFIXES = tuple((
+    "TTT_ LQER_ MUON_ GLOBAL_TTT_ PHASED_TTT_ NGRAM_ GPTQ_ AWQ_LITE_ XSA_ SPARSE_ATTN_ TIED_EMBED_ LOOP_ TOKEN_ "
+    "WITHIN_ WORD_ PARALLEL_ ROPE_ TRAIN_ VAL_ EVAL_ MATRIX_ WARMDOWN_ WARMUP_ GATED_ SKYLIGHT_ SMEAR_ LOGIT_ EMBED_ "
+    "ADAM_ EMA_ ENABLE_LOOP").split())
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting of a run; the environment variable is the field name in capitals."""
     # run
@@ -237,21 +235,19 @@ class Config:
                 raise ConfigError(f"{key} is retired: {RETIRED_SETTINGS[key]}; unset it")
             if key in FIXED_SETTINGS:
                 value, reason = FIXED_SETTINGS[key]
-                if not _same_value(env[key], value):
+                if env[key] != value and _number(env[key]) != _number(value):
                     raise ConfigError(f"{key}={env[key]}: expected {value}, because {reason}; unset it")
             elif key not in kinds:
                 _refuse_misspelt(key, (*kinds, *FIXED_SETTINGS))
-        return cls(**{name: parse_value(key, kind, env[key])
-                      for key, (name, kind) in kinds.items() if key in env})
+        return cls(**{name: parse_value(key, kind, env[key]) for key, (name, kind) in kinds.items() if key in env})
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, meta = getattr(self, field.name), field.metadata
+            name, value, meta = field.name.upper(), getattr(self, field.name), field.metadata
             if meta["choices"] and value not in meta["choices"]:
-                raise ConfigError(f"{field.name.upper()}={value}: expected one of {list(meta['choices'])}")
+                raise ConfigError(f"{name}={value}: expected one of {list(meta['choices'])}")
             if not isinstance(value, (bool, str)) and not meta["low"] <= value <= meta["high"]:
-                raise ConfigError(f"{field.name.upper()}={value}: expected a value between {meta['low']} "
-                                  f"and {meta['high']}")
+                raise ConfigError(f"{name}={value}: expected a value between {meta['low']} and {meta['high']}")
         for ok, message in (
                 (self.model_dim % self.num_heads == 0, "MODEL_DIM must be a multiple of NUM_HEADS"),
                 (self.num_heads % self.num_kv_heads == 0, "NUM_HEADS must be a multiple of NUM_KV_HEADS"),
@@ -261,10 +257,8 @@ class Config:
                 (self.mlp_dim * 1.0 == self.mlp_mult * self.model_dim, "MLP_MULT times MODEL_DIM must be whole"),
                 (self.loop_start <= self.loop_end < self.parallel_start_layer <= self.num_layers,
                  "expected LOOP_START <= LOOP_END < PARALLEL_START_LAYER <= NUM_LAYERS"),
-                (self.train_batch_tokens % ROWS_PER_STEP == 0, f"TRAIN_BATCH_TOKENS must be a multiple of "
-                 f"{ROWS_PER_STEP}: one step is {ROWS_PER_STEP} rows"),
-                (self.row_tokens % self.train_seq_len == 0,
-                 f"TRAIN_BATCH_TOKENS/{ROWS_PER_STEP} must be a multiple of TRAIN_SEQ_LEN (calibration rows)"),
+                (self.train_batch_tokens % (ROWS_PER_STEP * self.train_seq_len) == 0, "TRAIN_BATCH_TOKENS must be a "
+                 f"multiple of {ROWS_PER_STEP} * TRAIN_SEQ_LEN: one step is {ROWS_PER_STEP} rows of whole sequences"),
                 (self.val_batch_tokens // ROWS_PER_STEP >= self.eval_seq_len,
                  f"VAL_BATCH_TOKENS/{ROWS_PER_STEP} must hold one sequence of EVAL_SEQ_LEN"),
                 (self.gptq_reserve_seconds < self.max_wallclock_seconds or self.max_wallclock_seconds == 0,
@@ -282,26 +276,12 @@ class Config:
                     f"{name}={getattr(self, name.lower())}" for name in re.findall(r"\b[A-Z][A-Z_]+[A-Z]\b", message)
                     if hasattr(self, name.lower())))
 
-    @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
-
-    @property
-    def kv_dim(self) -> int:
-        return self.num_kv_heads * self.head_dim
-
-    @property
-    def mlp_dim(self) -> int:
-        return int(self.mlp_mult * self.model_dim)
-
-    @property
-    def row_tokens(self) -> int:
-        return self.train_batch_tokens // ROWS_PER_STEP
-
-    @property
-    def longest_segment(self) -> int:
-        """Bound on segments in training and plain evaluation; one number, so that both use the same graphs."""
-        return max(self.train_seq_len, self.eval_seq_len)
+    head_dim = property(lambda self: self.model_dim // self.num_heads)
+    kv_dim = property(lambda self: self.num_kv_heads * self.head_dim)
+    mlp_dim = property(lambda self: int(self.mlp_mult * self.model_dim))
+    row_tokens = property(lambda self: self.train_batch_tokens // ROWS_PER_STEP)
+    # Bound on segments in training and plain evaluation; one number, so that both use the same graphs.
+    longest_segment = property(lambda self: max(self.train_seq_len, self.eval_seq_len))
 
 
 ROWS_PER_STEP = 8            # one optimizer step is 8 rows on any number of GPUs
@@ -310,28 +290,24 @@ OPERATOR_IDS = (4, 5, 6, 7)  # the four CaseOps operators
 SIZE_LIMIT = 16_000_000      # bytes of code plus weights
 
 
+def _number(text: str, kind: type = float) -> float:
+    """`text` as a number; NaN, which equals nothing, if it is none."""
+    try:
+        return kind(text)
+    except ValueError:
+        return math.nan
+
+
 def parse_value(key: str, kind: type, text: str) -> Any:
     """`text` as bool (exactly 0 or 1), int, finite float, or str; raises ConfigError naming `key`."""
     if kind is bool and text in ("0", "1"):
         return text == "1"
     if kind is str:
         return text
-    if kind in (int, float):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if math.isfinite(value):
-            return value
+    if kind in (int, float) and math.isfinite(value := _number(text, kind)):
+        return value
     expected = {bool: "0 or 1", int: "a whole number", float: "a finite number"}[kind]
     raise ConfigError(f"{key}={text!r}: expected {expected}")
-
-
-def _same_value(text: str, value: str) -> bool:
-    try:
-        return float(text) == float(value)
-    except ValueError:
-        return text == value
 
 
 def _refuse_misspelt(key: str, known: Sequence[str]) -> None:
@@ -372,11 +348,8 @@ REPO = Path(__file__).resolve().parent
 
 
 class Run:
-    """Process-wide facts and services; create with Run.start(), use as a context manager.
-
-    `sum` and `broadcast` work in place on tensors of any dtype on the run's device; `agree` gives every rank
-    rank 0's Python floats without touching the GPU, so that decisions do not stall it.
-    """
+    """Process-wide facts and services; create with Run.start(), use as a context manager. `sum` and `broadcast` work
+    in place on tensors of any dtype on the run's device."""
 
     def __init__(self, cfg: Config, rank: int = 0, world_size: int = 1, device: torch.device | None = None,
                  log_path: Path | None = None) -> None:
@@ -384,14 +357,12 @@ class Run:
         self.device = device or torch.device("cpu")
         # bf16 matmuls on GPUs; CPUs are for checks and small demos, where fp32 is both exact and faster.
         self.compute_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.run_id = cfg.run_id
-        self.log_path = log_path
+        self.run_id, self.log_path = cfg.run_id, log_path
         self._host_group = self._log_file = None
 
     @classmethod
-    def start(cls, cfg: Config, env: Mapping[str, str] | None = None) -> "Run":
+    def start(cls, cfg: Config, env: Mapping[str, str] = os.environ) -> "Run":
         """Join the process group torchrun set up (or run alone), pick the device, open the log on rank 0."""
-        env = os.environ if env is None else env
         rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         local_rank = int(env.get("LOCAL_RANK", 0))
         if ROWS_PER_STEP % world_size:
@@ -426,9 +397,9 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if error is not None and self._log_file:
-            self._log_file.write(f"error {kind.__name__}\n")      # its text may name folders; stderr has it
         if self._log_file:
+            # The error's text may name folders, and logs are published; stderr has it.
+            self._log_file.write(f"error {kind.__name__}\n" if kind else "")
             self._log_file.close()
         if dist.is_initialized() and error is None:     # after an error the other ranks may not answer any more
             dist.destroy_process_group()
@@ -439,8 +410,7 @@ class Run:
             if not file_only:
                 print(line, flush=True)
             if self._log_file:
-                self._log_file.write(line + "\n")
-                self._log_file.flush()
+                print(line, file=self._log_file, flush=True)
 
     def sum(self, x: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -460,7 +430,7 @@ class Run:
         return x
 
     def agree(self, values: Sequence[float]) -> list[float]:
-        """Rank 0's `values` on every rank (float64, through the host)."""
+        """Rank 0's `values` on every rank, float64; through the host, so that decisions do not stall the GPU."""
         if self.world_size == 1:
             return list(values)
         box = torch.tensor(list(values), dtype=torch.float64)
@@ -496,24 +466,18 @@ class Timer:
 
 @functools.cache
 def compile_c(source: str) -> ctypes.CDLL:
-    """Compile C source into a private temporary directory and load it, once per process.
-
-    Raises RuntimeError with the compiler's message when there is no working C compiler.
-    """
+    """Load C source, compiled once per process; RuntimeError with the compiler's message when that does not work."""
     with tempfile.TemporaryDirectory(prefix="train_gpt_") as folder:
-        c_file, library = Path(folder) / "code.c", Path(folder) / "code.so"
-        c_file.write_text(source)
-        compiler = os.environ.get("CC", "cc")
+        library, compiler = f"{folder}/code.so", os.environ.get("CC", "cc")
         for target in (["-march=native"], []):            # not every compiler knows its own machine
             # -fwrapv: even a forged stream must not meet undefined behaviour.
-            command = [compiler, "-O3", *target, "-fwrapv", "-std=c99", "-shared", "-fPIC", str(c_file),
-                       "-o", str(library)]
+            command = [compiler, "-O3", *target, "-fwrapv", "-std=c99", "-shared", "-fPIC", "-o", library, "-xc", "-"]
             try:
-                done = subprocess.run(command, capture_output=True, text=True)
+                done = subprocess.run(command, input=source, capture_output=True, text=True)
             except FileNotFoundError:
                 raise RuntimeError(f"no C compiler: expected `{compiler}` on the PATH; install gcc or clang") from None
             if done.returncode == 0:
-                return ctypes.CDLL(str(library))
+                return ctypes.CDLL(library)
         raise RuntimeError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
 
 
@@ -567,7 +531,7 @@ def find_shards(folder: Path, series: str) -> list[Path]:
     return [path for _, path in found]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Dataset:
     """Checked file lists of one data folder. Only headers have been read."""
     folder: Path
@@ -583,12 +547,11 @@ class Dataset:
         folder = Path(cfg.data_path)
         train, val, sidecar = (tuple(find_shards(folder, series)) for series in ("train", "val", "val_bytes"))
         counts = {path.name: read_shard_header(path) for path in (*train, *val, *sidecar)}
-        if [counts[p.name] for p in val] != [counts[p.name] for p in sidecar]:
+        tokens, byte_counts = ([counts[path.name] for path in paths] for paths in (val, sidecar))
+        if tokens != byte_counts:
             raise DataError(f"{folder}: every fineweb_val_bytes shard must be as long as its fineweb_val shard; found "
-                            f"{[counts[p.name] for p in val]} tokens and {[counts[p.name] for p in sidecar]} byte "
-                            "counts; prepare the validation split again")
-        val_tokens = sum(counts[p.name] for p in val)
-        manifest = cls._manifest(folder, counts)
+                            f"{tokens} tokens and {byte_counts} byte counts; prepare the validation split again")
+        val_tokens, manifest = sum(tokens), cls._manifest(folder, counts)
         if manifest is None and not cfg.allow_unverified:
             low, high = CHECK_FIGURES["val_tokens"]
             if not low <= val_tokens <= high or len(train) > CHECK_FIGURES["train_shards"]:
@@ -610,14 +573,13 @@ class Dataset:
             manifest["tokenizer"]["file"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not a manifest of this family ({error}); prepare the data again") from error
-        wrong = {name: (listed.get(name), counts.get(name)) for name in listed.keys() | counts.keys()
-                 if listed.get(name) != counts.get(name)}
         # A partial download may leave out training shards at the end, never a file of the validation split.
-        wrong = {name: pair for name, pair in wrong.items() if pair[1] is not None or "_val_" in name}
+        wrong = sorted(name for name in listed.keys() | counts.keys()
+                       if listed.get(name) != counts.get(name) and (name in counts or "_val_" in name))
         if wrong:
-            name, (want, have) = sorted(wrong.items())[0]
-            raise DataError(f"{folder}: manifest.json and files disagree: {name} should hold {want} values, found "
-                            f"{have} ({len(wrong)} such files); both splits must come from one preparation run")
+            raise DataError(f"{folder}: manifest.json and files disagree: {wrong[0]} should hold "
+                            f"{listed.get(wrong[0])} values, found {counts.get(wrong[0])} ({len(wrong)} such files); "
+                            "both splits must come from one preparation run")
         return manifest
 
     def load_validation(self) -> tuple[np.ndarray, np.ndarray]:
@@ -665,16 +627,11 @@ def check_tokenizer(cfg: Config, data: Dataset) -> Path:
 
 
 def segment_bounds(tokens: np.ndarray, cap: int, pad: int = SEGMENT_PAD) -> np.ndarray:
-    """cu_seqlens of a flat row: documents start at BOS, segments are cut every `cap` tokens.
-
-    Returns int32 bounds [0, ..., n], padded with n (empty segments) to a multiple of `pad` entries.
-    """
+    """cu_seqlens of a flat row, int32 [0, ..., n]: documents start at BOS, segments are cut every `cap` tokens, and
+    n is repeated (empty segments) up to a multiple of `pad` entries."""
     n = len(tokens)
-    starts = np.flatnonzero(tokens == BOS)
-    if not len(starts) or starts[0] != 0:
-        starts = np.concatenate([[0], starts])
-    lengths = np.diff(starts, append=n)
-    pieces = -(-lengths // cap)
+    starts = np.union1d(0, np.flatnonzero(tokens == BOS))
+    pieces = -(-np.diff(starts, append=n) // cap)
     within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     bounds = np.append(np.repeat(starts, pieces) + within * cap, n)
     return np.pad(bounds, (0, -len(bounds) % pad), constant_values=n).astype(np.int32)
@@ -689,37 +646,25 @@ class Row(NamedTuple):
 
 
 class PackingLoader:
-    """The endless stream of training rows, in shard order; rank r of R yields rows r, R + r, 2R + r, ...
-
-    A row is row_tokens inputs and their targets; consecutive rows do not overlap. A shard is read from its first
-    BOS; its tail that holds no full row is dropped. Shards that cannot hold a row are skipped, and refused when
-    none can. A thread prepares rows ahead; it changes nothing about their order.
-    """
+    """The endless stream of training rows, in shard order; rank r of R yields rows r, R + r, 2R + r, ... A row is
+    row_tokens inputs and their targets; consecutive rows do not overlap. A shard is read from its first BOS; its tail
+    that holds no full row is dropped. A thread prepares rows ahead, in the same order."""
     PREFETCH = 3
 
     def __init__(self, paths: Sequence[Path], row_tokens: int, segment_cap: int, rank: int = 0, world_size: int = 1,
                  device: torch.device | str = "cpu", warn: Callable[[str], None] = lambda line: None) -> None:
         self.paths, self.row_tokens, self.segment_cap = list(paths), row_tokens, segment_cap
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
-        self._warn = warn
-        self._queue: queue.Queue = queue.Queue(self.PREFETCH)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._produce, daemon=True)
-        self._thread.start()
+        self._warn, self._rows, self._reader = warn, self._host_rows(), ThreadPoolExecutor(1)
+        self._ahead = [self._reader.submit(next, self._rows) for _ in range(self.PREFETCH)]
 
     def close(self) -> None:
-        self._stop.set()
-        while self._thread.is_alive():                    # a full queue may hold the thread in put()
-            try:
-                self._queue.get(timeout=0.05)
-            except queue.Empty:
-                pass
+        self._reader.shutdown(cancel_futures=True)
 
     def __next__(self) -> Row:
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        inputs, targets, bounds, shard = item
+        self._ahead.append(self._reader.submit(next, self._rows))
+        inputs, targets, bounds, shard = self._ahead[0].result()      # an error stays first: the next call meets it too
+        del self._ahead[0]
         # From pinned memory, so the copies overlap with what the GPU is doing.
         return Row(*(x.to(self.device, non_blocking=True) for x in (inputs, targets, bounds)), shard)
 
@@ -743,36 +688,17 @@ class PackingLoader:
                 raise DataError(f"no training shard holds one row of {span:,} tokens from its first BOS on; lower "
                                 "TRAIN_BATCH_TOKENS or prepare more data")
 
-    def _produce(self) -> None:
-        try:
-            for index, (span, shard) in enumerate(self.spans()):
-                if index % self.world_size == self.rank:
-                    row = torch.from_numpy(span.astype(np.int64))
-                    bounds = torch.from_numpy(segment_bounds(span[:-1], self.segment_cap))
-                    item = (row[:-1].clone(), row[1:].clone(), bounds)
-                    if self.device.type == "cuda":
-                        item = tuple(x.pin_memory() for x in item)
-                    self._offer((*item, shard))
-                if self._stop.is_set():
-                    return
-        except BaseException as error:                    # whatever it is, the reader must hear of it,
-            while not self._stop.is_set():                # as often as it asks
-                self._offer(error)
-
-    def _offer(self, item: Any) -> None:
-        while not self._stop.is_set():
-            try:
-                return self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+    def _host_rows(self) -> Iterator[tuple]:
+        for span, shard in itertools.islice(self.spans(), self.rank, None, self.world_size):
+            row = torch.from_numpy(span.astype(np.int64))
+            item = (row[:-1].clone(), row[1:].clone(), torch.from_numpy(segment_bounds(span[:-1], self.segment_cap)))
+            yield *(x.pin_memory() if self.device.type == "cuda" else x for x in item), shard
 
 
 def calibration_batches(paths: Sequence[Path], seq_len: int, batch_seqs: int, seed: int = 0) -> Iterator[np.ndarray]:
     """Batches of random sequences, int64 (batch_seqs, seq_len + 1) each, for ever; document borders are ignored.
-
     Every file gets a random phase and a random order of its sequences; each row is drawn from a file with
-    probability proportional to what the file has left. When all are used up they are dealt anew.
-    """
+    probability proportional to what the file has left. When all are used up they are dealt anew."""
     rng = np.random.Generator(np.random.PCG64(seed))
     shards = [np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES) for path in paths]
 
@@ -781,21 +707,18 @@ def calibration_batches(paths: Sequence[Path], seq_len: int, batch_seqs: int, se
         for tokens in shards:
             max_phase = min(seq_len - 1, max(0, len(tokens) - seq_len - 1))
             phase = int(rng.integers(max_phase + 1)) if max_phase else 0
-            count = max(0, (len(tokens) - 1 - phase) // seq_len)
-            stacks.append((phase + seq_len * rng.permutation(count)).tolist())
+            stacks.append((phase + seq_len * rng.permutation(max(0, (len(tokens) - 1 - phase) // seq_len))).tolist())
         if not any(stacks):
             raise DataError(f"no training shard holds one sequence of {seq_len + 1:,} tokens; lower TRAIN_SEQ_LEN or "
                             "prepare more data")
         return stacks
 
-    stacks = deal()
+    stacks: list[list[int]] = []
     while True:
         batch = np.empty((batch_seqs, seq_len + 1), dtype=np.int64)
         for row in range(batch_seqs):
+            stacks = stacks if any(stacks) else deal()
             left = np.array([len(stack) for stack in stacks], dtype=np.float64)
-            if not left.sum():
-                stacks = deal()
-                left = np.array([len(stack) for stack in stacks], dtype=np.float64)
             shard = int(rng.choice(len(shards), p=left / left.sum()))
             start = stacks[shard].pop()
             batch[row] = shards[shard][start:start + seq_len + 1]
@@ -809,12 +732,9 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
 def attend_math(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """Plain causal softmax attention of each segment, query head h reading key/value head h // (H/G).
-
-    cu_seqlens (segments + 1,) int32 ascending from 0 to N; empty segments are allowed. Returns (N, H, K).
-    """
-    bounds = cu_seqlens.tolist()
-    out = []
+    """Plain causal softmax attention of each segment, query head h reading key/value head h // (H/G); (N, H, K).
+    cu_seqlens (segments + 1,) int32 ascending from 0 to N; empty segments are allowed."""
+    bounds, out = cu_seqlens.tolist(), []
     for start, end in zip(bounds, bounds[1:]):
         if end > start:
             q, k, v = (x[start:end].transpose(0, 1)[None] for x in (q_NHK, k_NGK, v_NGK))
@@ -892,8 +812,7 @@ def choose_attention(run: Run) -> Attend:
         except (ImportError, OSError, AttributeError, RuntimeError, TypeError) as error:      # half-matching packages
             refused.append(f"{name}: {error}")
             continue
-        reason = "; ".join(refused) or "first choice"
-        run.log(f'attention backend:{name} reason:"{reason}"')
+        run.log(f'attention backend:{name} reason:"{"; ".join(refused) or "first choice"}"')
         return attend
     if not run.cfg.allow_slow:
         raise ConfigError(f"no fast attention kernel ({'; '.join(refused)}); install requirements-gpu.txt, or set "
@@ -1000,14 +919,13 @@ class LowRank(NamedTuple):
         return torch.bmm(low, self.B.to(x_BTD.dtype).transpose(1, 2)) * self.scale
 
 
-class LayerAdapters(NamedTuple):
-    """The adapters of one execution slot; None costs nothing."""
-    q: LowRank | None = None
-    k: LowRank | None = None
-    v: LowRank | None = None
-    o: LowRank | None = None
-    mlp: LowRank | None = None
+def adapted(y: Tensor, x_BTD: Tensor, adapter: LowRank | None) -> Tensor:
+    """y, plus what the adapter of each document makes of x."""
+    return y if adapter is None else y + adapter(x_BTD)
 
+
+# The adapters of one execution slot, LowRank each; None costs nothing.
+LayerAdapters = namedtuple("LayerAdapters", "q k v o mlp", defaults=[None] * 5)
 
 # Views of one layer's parameters; see GPT for shapes.
 LayerWeights = NamedTuple("LayerWeights", [(name, Tensor) for name in (
@@ -1026,6 +944,7 @@ class Packing(NamedTuple):
 
 
 Tap = Callable[[str, Tensor], None]
+Skip = tuple[Tensor, Tensor, Tensor] | None               # (kept encoder output, weight, gate)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -1048,15 +967,11 @@ def attention(n_BTD: Tensor, w: LayerWeights, packing: Packing, adapters: LayerA
     K, G = D // H, kv_dim * H // D
     # One product for all three: the input is read once, and its gradient needs no additions.
     q, k, v = F.linear(n_BTD, torch.cat([w.wq, w.wk, w.wv]).to(dtype)).split([D, kv_dim, kv_dim], -1)
-    if adapters.q is not None:
-        q = q + adapters.q(n_BTD)
-    if adapters.k is not None:
-        k = k + adapters.k(n_BTD)
-    if adapters.v is not None:
-        v = v + adapters.v(n_BTD)
-    v = v.reshape(B, T, G, K)
-    q = rotate(rms_norm(q.reshape(B, T, H, K).float()), packing.cos, packing.sin) * w.q_gain[:, None]
-    k = rotate(rms_norm(k.reshape(B, T, G, K).float()), packing.cos, packing.sin)
+    q = adapted(q, n_BTD, adapters.q).reshape(B, T, H, K)
+    k = adapted(k, n_BTD, adapters.k).reshape(B, T, G, K)
+    v = adapted(v, n_BTD, adapters.v).reshape(B, T, G, K)
+    q = rotate(rms_norm(q.float()), packing.cos, packing.sin) * w.q_gain[:, None]
+    k = rotate(rms_norm(k.float()), packing.cos, packing.sin)
     y = packing.attend(q.to(dtype).reshape(B * T, H, K), k.to(dtype).reshape(B * T, G, K), v.reshape(B * T, G, K),
                        packing.cu_seqlens, packing.max_seqlen)
     # XSA: remove from each head what lies along the token's own value direction.
@@ -1069,22 +984,19 @@ def attention(n_BTD: Tensor, w: LayerWeights, packing: Packing, adapters: LayerA
     if tap is not None:
         tap("qkv", n_BTD)
         tap("o", y)
-    out = F.linear(y, w.wo.to(dtype))
-    return out if adapters.o is None else out + adapters.o(n_BTD)
+    return adapted(F.linear(y, w.wo.to(dtype)), n_BTD, adapters.o)
 
 
 def mlp(n_BTD: Tensor, w: LayerWeights, adapters: LayerAdapters, tap: Tap | None) -> Tensor:
     """Down(φ(Up n)) with φ(z) = leaky_relu(z, 0.3)²."""
-    hidden = F.linear(n_BTD, w.w_up.to(n_BTD.dtype))
-    act = F.leaky_relu(hidden, 0.3).square()
+    act = F.leaky_relu(F.linear(n_BTD, w.w_up.to(n_BTD.dtype)), 0.3).square()
     if tap is not None:
         tap("up", n_BTD)
         tap("down", act)
-    out = F.linear(act, w.w_down.to(n_BTD.dtype))
-    return out if adapters.mlp is None else out + adapters.mlp(n_BTD)
+    return adapted(F.linear(act, w.w_down.to(n_BTD.dtype)), n_BTD, adapters.mlp)
 
 
-def blend_skip(x: Tensor, skip: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
+def blend_skip(x: Tensor, skip: Skip) -> Tensor:
     """Per channel from the scaled encoder output (gate → 0) to the running value (gate → 1)."""
     if skip is None:
         return x
@@ -1098,12 +1010,11 @@ def embed(tokens_BT: Tensor, tok_emb: Tensor, smear_w: Tensor, smear_lambda: Ten
     e = F.embedding(tokens_BT, tok_emb).to(dtype)
     gate = smear_lambda * torch.sigmoid((e[..., :len(smear_w)].float() * smear_w).sum(-1, keepdim=True))
     gate = (gate * (tokens_BT != BOS)[..., None]).to(dtype)
-    previous = F.pad(e[:, :-1], (0, 0, 1, 0))
-    return rms_norm(e + gate * previous)
+    return rms_norm(e + gate * F.pad(e[:, :-1], (0, 0, 1, 0)))
 
 
-def serial_block(x: Tensor, x0: Tensor, skip: tuple[Tensor, Tensor, Tensor] | None, w: LayerWeights,
-                 packing: Packing, adapters: LayerAdapters, tap: Tap | None = None) -> Tensor:
+def serial_block(x: Tensor, x0: Tensor, skip: Skip, w: LayerWeights, packing: Packing, adapters: LayerAdapters,
+                 tap: Tap | None = None) -> Tensor:
     """Attention, then MLP, on one residual stream (B, T, D)."""
     dtype = x.dtype
     mix, scale = w.resid_mix.to(dtype), w.ln_scale.to(dtype)
@@ -1112,9 +1023,8 @@ def serial_block(x: Tensor, x0: Tensor, skip: tuple[Tensor, Tensor, Tensor] | No
     return z + w.mlp_scale.to(dtype) * mlp(scale * rms_norm(z), w, adapters, tap)
 
 
-def parallel_block(lane0: Tensor, lane1: Tensor, x0: Tensor, skip: tuple[Tensor, Tensor, Tensor] | None,
-                   w: LayerWeights, packing: Packing, adapters: LayerAdapters,
-                   tap: Tap | None = None) -> tuple[Tensor, Tensor]:
+def parallel_block(lane0: Tensor, lane1: Tensor, x0: Tensor, skip: Skip, w: LayerWeights, packing: Packing,
+                   adapters: LayerAdapters, tap: Tap | None = None) -> tuple[Tensor, Tensor]:
     """Attention reads lane 0 (mixed with x0 and the skip), the MLP reads lane 1, both write to both lanes."""
     dtype = lane0.dtype
     mix, scale, resid, post = (p.to(dtype) for p in (w.resid_mix, w.ln_scale, w.lane_resid, w.lane_post))
@@ -1132,10 +1042,8 @@ def finish(lane0: Tensor, lane1: Tensor) -> Tensor:
 
 def score_tokens(hidden_ND: Tensor, tok_emb: Tensor, cap_pos: Tensor, cap_neg: Tensor, targets_N: Tensor,
                  hints_N: Tensor, delta_NV: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(nll of the target, log-probability of the hinted token), both (N,) fp32, over the full vocabulary.
-
-    delta_NV is an adapter's addition to the raw logits. The product rounds to the compute dtype, the rest is fp32.
-    """
+    """(nll of the target, log-probability of the hinted token), both (N,) fp32, over the full vocabulary; delta_NV is
+    an adapter's addition to the raw logits. The product rounds to the compute dtype, the rest is fp32."""
     logits = F.linear(hidden_ND, tok_emb.to(hidden_ND.dtype)).float()
     if delta_NV is not None:
         logits = logits + delta_NV.float()
@@ -1163,10 +1071,8 @@ def mark_varying(x: Tensor, *dims: int) -> Tensor:
 
 def make_graphs(run: Run) -> Graphs:
     """Compiled functions; eager ones when COMPILE=0. Sizes are static unless marked with mark_varying.
-
     Blocks are compiled one by one and shared by all layers: eleven times less to compile than the whole model.
-    On CPUs plain attention loops over segments in Python, so a graph may break there and only there.
-    """
+    On CPUs plain attention loops over segments in Python, so a graph may break there and only there."""
     if not run.cfg.compile:
         return Graphs()
     # Serial and parallel blocks exist with and without skip, gradient and adapters.
@@ -1183,10 +1089,8 @@ def execution_order(cfg: Config, looping: bool) -> tuple[list[int], list[int]]:
 
 class GPT(nn.Module):
     """Weights of the model and the order in which the blocks run.
-
     Banks hold one matrix per layer: wq, wo (L, D, D), wk, wv (L, G*K, D), w_up (L, F, D), w_down (L, D, F).
-    All parameters are fp32; `compute_dtype` is the dtype of activations and of every matrix product.
-    """
+    All parameters are fp32; `compute_dtype` is the dtype of activations and of every matrix product."""
     LAYER_PARAMETERS = LayerWeights._fields[:-1]
 
     def __init__(self, cfg: Config, compute_dtype: torch.dtype = torch.float32, attend: Attend = attend_math) -> None:
@@ -1265,8 +1169,7 @@ class GPT(nn.Module):
                 lane0 = lane1 = g.serial(lane0, x0, skip, layers[layer], packing, slots[slot], tap)
             else:
                 lane1 = lane1.clone() if lane1 is lane0 else lane1
-                lane0, lane1 = g.parallel(lane0, vary(lane1, 0, 1), x0, skip, layers[layer], packing, slots[slot],
-                                          tap)
+                lane0, lane1 = g.parallel(lane0, vary(lane1, 0, 1), x0, skip, layers[layer], packing, slots[slot], tap)
             if row < 0:
                 saved.append(lane0)
         return g.finish(vary(lane0, 0, 1), vary(lane1.clone() if lane1 is lane0 else lane1, 0, 1))
@@ -1284,7 +1187,7 @@ class GPT(nn.Module):
         """(nll of targets, log-probability of hints) of hidden states; without hints the second equals -nll."""
         hints_N = targets_N.clone() if hints_N is None else hints_N
         for x in (hidden_ND, targets_N, hints_N, delta_NV):
-            if x is not None and self.cfg.compile:
+            if x is not None:
                 mark_varying(x, 0)
         return self.graphs.score(hidden_ND, self.tok_emb, self.softcap_pos, self.softcap_neg, targets_N, hints_N,
                                  delta_NV)
@@ -1332,11 +1235,9 @@ def polar_express(G: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) ->
 
 class Muon:
     """Momentum, row normalization and orthogonalization of matrix banks, sharded over ranks [Muon].
-
     Parameters (L, rows, cols) of one matrix shape form a bank; its matrices are dealt to the ranks in equal shares
     (padded with zeros), so every rank keeps the momentum of its own share only. Gradients are reduced in fp32,
-    updates gathered in the compute dtype.
-    """
+    updates gathered in the compute dtype."""
 
     def __init__(self, params: Sequence[nn.Parameter], run: Run, weight_decay: float = 0.0, backend_steps: int = 5,
                  row_normalize: bool = True) -> None:
@@ -1361,52 +1262,43 @@ class Muon:
     @torch.no_grad()
     def step(self, grads: dict[nn.Parameter, Tensor], lr: float, momentum: float) -> None:
         """Apply one update from this rank's gradients; the average over ranks is taken here."""
-        R = self.run.world_size
-        pending = []
-        for bank in self.banks:                           # 1. launch all reductions
-            full = torch.cat([grads[p] for p in bank])
-            share = -(-len(full) // R)
-            if R > 1:
-                full = F.pad(full, (0, 0, 0, 0, 0, share * R - len(full)))
-            pending.append((share, *_reduce_scatter_mean(self.run, full)))
+        # 1. launch all reductions
+        reductions = [_reduce_scatter_mean(self.run, torch.cat([grads[p] for p in bank])) for bank in self.banks]
         gathers = []
-        for index, (share, shard, handle) in enumerate(pending):      # 2. update the own share
-            if handle is not None:
-                handle.wait()
+        for index, (shard, wait) in enumerate(reductions):            # 2. update the own share
+            wait()
             if self.momentum_buffers[index] is None:
                 self.momentum_buffers[index] = torch.zeros_like(shard)
             update = self.update_direction(shard, self.momentum_buffers[index], momentum)
             gathers.append(_all_gather(self.run, update))
-        for bank, (update, handle) in zip(self.banks, gathers):       # 3. gather, and apply to every replica
-            if handle is not None:
-                handle.wait()
-            offset = 0
-            for p in bank:
+        for bank, (update, wait) in zip(self.banks, gathers):         # 3. gather, and apply to every replica
+            wait()
+            lengths = [len(p) for p in bank]
+            for p, part in zip(bank, update[:sum(lengths)].split(lengths)):
                 rows, cols = p.shape[-2:]
                 p.mul_(1 - lr * self.weight_decay)
-                p.add_(update[offset:offset + len(p)].to(p.dtype), alpha=-lr * math.sqrt(max(1.0, rows / cols)))
-                offset += len(p)
+                p.add_(part.to(p.dtype), alpha=-lr * math.sqrt(max(1.0, rows / cols)))
 
 
-def _reduce_scatter_mean(run: Run, full: Tensor) -> tuple[Tensor, Any]:
-    """This rank's share of the mean of `full` over ranks, and a handle to wait for (None: done)."""
+def _reduce_scatter_mean(run: Run, full: Tensor) -> tuple[Tensor, Callable[[], Any]]:
+    """This rank's share of the mean of `full` (L, rows, cols) over ranks, and a function to call before reading it."""
     if run.world_size == 1:
-        return full, None
-    share = len(full) // run.world_size
-    full.div_(run.world_size)
+        return full, lambda: None
+    full = F.pad(full, (0, 0, 0, 0, 0, -len(full) % run.world_size)).div_(run.world_size)
+    shards = full.chunk(run.world_size)
     if run.device.type == "cuda":
-        shard = torch.empty_like(full[:share])
-        return shard, dist.reduce_scatter_tensor(shard, full, async_op=True)
+        shard = torch.empty_like(shards[0])
+        return shard, dist.reduce_scatter_tensor(shard, full, async_op=True).wait
     run.sum(full)                                         # gloo has no reduce-scatter
-    return full[run.rank * share:(run.rank + 1) * share].clone(), None
+    return shards[run.rank].clone(), lambda: None
 
 
-def _all_gather(run: Run, shard: Tensor) -> tuple[Tensor, Any]:
-    """All ranks' shards in rank order, and a handle to wait for (None: done)."""
+def _all_gather(run: Run, shard: Tensor) -> tuple[Tensor, Callable[[], Any]]:
+    """All ranks' shards in rank order, and a function to call before reading them."""
     if run.world_size == 1:
-        return shard, None
-    full = torch.empty((len(shard) * run.world_size, *shard.shape[1:]), dtype=shard.dtype, device=shard.device)
-    return full, dist.all_gather_into_tensor(full, shard.contiguous(), async_op=True)
+        return shard, lambda: None
+    full = shard.new_empty(len(shard) * run.world_size, *shard.shape[1:])
+    return full, dist.all_gather_into_tensor(full, shard.contiguous(), async_op=True).wait
 
 
 class Optimizer:
@@ -1460,8 +1352,8 @@ class Optimizer:
             group["lr"] = self.base_lr[group["name"]] * lr_factor
         self.adamw.step()
         self.muon.step(grads, self.cfg.matrix_lr * lr_factor, muon_momentum(self.cfg, step))
-        for cap in (self.model.softcap_pos, self.model.softcap_neg):
-            cap.clamp_(min=1.0)                           # a cap below one nat could not express a confident token
+        # A cap below one nat could not express a confident token.
+        torch._foreach_clamp_min_([self.model.softcap_pos, self.model.softcap_neg], 1.0)
         self.grad_sum, self.num_rows = [], 0
         self.model.zero_grad(set_to_none=True)
 
@@ -1554,32 +1446,26 @@ def train_rows(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, loader: 
     total = torch.zeros((), device=run.device)
     for _ in range(rows):
         row = next(loader)
-        _mark_segments(cfg, row.cu_seqlens)
-        loss = model.loss(row.inputs, row.targets, row.cu_seqlens, looping=looping, segment_cap=cfg.longest_segment)
+        # The number of documents in a row varies; only the attention kernel sees it.
+        loss = model.loss(row.inputs, row.targets, mark_varying(row.cu_seqlens, 0), looping=looping,
+                          segment_cap=cfg.longest_segment)
         loss.backward()
         optimizer.add_row()
         total += loss.detach()
     return total
 
 
-def _mark_segments(cfg: Config, cu_seqlens: Tensor) -> None:
-    # The number of documents in a row varies; only the attention kernel sees it.
-    if cfg.compile:
-        mark_varying(cu_seqlens, 0)
-
-
 def warm_up(cfg: Config, run: Run, data: Dataset, model: GPT, optimizer: Optimizer) -> float:
     """Compile and run every training graph, then put everything back. Returns the seconds calibration will take."""
     timer = Timer(run)
-    saved = [p.detach().clone() for p in model.parameters()]
+    before = WeightAverage(model, decay=1.0)              # an average that is never updated: a copy to go back to
     rng = torch.get_rng_state(), torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None
     loader = make_loader(cfg, run, data)
     for looping, name in ((False, "warmup_step"), (True, "loop_warmup_step")):
         row = next(loader)
         for pad in WARMUP_SEGMENT_PADS if cfg.compile and cfg.warmup_steps else ():
             bounds = torch.arange(0, cfg.row_tokens + 1, cfg.train_seq_len, dtype=torch.int32)
-            bounds = F.pad(bounds, (0, -len(bounds) % pad), value=cfg.row_tokens).to(run.device)
-            _mark_segments(cfg, bounds)
+            bounds = mark_varying(F.pad(bounds, (0, -len(bounds) % pad), value=cfg.row_tokens).to(run.device), 0)
             model.loss(row.inputs, row.targets, bounds, looping=looping, segment_cap=cfg.longest_segment).backward()
             model.zero_grad(set_to_none=True)
         for step in range(cfg.warmup_steps):
@@ -1596,8 +1482,7 @@ def warm_up(cfg: Config, run: Run, data: Dataset, model: GPT, optimizer: Optimiz
             collect_hessians(cfg, run, model, data.train, num_batches=run.world_size)
             batch_s = batch_timer.seconds()
         calibration_s = 1.2 * batch_s * -(-cfg.gptq_calibration_batches // run.world_size)
-    with torch.no_grad():
-        torch._foreach_copy_(list(model.parameters()), saved)
+    before.apply()
     optimizer.reset()
     torch.set_rng_state(rng[0])
     if rng[1] is not None:
@@ -1607,8 +1492,7 @@ def warm_up(cfg: Config, run: Run, data: Dataset, model: GPT, optimizer: Optimiz
 
 
 def make_loader(cfg: Config, run: Run, data: Dataset) -> PackingLoader:
-    return PackingLoader(data.train, cfg.row_tokens, cfg.train_seq_len, run.rank, run.world_size, run.device,
-                         run.log)
+    return PackingLoader(data.train, cfg.row_tokens, cfg.train_seq_len, run.rank, run.world_size, run.device, run.log)
 
 
 def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
@@ -1620,8 +1504,7 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
     calibration_s = warm_up(cfg, run, data, model, optimizer)
     average = WeightAverage(model, cfg.ema_decay)
     loader = make_loader(cfg, run, data)
-    rows = ROWS_PER_STEP // run.world_size
-    looping, stopped, loop_on = False, False, None
+    looping, loop_on = False, None
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
     run.barrier()
@@ -1629,13 +1512,12 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
     for step in range(cfg.iterations):
         progress, stop = run.agree(plan_step(cfg, step, clock.now(), clock.longest_recent(), calibration_s))
         if stop:
-            stopped = True
             break
         if not looping and cfg.num_loops and progress >= cfg.enable_looping_at:
             looping, loop_on = True, (step, clock.now())
             encoder, decoder = execution_order(cfg, True)
             run.log(f"layer_loop:enabled step:{step} frac:{progress:.3f} encoder:{encoder} decoder:{decoder}")
-        loss = train_rows(cfg, run, model, optimizer, loader, rows, looping)
+        loss = train_rows(cfg, run, model, optimizer, loader, ROWS_PER_STEP // run.world_size, looping)
         optimizer.step(step, lr_factor(cfg, progress))
         average.update()
         clock.step_done()
@@ -1648,7 +1530,7 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
             if not math.isfinite(mean_loss):
                 raise RuntimeError(f"train_loss is {mean_loss} after step {done}; the run has diverged, lower "
                                    "MATRIX_LR or check the data")
-    steps = step if stopped else cfg.iterations
+    steps = step if stop else cfg.iterations
     if not steps:
         raise ConfigError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} leaves no time for a step beside "
                           f"{calibration_s:.1f} s of calibration; raise it or lower GPTQ_CALIBRATION_BATCHES")
@@ -1657,22 +1539,19 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
                 "train longer, lower it, or set NUM_LOOPS=0")
     train_s = clock.timer.seconds()
     loader.close()
-    if stopped:
+    if stop:
         run.log(f"stopping_early: wallclock_cap train_time: {1000 * train_s:.0f}ms step: {steps}/{cfg.iterations}")
-    _log_speed(cfg, run, steps, train_s, *(loop_on or (steps, train_s)))
+    loop_step, loop_s = loop_on or (steps, train_s)
+    halves = (("loops_off", loop_step, loop_s), ("loops_on", steps - loop_step, train_s - loop_s))
+    run.log("train speed " + "".join(
+        f"{name}_tok_per_s:{count * cfg.train_batch_tokens / seconds:.0f} {name}_step_ms:{1000 * seconds / count:.1f} "
+        for name, count, seconds in halves if count) + f"steps:{steps}")
     if run.device.type == "cuda":
         run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated(run.device) >> 20} MiB "
                 f"reserved: {torch.cuda.max_memory_reserved(run.device) >> 20} MiB")
     run.log("ema:applying EMA weights")
     average.apply()
     return train_s
-
-
-def _log_speed(cfg: Config, run: Run, steps: int, train_s: float, loop_step: int, loop_s: float) -> None:
-    halves = (("loops_off", loop_step, loop_s), ("loops_on", steps - loop_step, train_s - loop_s))
-    run.log("train speed " + "".join(
-        f"{name}_tok_per_s:{count * cfg.train_batch_tokens / seconds:.0f} {name}_step_ms:{1000 * seconds / count:.1f} "
-        for name, count, seconds in halves if count) + f"steps:{steps}")
 
 
 # --- 10 quantization ----------------------------------------------------------------------------------------
@@ -3034,9 +2913,8 @@ class BpbMeter:
     def add(self, nll: Tensor, byte_counts: Tensor, scored: Tensor | None = None) -> None:
         """Bank nll (nats) and bytes of targets of one shape; `scored` masks those that count."""
         scored = torch.ones_like(nll, dtype=torch.bool) if scored is None else scored
-        self.sums += torch.stack([torch.where(scored, nll, 0.0).sum(dtype=torch.float64),
-                                  scored.sum(dtype=torch.float64),
-                                  torch.where(scored, byte_counts, 0).sum(dtype=torch.float64)])
+        self.sums += torch.stack([
+            torch.where(scored, x, 0).sum(dtype=torch.float64) for x in (nll, scored, byte_counts)])
 
     def result(self) -> Score:
         """Totals over all ranks; call once, at the end."""
@@ -3053,17 +2931,13 @@ def eval_row_tokens(cfg: Config) -> int:
 
 def score_row(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, byte_counts: np.ndarray, meter: BpbMeter,
               looping: bool) -> None:
-    """Bank every target of one flat row of tokens (length + 1,).
-
-    A compiled model gets the row padded to a training row and with gradients on, though nothing goes backward:
-    then the graphs of training serve here, and nothing is compiled for two diagnostics.
-    """
-    length = len(tokens) - 1
-    inputs = tokens[:-1].astype(np.int64)
+    """Bank every target of one flat row of tokens (length + 1,). A compiled model gets the row padded to a training
+    row and with gradients on, though nothing goes backward: then the graphs of training serve here, and nothing is
+    compiled for two diagnostics."""
+    length, inputs = len(tokens) - 1, tokens[:-1].astype(np.int64)
     if cfg.compile:
         inputs = np.pad(inputs, (0, max(cfg.row_tokens, eval_row_tokens(cfg)) - length))      # causal: nothing sees it
-    bounds = torch.from_numpy(segment_bounds(inputs, cfg.eval_seq_len)).to(run.device)
-    _mark_segments(cfg, bounds)
+    bounds = mark_varying(torch.from_numpy(segment_bounds(inputs, cfg.eval_seq_len)).to(run.device), 0)
     with torch.set_grad_enabled(cfg.compile):
         hidden = model(torch.from_numpy(inputs).to(run.device)[None], looping=looping,
                        segments=(bounds, cfg.longest_segment))[0].detach()
@@ -3076,10 +2950,8 @@ def score_row(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, byte_counts
 
 def evaluate_plain(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, byte_counts: np.ndarray,
                    looping: bool = True) -> Score:
-    """Score every target after the first token in flat rows of whole sequences, dealt to the ranks.
-
-    Rows begin at multiples of their length on any world size, so the context of a target does not depend on it.
-    """
+    """Score every target after the first token in flat rows of whole sequences, dealt to the ranks. Rows begin at
+    multiples of their length on any world size, so the context of a target does not depend on it."""
     width, meter = eval_row_tokens(cfg), BpbMeter(run)
     for start in range(width * run.rank, len(tokens) - 1, width * run.world_size):
         span = slice(start, start + width + 1)
@@ -3111,6 +2983,10 @@ class Hints(NamedTuple):
     confidence: np.ndarray
 
 
+def closed_hints(count: int) -> Hints:
+    return Hints(np.zeros(count, np.int32), np.zeros(count, bool), np.zeros(count, np.float32))
+
+
 def twin_ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarray, context: int,
                       threshold: float) -> Hints:
     """The definition: walk the targets in `order`; look each context up, then count the target.
@@ -3122,9 +2998,7 @@ def twin_ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarra
     The hint is the token that first reached the highest count; the gate opens where its share of all counts is at
     least `threshold`, both as fp32.
     """
-    hint = np.zeros(len(tokens) - 1, np.int32)
-    gate = np.zeros(len(tokens) - 1, bool)
-    confidence = np.zeros(len(tokens) - 1, np.float32)
+    hint, gate, confidence = hints = closed_hints(len(tokens) - 1)
     table: dict[tuple, dict] = {}
     for i in order.tolist():
         begin = i + 1 - context
@@ -3140,7 +3014,7 @@ def twin_ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarra
         entry["total"] += 1
         if count > entry["best"]:
             entry["top"], entry["best"] = target, count
-    return Hints(hint, gate, confidence)
+    return hints
 
 
 NGRAM_C = r"""
@@ -3188,13 +3062,11 @@ int ngram_hints(const uint16_t *tokens, const int64_t *order, int64_t num_target
     Counts counts = { calloc(1024, sizeof(Count)), 1023, 0 };
     int failed = !table || !counts.slots;
     for (int64_t k = -AHEAD; k < num_targets && !failed; k++) {
-        if (k + AHEAD < num_targets) {
-            int64_t i = order[k + AHEAD];
-            if (i + 1 - context >= doc_start[i]) {
-                uint64_t h = hash_context(tokens + i + 1 - context, context) & (capacity - 1);
-                hashes[(k + AHEAD) % (2 * AHEAD)] = h;
-                __builtin_prefetch(&table[h]);
-            }
+        int64_t ahead = k + AHEAD < num_targets ? order[k + AHEAD] : -1;
+        if (ahead >= 0 && ahead + 1 - context >= doc_start[ahead]) {
+            uint64_t h = hash_context(tokens + ahead + 1 - context, context) & (capacity - 1);
+            hashes[(k + AHEAD) % (2 * AHEAD)] = h;
+            __builtin_prefetch(&table[h]);
         }
         if (k < 0) continue;
         int64_t i = order[k], begin = i + 1 - context;
@@ -3237,22 +3109,17 @@ def ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarray, co
     if len(doc_start) != n or (len(order) and not 0 <= order.min() <= order.max() < n):
         raise ValueError(f"ngram_hints: expected doc_start of {n} targets and order within them, found "
                          f"{len(doc_start)} and {order.min()}..{order.max()}")
-    hints = Hints(np.zeros(n, np.int32), np.zeros(n, np.uint8), np.zeros(n, np.float32))
+    hints = closed_hints(n)
     pointer = lambda x: ctypes.c_void_p(x.ctypes.data)                       # noqa: E731
-    failed = compile_c(NGRAM_C).ngram_hints(
-        pointer(tokens), pointer(order), ctypes.c_int64(len(order)), pointer(doc_start), ctypes.c_int(context),
-        ctypes.c_float(threshold), *map(pointer, hints))
-    if failed:
-        raise MemoryError(f"n-gram table for {len(order):,} targets does not fit into memory; free about "
-                          f"{len(order) * 45 >> 20} MiB")
-    return hints._replace(gate=hints.gate.astype(bool))
+    if compile_c(NGRAM_C).ngram_hints(
+            pointer(tokens), pointer(order), ctypes.c_int64(len(order)), pointer(doc_start), ctypes.c_int(context),
+            ctypes.c_float(threshold), *map(pointer, hints)):
+        raise MemoryError(f"no memory for n-grams of {len(order):,} targets; free about {len(order) * 45 >> 20} MiB")
+    return hints
 
 
 def tilt(nll: Tensor, log_q_hint: Tensor, is_hit: Tensor, boost: Tensor) -> Tensor:
-    """nll after multiplying the hinted token's probability by exp(boost) and renormalizing; boost 0 changes nothing.
-
-    All (..., ) fp32: nll of the target, log-probability of the hint, whether the target is the hint, boost.
-    """
+    """nll of the target after multiplying the hint's probability by exp(boost) and renormalizing; all (...,) fp32."""
     return nll - boost * is_hit + torch.log1p(log_q_hint.clamp_max(0.0).exp() * torch.expm1(boost))
 
 
@@ -3273,8 +3140,7 @@ class Documents(NamedTuple):
 def find_documents(tokens: np.ndarray) -> Documents:
     """Documents begin at BOS and own the following BOS as their last target. A lone final BOS has no target."""
     starts = np.flatnonzero(tokens == BOS).astype(np.int64)
-    ends = np.append(starts[1:] + 1, len(tokens))
-    lengths = ends - starts
+    lengths = np.append(starts[1:] + 1, len(tokens)) - starts
     return Documents(starts[lengths >= 2], lengths[lengths >= 2])
 
 
@@ -3291,17 +3157,13 @@ Phase = list[list[Batch]]    # batches of each lane, in order
 def plan_batches(docs: Documents, *, batch_size: int, lanes: int = LANES, split_tokens: int = SPLIT_TOKENS,
                  prefix_docs: int = 0, chunk: int = 48, window: int = 2560) -> list[Phase]:
     """Deal all documents to lanes, in one or two phases. Depends on document lengths and settings only.
-
     Batches of documents of similar length are queued longest first; each goes to the lane with the least work.
-    The first phase ends with the batch that brings the number of documents to prefix_docs (0: a single phase).
-    """
+    The first phase ends with the batch that brings the number of documents to prefix_docs (0: a single phase)."""
     by_length = np.argsort(docs.length, kind="stable")
     batches = [by_length[at:at + batch_size] for at in range(0, len(by_length), batch_size)]
-    queue_order = sorted(range(len(batches)), key=lambda b: -docs.length[batches[b]].max())
     phases: list[Phase] = [[[] for _ in range(lanes)]]
-    loads = np.zeros(lanes)
-    seen, boundary = 0, min(prefix_docs, len(by_length))
-    for b in queue_order:
+    loads, seen, boundary = np.zeros(lanes), 0, min(prefix_docs, len(by_length))
+    for b in sorted(range(len(batches)), key=lambda b: -docs.length[batches[b]].max()):
         if 0 < boundary <= seen and len(phases) == 1:
             phases.append([[] for _ in range(lanes)])
             loads[:] = 0
@@ -3336,25 +3198,20 @@ class ScoredChunks(NamedTuple):
 
 
 def certified_order(phases: Sequence[Phase], docs: Documents, chunk: int) -> ScoredChunks:
-    """The one total order in which chunks count as scored: by phase, step of the lane, lane, row.
-
-    Every prediction depends only on tokens before it in this order, whatever the number of ranks and their speed.
-    """
-    columns: list[list[np.ndarray]] = [[] for _ in range(6)]
+    """The one total order in which chunks count as scored: by phase, step of the lane, lane, row. Every prediction
+    depends only on tokens before it in this order, whatever the number of ranks and their speed."""
+    tables = []
     for phase, lanes in enumerate(phases):
         for lane, batches in enumerate(lanes):
             first_step = 0
             for batch in batches:
                 counts = num_chunks(docs.length[list(batch.docs)], chunk)
-                total = int(counts.sum())
                 row = np.repeat(np.arange(len(counts)), counts)
-                chunk_index = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
-                for column, values in zip(columns, (np.full(total, phase), first_step + chunk_index,
-                                                    np.full(total, lane), row, np.asarray(batch.docs)[row],
-                                                    chunk_index)):
-                    column.append(values)
+                index = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+                doc = np.asarray(batch.docs)[row]
+                tables.append(np.stack(np.broadcast_arrays(phase, first_step + index, lane, row, doc, index)))
                 first_step += int(counts.max())
-    phase, step, lane, row, doc, chunk_index = (np.concatenate(column).astype(np.int64) for column in columns)
+    phase, step, lane, row, doc, chunk_index = np.concatenate(tables, axis=1)
     order = np.lexsort((row, lane, step, phase))
     return ScoredChunks(doc[order], chunk_index[order], phase[order])
 
@@ -3392,10 +3249,8 @@ DrawA = Callable[[str, int, tuple[int, ...]], Tensor]     # (kind, slot, shape) 
 
 
 class AdapterBank:
-    """Adapters and optimizer state of one batch; documents are rows and never mix.
-
-    `params` holds A (rows, R, in) and B (rows, out, R) of every slot and kind, fp32, A before B.
-    """
+    """Adapters and optimizer state of one batch; documents are rows and never mix. `params` holds A (rows, R, in) and
+    B (rows, out, R) of every slot and kind, fp32, A before B."""
 
     def __init__(self, cfg: Config, num_slots: int, rows: int, device: torch.device, draw: DrawA) -> None:
         self.cfg, self.rows, self.draw = cfg, rows, draw
@@ -3407,8 +3262,7 @@ class AdapterBank:
         for kind, slot in self.names:
             out = kinds.get(kind, cfg.vocab_size)
             self.params += [draw(kind, slot, (rows, R, D)), torch.zeros(rows, out, R, device=device)]
-        self.exp_avg = [torch.zeros_like(p) for p in self.params]
-        self.exp_avg_sq = [torch.zeros_like(p) for p in self.params]
+        self.exp_avg, self.exp_avg_sq = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
         self.steps = [torch.zeros((), device=device) for _ in self.params]
 
     def reset(self) -> None:
@@ -3421,16 +3275,14 @@ class AdapterBank:
 
     def leaves(self, first: int) -> list[Tensor]:
         """The parameters of documents first, first + 1, ..., ready to be differentiated."""
-        leaves = [p[first:].detach().requires_grad_() for p in self.params]
-        return [mark_varying(p, 0) for p in leaves] if self.cfg.compile else leaves
+        return [mark_varying(p[first:].detach().requires_grad_(), 0) for p in self.params]
 
     def adapters(self, leaves: Sequence[Tensor]) -> tuple[list[LayerAdapters], LowRank]:
         """The adapters of every slot and of the head, over `leaves`."""
         scale = self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank
         made = [LowRank(A, B, scale) for A, B in zip(leaves[::2], leaves[1::2])]
-        per_slot = len(self.kinds)
-        slots = [LayerAdapters(**dict(zip(self.kinds, made[at:at + per_slot])))
-                 for at in range(0, len(made) - 1, per_slot)]
+        n = len(self.kinds)
+        slots = [LayerAdapters(**dict(zip(self.kinds, made[at:at + n]))) for at in range(0, len(made) - 1, n)]
         return slots, made[-1]
 
     @torch.no_grad()
@@ -3462,10 +3314,8 @@ class Stream(NamedTuple):
 def score_batch(cfg: Config, run: Run, model: GPT, stream: Stream, docs: Documents, batch: Batch, bank: AdapterBank,
                 meter: BpbMeter, nll_by_target: Tensor | None = None) -> None:
     """Score all chunks of a batch, each before anything has learnt from it; adapters learn after every chunk.
-
     Documents are sorted by length, so the unfinished ones are always the last rows. nll_by_target (N - 1,) fp64
-    receives every scored (tilted) nll when given.
-    """
+    receives every scored (tilted) nll when given."""
     C, E = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
     start, length = docs.start[list(batch.docs)], docs.length[list(batch.docs)]
     counts = num_chunks(length, C)
@@ -3487,11 +3337,10 @@ def score_batch(cfg: Config, run: Run, model: GPT, stream: Stream, docs: Documen
         slots, head = bank.adapters(leaves)
         hidden = model(inputs, looping=True, adapters=slots)
         hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
-        hints = stream.hints[target].long()
-        nll, log_q = model.score(hidden.flatten(0, 1), stream.tokens[target + 1].long().flatten(), hints.flatten(),
-                                 head(hidden).flatten(0, 1))
+        answers, hints = stream.tokens[target + 1].long(), stream.hints[target].long()
+        nll, log_q = model.score(hidden.flatten(0, 1), answers.flatten(), hints.flatten(), head(hidden).flatten(0, 1))
         nll, log_q = nll.view_as(target), log_q.view_as(target)       # 1. scored by weights that never saw the chunk
-        tilted = tilt(nll.detach(), log_q.detach(), stream.tokens[target + 1] == hints, stream.boost[target])
+        tilted = tilt(nll.detach(), log_q.detach(), answers == hints, stream.boost[target])
         meter.add(tilted, stream.byte_counts[target + 1], scored)     # 2. banked; it is never revised
         if nll_by_target is not None:
             nll_by_target[target[scored]] = tilted[scored].double()
@@ -3505,11 +3354,8 @@ def score_batch(cfg: Config, run: Run, model: GPT, stream: Stream, docs: Documen
 def lane_draws(cfg: Config, run: Run, lane: int) -> DrawA:
     """Initial values of A, uniform(±1/sqrt(in)), from a generator of the lane's own."""
     generator = run.generator(lane)
-
-    def draw(kind: str, slot: int, shape: tuple[int, ...]) -> Tensor:
-        bound = 1 / math.sqrt(shape[-1])
-        return torch.empty(shape, device=run.device).uniform_(-bound, bound, generator=generator)
-    return draw
+    return lambda kind, slot, shape: torch.empty(shape, device=run.device).uniform_(
+        -1 / math.sqrt(shape[-1]), 1 / math.sqrt(shape[-1]), generator=generator)
 
 
 def score_phase(cfg: Config, run: Run, model: GPT, stream: Stream, docs: Documents, phase: Phase, meter: BpbMeter,
@@ -3539,43 +3385,33 @@ def score_phase(cfg: Config, run: Run, model: GPT, stream: Stream, docs: Documen
 
 def adapt_base(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, docs: Documents, chosen: np.ndarray) -> int:
     """Train all base weights with SGD on documents that have been scored. Returns the number of steps.
-
     The documents are joined in the given order and cut in chunks; the last chunk is skipped. Ranks take contiguous
-    runs of whole documents of a chunk; gradients are weighted by tokens, so the split does not matter.
-    """
+    runs of whole documents of a chunk; gradients are weighted by tokens, so the split does not matter."""
     joined = np.concatenate([tokens[s:s + n] for s, n in zip(docs.start[chosen], docs.length[chosen])])
-    S = cfg.ttt_eval_seq_len
-    num = -(-(len(joined) - 1) // cfg.global_ttt_chunk_tokens)
-    params = list(model.parameters())
-    trained = [p for p in params if p.requires_grad]
+    C, S = cfg.global_ttt_chunk_tokens, cfg.ttt_eval_seq_len
+    num = -(-(len(joined) - 1) // C)
+    steps = [(chunk, first) for chunk in range(num - 1) for first in range(0, C // S, cfg.global_ttt_batch_seqs)]
+    trained = [p for p in model.parameters() if p.requires_grad]
     sgd = torch.optim.SGD(trained, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
-    steps = 0
-    for chunk in range(num - 1):
+    for chunk, first in steps:
         sgd.param_groups[0]["lr"] = global_sgd_lr(cfg.global_ttt_lr, num, chunk)
-        seqs = cfg.global_ttt_chunk_tokens // S
-        for first in range(0, seqs, cfg.global_ttt_batch_seqs):
-            at = chunk * cfg.global_ttt_chunk_tokens + first * S
-            size = min(cfg.global_ttt_batch_seqs, seqs - first) * S
-            begin, end = rank_share(joined[at:at + size], run.rank, run.world_size)
-            model.zero_grad(set_to_none=True)
-            if end > begin:
-                inputs, targets = (torch.from_numpy(joined[at + k + begin:at + k + end].astype(np.int64)).to(run.device)
-                                   for k in (0, 1))
-                bounds = torch.from_numpy(segment_bounds(joined[at + begin:at + end], S)).to(run.device)
-                # Eager: a hundred short steps take less time than compiling them would.
-                loss = model.loss(inputs, targets, bounds, looping=True, segment_cap=S, graphs=Graphs())
-                (loss * ((end - begin) / size)).backward()
-            grads = run.sum_all([torch.zeros_like(p) if p.grad is None else p.grad for p in trained])
-            for p, grad in zip(trained, grads):
-                p.grad = grad
-            torch.nn.utils.clip_grad_norm_(trained, cfg.global_ttt_grad_clip)
-            sgd.step()
-            with torch.no_grad():
-                for cap in (model.softcap_pos, model.softcap_neg):
-                    cap.clamp_(min=1.0)
-            steps += 1
+        at, size = chunk * C + first * S, min(cfg.global_ttt_batch_seqs, C // S - first) * S
+        begin, end = rank_share(joined[at:at + size], run.rank, run.world_size)
+        model.zero_grad(set_to_none=True)
+        if end > begin:
+            row = torch.from_numpy(joined[at + begin:at + end + 1].astype(np.int64)).to(run.device)
+            bounds = torch.from_numpy(segment_bounds(joined[at + begin:at + end], S)).to(run.device)
+            # Eager: a hundred short steps take less time than compiling them would.
+            loss = model.loss(row[:-1], row[1:].clone(), bounds, looping=True, segment_cap=S, graphs=Graphs())
+            (loss * ((end - begin) / size)).backward()
+        for p, grad in zip(trained, run.sum_all([torch.zeros_like(p) if p.grad is None else p.grad for p in trained])):
+            p.grad = grad
+        torch.nn.utils.clip_grad_norm_(trained, cfg.global_ttt_grad_clip)
+        sgd.step()
+        with torch.no_grad():
+            torch._foreach_clamp_min_([model.softcap_pos, model.softcap_neg], 1.0)
     model.zero_grad(set_to_none=True)
-    return steps
+    return len(steps)
 
 
 def rank_share(tokens: np.ndarray, rank: int, world_size: int) -> tuple[int, int]:
@@ -3592,10 +3428,9 @@ def warm_up_ttt(cfg: Config, run: Run, model: GPT) -> None:
     timer = Timer(run)
     model.sizes_vary = cfg.compile
     if cfg.compile:
-        rng = np.random.default_rng(cfg.seed)
         C, E = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
         lengths = np.array([2 * C + 1] * (cfg.ttt_batch_size - 1) + [E + 3 * C])
-        tokens = rng.integers(2, cfg.vocab_size, lengths.sum() + 1).astype(np.uint16)
+        tokens = np.random.default_rng(cfg.seed).integers(2, cfg.vocab_size, lengths.sum() + 1).astype(np.uint16)
         docs = Documents(np.cumsum(lengths) - lengths, lengths)
         slots = sum(map(len, execution_order(cfg, True)))
         stream = make_stream(run, tokens, np.ones_like(tokens), None, cfg)
@@ -3607,12 +3442,9 @@ def warm_up_ttt(cfg: Config, run: Run, model: GPT) -> None:
 
 
 def make_stream(run: Run, tokens: np.ndarray, byte_counts: np.ndarray, hints: Hints | None, cfg: Config) -> Stream:
-    n = len(tokens) - 1
-    return Stream(torch.from_numpy(tokens.astype(np.int32)).to(run.device),
-                  torch.from_numpy(byte_counts.astype(np.int32)).to(run.device),
-                  torch.from_numpy(hints.hint if hints else np.zeros(n, np.int32)).to(run.device),
-                  torch.from_numpy((hints.gate if hints else np.zeros(n)) * np.float32(cfg.token_boost)
-                                   ).float().to(run.device))
+    hints = hints or closed_hints(len(tokens) - 1)
+    return Stream(*(torch.from_numpy(x).to(run.device) for x in (
+        tokens.astype(np.int32), byte_counts.astype(np.int32), hints.hint, hints.gate * np.float32(cfg.token_boost))))
 
 
 def make_hints(cfg: Config, run: Run, tokens: np.ndarray, order: np.ndarray, docs: Documents) -> Hints | None:
@@ -3620,12 +3452,11 @@ def make_hints(cfg: Config, run: Run, tokens: np.ndarray, order: np.ndarray, doc
     if not cfg.ngram_tilt_enabled:
         return None
     timer, n = Timer(run), len(tokens) - 1
+    hints = closed_hints(n)
     if run.rank == 0:
         doc_start = np.repeat(docs.start, docs.length - 1)
         doc_start = np.pad(doc_start, (0, n - len(doc_start)))        # nothing follows a lone final BOS
         hints = ngram_hints(tokens, order, doc_start, cfg.token_order - 1, cfg.token_threshold)
-    else:
-        hints = Hints(np.zeros(n, np.int32), np.zeros(n, bool), np.zeros(n, np.float32))
     if run.world_size > 1:
         hint, gate = (run.broadcast(torch.from_numpy(x).to(run.device)).cpu().numpy() for x in hints[:2])
         hints = Hints(hint, gate, hints.confidence)                   # only rank 0 knows the confidence, nobody needs it
@@ -3642,12 +3473,11 @@ def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset) -> Score:
     run.barrier()
     timer = Timer(run)
     tokens, byte_counts = data.load_validation()
-    docs = find_documents(tokens)
+    docs, C = find_documents(tokens), cfg.ttt_chunk_size
     prefix = min(cfg.phased_ttt_prefix_docs, len(docs.start))
-    phases = plan_batches(docs, batch_size=cfg.ttt_batch_size, prefix_docs=prefix, chunk=cfg.ttt_chunk_size,
-                          window=cfg.ttt_eval_seq_len)
-    scored = certified_order(phases, docs, cfg.ttt_chunk_size)
-    order = targets_in_order(scored, docs, cfg.ttt_chunk_size) if run.rank == 0 else np.empty(0, np.int64)
+    phases = plan_batches(docs, batch_size=cfg.ttt_batch_size, prefix_docs=prefix, chunk=C, window=cfg.ttt_eval_seq_len)
+    scored = certified_order(phases, docs, C)
+    order = targets_in_order(scored, docs, C) if run.rank == 0 else np.empty(0, np.int64)
     hints = make_hints(cfg, run, tokens, order, docs)
     stream = make_stream(run, tokens, byte_counts, hints, cfg)
     run.log(f"ttt_phased: total_docs:{len(docs.start)} prefix_docs:{prefix} suffix_docs:{len(docs.start) - prefix} "
@@ -3661,13 +3491,12 @@ def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset) -> Score:
             run.barrier()
             phase_timer = Timer(run)
             model.requires_grad_(True)
-            chosen = select_prefix(scored, docs, cfg.ttt_chunk_size, prefix)
+            chosen = select_prefix(scored, docs, C, prefix)
             steps = adapt_base(cfg, run, model, tokens, docs, chosen)
             model.requires_grad_(False)
             run.log(f"ttt adapted_base documents:{len(chosen)} sgd_steps:{steps} elapsed_s:{phase_timer.seconds():.1f} "
                     f"eval_time_s:{timer.seconds():.1f}")
-    score = meter.result()
-    seconds = timer.seconds()
+    score, seconds = meter.result(), timer.seconds()
     if run.device.type == "cuda":
         run.log(f"ttt peak_allocated_mib:{torch.cuda.max_memory_allocated(run.device) >> 20}")
     run.log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms "
@@ -3723,8 +3552,7 @@ def run_pipeline(cfg: Config, run: Run) -> None:
         run.broadcast(p.data)                             # replicas start equal to the last bit
     log_start(cfg, run, data, tokenizer, model)
     if run.device.type == "cuda" and not cfg.allow_slow and not (cfg.compile and triton is not None):
-        raise ConfigError("a GPU run without torch.compile or Triton is several times slower; set ALLOW_SLOW=1 to "
-                          "accept that")
+        raise ConfigError("a GPU run without torch.compile or Triton is several times slower; allow it by ALLOW_SLOW=1")
     model.attend = choose_attention(run)
     model.graphs = make_graphs(run)
 
