@@ -94,12 +94,17 @@ def minify(source: str) -> str:
     return ast.unparse(ast.fix_missing_locations(_Strip().visit(ast.parse(source)))) + "\n"
 
 
+def as_literal(data: bytes) -> str:
+    """What stands between the quotes of a Latin-1 string literal whose characters are these bytes."""
+    # The escape \0 would run into a digit that follows it.
+    return re.sub("\0[0-7]?|[" + re.escape("".join(ESCAPES)) + "]",
+                  lambda m: ESCAPES[m[0]] if m[0] in ESCAPES else "\\000" + m[0][1], data.decode("latin1"))
+
+
 def pack_script(source: str) -> bytes:
     """The self-extracting form of a script."""
-    payload = lzma.compress(minify(source).encode(), lzma.FORMAT_RAW, filters=LZMA_FILTERS).decode("latin1")
-    # An escape \0 must not run into a digit that follows it.
-    literal = re.sub(r"\\0(?=[0-7])", r"\\000", "".join(ESCAPES.get(c, c) for c in payload))
-    return (LOADER % (literal, LZMA_FILTERS)).encode("latin1")
+    payload = lzma.compress(minify(source).encode(), lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+    return (LOADER % (as_literal(payload), LZMA_FILTERS)).encode("latin1")
 
 
 def write_folder(folder: Path) -> int:

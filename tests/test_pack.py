@@ -3,6 +3,7 @@ import ast
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import pack
@@ -39,6 +40,15 @@ def add(a: int, b: int) -> int:
 if __name__ == "__main__":
     print(__doc__, add(1, 2), Pair(1), sys.argv[1:], "int f" in C)
 """
+
+
+@pytest.mark.parametrize("data", (b"\\05", b"\x00\x00" + b"07", b"\\\x00" + b"1", bytes(range(256)) * 2,
+                                  np.random.default_rng(0).integers(0, 256, 200_000, np.uint8).tobytes()))
+def test_any_bytes_survive_as_a_literal(data, tmp_path):
+    script = tmp_path / "literal.py"
+    script.write_bytes(('#coding:latin1\nimport sys\nsys.stdout.buffer.write("%s".encode("latin1"))'
+                        % pack.as_literal(data)).encode("latin1"))
+    assert subprocess.run([sys.executable, str(script)], capture_output=True).stdout == data
 
 
 def test_minified_script_keeps_fields_and_drops_docstrings_hints_and_twins():
