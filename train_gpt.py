@@ -189,7 +189,8 @@ class Config:
     mlp_clip_sigmas: float = knob(11.5, "MLP: clip range in row standard deviations", 0.1)
     embed_clip_sigmas: float = knob(14.0, "embedding: clip range in row standard deviations", 0.1)
     fill_artifact: bool = knob(False, "1 lowers the clip sigmas until the artifact fills the size limit")
-    rdo_lambda: float = knob(0.0, "0: plain GPTQ; above: trellis rounding, squared steps one bit is worth", 0.0)
+    rdo_lambda: float = knob(0.0, "0: plain GPTQ; 1: trellis rounding, and steps for which a bit buys the same loss in "
+                             "every matrix; between: part of the way", 0.0, 1.0)
     compressor: str = knob("pergroup", "stream layout of the artifact", choices=("pergroup",))
     awq_lite_enabled: bool = knob(True, "protect the most salient column groups [AWQ]")
     awq_lite_bits: int = knob(8, "bits of a protected group", 2, 8)
@@ -1564,10 +1565,7 @@ SCALE_FLOOR = 1e-10          # keeps a constant row from dividing by zero
 
 
 class Matrix(NamedTuple):
-    """One matrix to quantize. W (rows, cols) fp32, H (cols, cols) fp32, act_rms (cols,) fp32.
-
-    grad_sq is the mean squared gradient of a weight over calibration sequences; 0: unknown.
-    """
+    """One matrix to quantize: W (rows, cols), H (cols, cols), act_rms (cols,), fp32; mean squared gradient of W."""
     W: Tensor
     H: Tensor
     act_rms: Tensor
@@ -1660,9 +1658,9 @@ def plain_trellis_round(x: Tensor, limit: Tensor) -> Tensor:
     x (lines, n) fp32 in half steps, limit (lines,) fp32 largest magnitude. Returns fp32 codes (lines, n).
     """
     residue, state = torch.arange(4, device=x.device), torch.arange(TRELLIS_STATES, device=x.device)
-    low, high = (-limit[:, None] - residue) / 4, (limit[:, None] - residue) / 4
-    points = ((x[..., None] - residue) / 4 + 0.5).floor().clamp(low.ceil()[:, None], high.floor()[:, None])
-    points = 4 * points + residue                    # (lines, n, 4): the nearest code of each residue modulo 4
+    low, high = ((-limit[:, None] - residue) / 4).ceil(), ((limit[:, None] - residue) / 4).floor()
+    # (lines, n, 4): the nearest code of each residue modulo 4
+    points = 4 * ((x[..., None] - residue) / 4 + 0.5).floor().clamp(low[:, None], high[:, None]) + residue
     errors = (x[..., None] - points).square()
     parity = state >> 5                              # a state's top bit is the parity of the code that led to it
     sources = [2 * (state ^ 33 * parity ^ 10 * bit) + parity for bit in (0, 1)]
@@ -1679,15 +1677,10 @@ def plain_trellis_round(x: Tensor, limit: Tensor) -> Tensor:
     return codes
 
 
-def round_column(x: Tensor, limit: Tensor, rdo_lambda: float) -> Tensor:
-    """Codes of one column in M matrices, x (M, rows) in steps (half steps for the trellis), limit (M, 1).
-
-    A bit is worth 4 * rdo_lambda squared half steps. The entropy coder charges a Gaussian of the column's variance,
-    log2(e) x² / (2 variance) bits, so that cost and error together are a squared distance to a shorter x.
-    """
-    if not rdo_lambda:
+def round_column(x: Tensor, limit: Tensor, trellis: bool) -> Tensor:
+    """Codes of one column in M matrices, x (M, rows) in steps (half steps for the trellis), limit (M, 1)."""
+    if not trellis:
         return x.round().clamp(-limit, limit)
-    x = x / (1 + 4 * rdo_lambda * math.log2(math.e) / 2 / x.square().mean(-1, keepdim=True).clamp_min(1e-6))
     rows = x.shape[1]
     lines = F.pad(x, (0, -rows % TRELLIS_ROWS)).view(-1, TRELLIS_ROWS)
     codes = trellis_round(lines, limit.repeat_interleave(len(lines) // len(x), 0)[:, 0])
@@ -1695,14 +1688,14 @@ def round_column(x: Tensor, limit: Tensor, rdo_lambda: float) -> Tensor:
 
 
 def gptq(W: Tensor, H: Tensor, scale: Tensor, max_code: int, high: Tensor | None = None,
-         scale_high: Tensor | None = None, max_high: int = 0, rdo_lambda: float = 0.0) -> Tensor:
+         scale_high: Tensor | None = None, max_high: int = 0, trellis: bool = False) -> Tensor:
     """Round W to integer codes column by column, pushing each error onto later columns [GPTQ, alg. 1].
 
     W      (M, rows, cols) fp32, M matrices of one shape, left unchanged.
     H      (M, cols, cols) fp32 mean of x xᵀ over calibration tokens; dead inputs (zero diagonal) are allowed.
     scale  (M, rows) step per row; codes lie in [-max_code, max_code].
     high   (cols,) bool: columns that use scale_high (M, rows) and max_high instead.
-    rdo_lambda  above 0: trellis rounding; scales and limits are then in half steps.
+    trellis  codes of trellis_round; scales and limits are then in half steps.
     Returns int8 codes (M, rows, cols). Raises ValueError when shapes disagree or the damped H is not positive
     definite.
     """
@@ -1738,7 +1731,7 @@ def gptq(W: Tensor, H: Tensor, scale: Tensor, max_code: int, high: Tensor | None
             column = order[:, start + j]                  # (M,) original column index in each matrix
             step = steps[torch.arange(M, device=W.device), column]
             limit = limits[column][:, None]
-            q = round_column(block[:, j] / step.clamp_min(SCALE_FLOOR), limit, rdo_lambda)
+            q = round_column(block[:, j] / step.clamp_min(SCALE_FLOOR), limit, trellis)
             codes[:, start + j] = q
             errors[:, j] = (block[:, j] - q * step) / U[:, start + j, start + j, None]
             block[:, j:] -= U[:, start + j, start + j:end, None] * errors[:, j, None]
@@ -1750,18 +1743,17 @@ def gptq(W: Tensor, H: Tensor, scale: Tensor, max_code: int, high: Tensor | None
 STEP_FACTORS = 0.3, 2.0      # finer steps would clip weights; coarser ones save fewer bits than they promise
 
 
-def balance_steps(matrices: Mapping[str, Matrix]) -> dict[str, Matrix]:
+def balance_steps(matrices: Mapping[str, Matrix], share: float) -> dict[str, Matrix]:
     """Scale each matrix's clip sigmas so that a bit buys the same loss everywhere, at about the same total of bits.
 
     To second order an error e of a weight costs e² times its squared gradient noise, and a bit per weight always
-    quarters e²; so the sum is least where grad_sq * step² is equal.
+    quarters e²; so the sum is least where grad_sq * step² is equal. `share` 1 goes all the way there, 0 stays.
     """
-    cost = {name: math.log(max(m.grad_sq * float(row_scale(m.W, m.clip_sigmas, code_limit(m.bits)).float().square()
-                                                 .mean()), 1e-30)) for name, m in matrices.items()}
-    mean = sum(cost[name] * m.W.numel() for name, m in matrices.items()) / sum(m.W.numel() for m in matrices.values())
-    low, high = STEP_FACTORS
-    return {name: m._replace(clip_sigmas=m.clip_sigmas * min(max(math.exp((mean - cost[name]) / 2), low), high))
-            for name, m in matrices.items()}
+    steps = [row_scale(m.W, m.clip_sigmas, code_limit(m.bits)).float() for m in matrices.values()]
+    cost = np.log([max(m.grad_sq * float(step.square().mean()), 1e-30) for m, step in zip(matrices.values(), steps)])
+    mean = np.average(cost, weights=[m.W.numel() for m in matrices.values()])
+    factors = np.exp(share * (mean - cost) / 2).clip(*STEP_FACTORS)
+    return {name: m._replace(clip_sigmas=m.clip_sigmas * f) for (name, m), f in zip(matrices.items(), factors.tolist())}
 
 
 def select_protected(matrices: Mapping[str, Matrix], group_size: int, top_k: int, bits: int) -> dict[str, list[int]]:
@@ -1835,31 +1827,29 @@ def quantize_matrices(cfg: Config, run: Run, matrices: Mapping[str, Matrix]) -> 
     Matrices of one shape are rounded together. Ranks take the shapes in turn and exchange the codes.
     """
     if cfg.rdo_lambda:
-        matrices = balance_steps(matrices)
+        matrices = balance_steps(matrices, cfg.rdo_lambda)
     protected = (select_protected(matrices, cfg.awq_lite_group_size, cfg.awq_lite_group_top_k, cfg.awq_lite_bits)
                  if cfg.awq_lite_enabled else {})
     batches: dict[tuple, list[str]] = {}
     for name, m in matrices.items():
         batches.setdefault((m.W.shape, m.bits, tuple(protected.get(name, ()))), []).append(name)
     done: dict[str, Quantized] = {}
-    rounded: list[Tensor] = []
+    trellis, rounded = cfg.rdo_lambda > 0, []
     for index, ((shape, bits, starts), names) in enumerate(batches.items()):
         group = [matrices[name] for name in names]
-        parts = 2 if cfg.rdo_lambda else 1                # the trellis counts half steps
-        max_code, max_high = code_limit(bits), code_limit(cfg.awq_lite_bits)
-        scales = torch.stack([row_scale(m.W, m.clip_sigmas, parts * max_code) for m in group])
+        max_code, max_high = (code_limit(b) * (1 + trellis) for b in (bits, cfg.awq_lite_bits))     # trellis: half steps
+        scales = torch.stack([row_scale(m.W, m.clip_sigmas, max_code) for m in group])
         high, highs = None, [None] * len(group)
         if starts:
             high = torch.zeros(shape[1], dtype=torch.bool, device=scales.device)
             for start in starts:
                 high[start:start + cfg.awq_lite_group_size] = True
-            highs = torch.stack([row_scale(m.W, m.clip_sigmas, parts * max_high) for m in group])
-        if cfg.rdo_lambda:
-            max_code = max_high = 127                     # steps are free here: as far as int8 goes
+            highs = torch.stack([row_scale(m.W, m.clip_sigmas, max_high) for m in group])
+        limits = (127, 127) if trellis else (max_code, max_high)          # balanced steps may need all of int8
         codes = torch.empty(len(group), *shape, dtype=torch.int8, device=scales.device)
         if index % run.world_size == run.rank:
             codes.copy_(gptq(torch.stack([m.W for m in group]), torch.stack([m.H for m in group]), scales,
-                             max_code, high, highs if starts else None, max_high, cfg.rdo_lambda))
+                             limits[0], high, highs if starts else None, limits[1], trellis))
         rounded.append(codes)
         for name, c, s, s_high in zip(names, codes, scales, highs):
             done[name] = Quantized(c, s, starts, cfg.awq_lite_group_size if starts else 0, s_high)
@@ -1875,10 +1865,7 @@ def quantize_matrices(cfg: Config, run: Run, matrices: Mapping[str, Matrix]) -> 
 
 
 class Calibration(NamedTuple):
-    """Σ x xᵀ per tapped input, fp32 (cols, cols), the number of x in each, and the number of batches.
-
-    With RDO_LAMBDA also Σ mean squared gradients, fp32 (L,) per matrix name and (1,) for "tok_emb".
-    """
+    """Σ x xᵀ per tapped input, fp32 (cols, cols), and the number of x; Σ squared_gradients with RDO_LAMBDA."""
     sums: dict[str, Tensor]
     counts: dict[str, int]
     num_batches: int
@@ -1890,10 +1877,7 @@ GRADIENT_SEQS = 4            # sequences of each calibration batch whose gradien
 
 @torch.enable_grad()
 def squared_gradients(model: GPT, tokens_BT: Tensor) -> dict[str, Tensor]:
-    """Mean squared gradient of the loss per matrix: (L,) for each bank, (1,) for the embedding.
-
-    Over few tokens it is almost all noise of single tokens, whose variance is the curvature [Fisher information].
-    """
+    """Mean squared gradient per matrix, (L,) or (1,): over few tokens all noise, whose variance is the curvature."""
     names = "tok_emb", *MATRIX_NAMES
     hidden = model(tokens_BT[:, :-1], looping=True, graphs=Graphs()).flatten(0, 1)
     loss = softcap_loss(hidden, model.tok_emb, model.softcap_pos, model.softcap_neg, tokens_BT[:, 1:].flatten())
@@ -1929,16 +1913,12 @@ def collect_hessians(cfg: Config, run: Run, model: GPT, paths: Sequence[Path], n
     batches = calibration_batches(paths, cfg.train_seq_len, cfg.row_tokens // cfg.train_seq_len)
     for index, batch in zip(range(num_batches), batches):
         if index % run.world_size == run.rank:
-            tokens = torch.from_numpy(batch[:, :-1].copy()).to(run.device)
-            tap("head", model(tokens, looping=True, tap=tap, graphs=Graphs()))
-            if cfg.rdo_lambda:
-                part = torch.from_numpy(batch[:GRADIENT_SEQS]).to(run.device)
-                for name, value in squared_gradients(model, part).items():
-                    grad_sq[name] += value
+            tokens = torch.from_numpy(batch).to(run.device)
+            tap("head", model(tokens[:, :-1].contiguous(), looping=True, tap=tap, graphs=Graphs()))
+            for name, value in squared_gradients(model, tokens[:GRADIENT_SEQS]).items() if grad_sq else ():
+                grad_sq[name] += value
     if run.world_size > 1:
-        for total in grad_sq.values():
-            run.sum(total)
-        for total in sums.values():
+        for total in (*sums.values(), *grad_sq.values()):
             run.sum(total)
         counts = dict(zip(counts, run.sum(torch.tensor(list(counts.values()), device=run.device)).tolist()))
     return Calibration(sums, counts, num_batches, grad_sq)
@@ -1958,7 +1938,8 @@ def quantize(cfg: Config, run: Run, model: GPT, stats: Calibration,
         act_rms = (total.diagonal() / stats.counts[key]).sqrt()
         bank, _, layer = name.partition(".")
         grad_sq = float(stats.grad_sq[bank][int(layer or 0)]) if stats.grad_sq else 0.0
-        matrices[name] = Matrix(W.detach(), total / stats.num_batches, act_rms, bits, clip_sigmas * sigma_factor, grad_sq)
+        matrices[name] = Matrix(W.detach(), total / stats.num_batches, act_rms, bits, clip_sigmas * sigma_factor,
+                                grad_sq)
 
     add("tok_emb", model.tok_emb, "head", cfg.embed_bits, cfg.embed_clip_sigmas)
     for name in MATRIX_NAMES:
@@ -1979,9 +1960,10 @@ def quantize(cfg: Config, run: Run, model: GPT, stats: Calibration,
 # --- 11 artifact --------------------------------------------------------------------------------------------
 # Checked, atomic files of tensors; one code stream per tensor group; the size report.
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CHECKPOINT_MAGIC, ARTIFACT_MAGIC = b"GOLFWGHT", b"GOLFCODE"
 STREAM_GROUPS = ("tok_emb", "w_up", "w_down", "wq", "wo", "wk", "wv")      # the longest job first
+HALVED_GROUPS = STREAM_GROUPS[:3]                # two streams each, so that no thread works twice as long as the others
 MODEL_FIELDS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "num_loops",
                 "loop_start", "loop_end", "parallel_start_layer", "gate_window", "sparse_attn_gate_scale", "rope_base",
                 "rope_dims")
@@ -2175,8 +2157,8 @@ static void refit(Fit *f, int d) {
     free(D); free(v); free(sd);
 }
 // Codes x[matrices][rows][cols]; returns the bytes written, or more than cap when they do not fit.
-i64 code_codes(const i32 *squash, const i32 *stretch, const i32 *rate, const u32 *prior,
-               u8 *buf, i64 cap, int decode, int8_t *x, i64 matrices, i64 rows, i64 cols, i64 trellis, const i32 *alike) {
+i64 code_codes(const i32 *squash, const i32 *stretch, const i32 *rate, const u32 *prior, u8 *buf, i64 cap, int decode,
+               int8_t *x, i64 matrices, i64 rows, i64 cols, i64 trellis, const i32 *alike) {
     Coder c = {squash, stretch, rate, prior, 0, ~0ull, 0, buf, 0, cap, decode};
     int d = cols + 1, n = 0, regress = alike != 0, valid = 1;
     u32 *tab = malloc(4ll * NODES * LEVELS * 40), *tabs[VOTES] = {tab};
@@ -2213,7 +2195,7 @@ i64 code_codes(const i32 *squash, const i32 *stretch, const i32 *rate, const u32
             int which = code_number(&c, alike[2 * row + k] >> 3, 32 - __builtin_clz((u32)row));
             model[k] += (which < row ? which : 0) * cols;
         }
-        if (regress && f.n >= f.next) { refit(&f, d); f.next += f.next / 6 + 1; }
+        if (regress && f.n >= f.next) { refit(&f, d); f.next += f.next / 3 + 1; }
         for (int j = 0; j < cols; j++) {
             i32 mu = 0, own = 0;                                          // prediction in 1/16 code
             if (regress) {
@@ -2237,8 +2219,10 @@ i64 code_codes(const i32 *squash, const i32 *stretch, const i32 *rate, const u32
             }
             i64 A = slow[j] >> 10, B = (A * ratio) >> 8, F = fast[j] >> 10;
             int blend = level((B * 4 + (F * ratio >> 8) * 3 + (recent >> 10)) >> 3);
-            u32 *cell[VOTES] = {tabs[0] + (level(A) * 2 + sided) * NODES, tabs[1] + (level(F * ratio >> 8) * 2 + sided) * NODES,
-                                tabs[2] + (blend * 18 + part) * NODES, tabs[3] + (level(B) * 18 + part) * NODES};
+            int views[VOTES] = {level(A) * 2 + sided, level(F * ratio >> 8) * 2 + sided, blend * 18 + part,
+                                level(B) * 18 + part};
+            u32 *cell[VOTES];
+            for (int k = 0; k < VOTES; k++) cell[k] = tabs[k] + views[k] * NODES;
             i32 *pa = wa + part * NODES * VOTES, *pb = wb + blend * NODES * VOTES;
             i64 at = row * cols + j;
             int t = decode ? 0 : ((x[at] - odd >> trellis) - m) * flip, size = t < 0 ? -t : t, found = 0, sign = 1;
@@ -2446,7 +2430,7 @@ def twin_codes(codes: np.ndarray, alike: np.ndarray | None, trellis: int, data: 
             shares.append(share)
         errors.append([])
         if regress and row >= refit_at:
-            T, refit_at = _twin_refit(gram, row), refit_at + refit_at // 6 + 1
+            T, refit_at = _twin_refit(gram, row), refit_at + refit_at // 3 + 1
         for j in range(cols):
             own = sum(t * v for t, v in zip(T[j + 1], left)) + (128 << trellis) >> 8 + trellis
             mu = min(max(own + (sum(model[j] * share for model, share in zip(models, shares)) >> 3), -1023), 1023)
@@ -2577,26 +2561,26 @@ def similar_rows(rows: np.ndarray, block: int = 512) -> np.ndarray:
     Only the encoder searches, so floating point is safe here: any answer decodes (another machine's matrix library may
     name other rows in a near tie; the stream then differs, not what it decodes to).
     """
-    x = rows.astype(np.float32) - rows.mean(0, dtype=np.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.from_numpy(rows).to(device).float()
+    x -= x.mean(0)
     covariance = x.T @ x / len(x)
-    shrunk = 0.8 * covariance + 0.2 * np.diag(np.diag(covariance) + 1e-3)
-    white = np.linalg.solve(np.linalg.cholesky(shrunk), x.T).T
-    norm = np.linalg.norm(white, axis=1, keepdims=True) + 1e-9
-    unit, alike = white / norm, np.zeros((len(x), 2), np.int32)
+    shrunk = 0.8 * covariance + 0.2 * torch.diag(covariance.diagonal() + 1e-3)
+    white = torch.linalg.solve_triangular(torch.linalg.cholesky(shrunk), x.T, upper=False).T.contiguous()
+    norm = white.norm(dim=1) + 1e-9
+    unit, alike = white / norm[:, None], torch.zeros(len(x), 2, dtype=torch.int32, device=device)
     for start in range(0, len(x), block):
-        index = np.arange(start, min(start + block, len(x)))
+        index = torch.arange(start, min(start + block, len(x)), device=device)
         rest = white[index]
         for k in range(2):
-            product = np.tril(rest @ unit[:index[-1] + 1].T, start - 1)
-            best = product.argmax(1)
-            top = product.max(1)
-            cosine = top / (np.linalg.norm(rest, axis=1) + 1e-9)
-            gain_bits = -rows.shape[1] / 2 * np.log2(1 - np.minimum(cosine, 0.999) ** 2) - np.log2(index + 1) - 1
-            share = np.rint(8 * top / norm[best, 0]).clip(0, 7) * (gain_bits > 0)
+            top, best = (rest @ unit[:start + len(index)].T).tril(start - 1).max(1)
+            cosine = (top / (rest.norm(dim=1) + 1e-9)).clamp_max(0.999)
+            gain_bits = -rows.shape[1] / 2 * torch.log2(1 - cosine ** 2) - torch.log2(index + 1.0) - 1
+            share = (8 * top / norm[best]).round().clamp(0, 7) * (gain_bits > 0)
             share *= k == 0 or alike[index, 0] > 0
-            alike[index, k] = np.where(share > 0, best * 8 + share, 0)
+            alike[index, k] = torch.where(share > 0, best * 8 + share.long(), 0).int()
             rest = rest - share[:, None] / 8 * white[best]
-    return alike
+    return alike.cpu().numpy()
 
 
 def _pack(kind: int, option: int, shape: tuple, payload: bytes, content: np.ndarray) -> bytes:
@@ -2617,7 +2601,7 @@ def _unpack(stream: bytes, kind: int) -> tuple[bytes, int, tuple, bytes, int]:
     if found_kind != kind:
         raise ValueError(f"stream of kind {found_kind}, expected {kind}: not ours")
     symbols = math.prod(shape if kind == CODES else shape[:2])
-    if symbols > min(MAX_SYMBOLS, 32768 * len(payload)) or (kind == CODES and option & REGRESS and not can_regress(shape)):
+    if symbols > min(MAX_SYMBOLS, 32768 * len(payload)) or kind == CODES and option & REGRESS and not can_regress(shape):
         raise ValueError(f"stream of {len(stream)} bytes cannot hold shape {shape}: its header is damaged")
     return stream[:STREAM_HEADER.size], option, tuple(shape), payload, int.from_bytes(stream[-8:-4], "little")
 
@@ -2727,8 +2711,17 @@ def write_checkpoint(cfg: Config, run: Run, model: GPT) -> None:
 
 
 def read_checkpoint(cfg: Config, run: Run, model: GPT) -> None:
-    streams, _ = read_container(checkpoint_path(run), CHECKPOINT_MAGIC, cfg)
-    model.load_state_dict(unpack_tensors(streams["weights"]))
+    model.load_state_dict(unpack_tensors(read_container(checkpoint_path(run), CHECKPOINT_MAGIC, cfg)[0]["weights"]))
+
+
+def group_streams(group: str) -> list[str]:
+    return [f"{group}:1", f"{group}:2"] if group in HALVED_GROUPS else [group]
+
+
+def split_codes(group: str, codes: np.ndarray) -> list[np.ndarray]:
+    """The parts of codes (matrices, rows, cols) in group_streams: rows of the embedding, matrices of the others."""
+    axis, cut = (1, codes.shape[1] // 2 // TRELLIS_ROWS * TRELLIS_ROWS) if group == "tok_emb" else (0, len(codes) // 2)
+    return np.split(codes, [cut], axis) if group in HALVED_GROUPS else [codes]
 
 
 def group_members(cfg: Config, group: str) -> list[str]:
@@ -2757,7 +2750,8 @@ def encode_model(cfg: Config, quantized: Mapping[str, Quantized],
         members = [quantized[name] for name in group_members(cfg, group)]
         codes = np.stack([q.codes.cpu().numpy() for q in members])
         regress = group == "tok_emb" and can_regress(codes.shape)
-        jobs[group] = functools.partial(encode_codes, codes, regress=regress, trellis=cfg.rdo_lambda > 0)
+        for name, part in zip(group_streams(group), split_codes(group, codes)):
+            jobs[name] = functools.partial(encode_codes, part, regress=regress, trellis=cfg.rdo_lambda > 0)
         jobs[f"{group}:scale"] = functools.partial(encode_words, _fp16_words([q.scale for q in members]),
                                                    stride=codes.shape[1])
     corrected = {name: q.factors for name, q in quantized.items() if q.factors is not None}
@@ -2781,9 +2775,9 @@ def encode_model(cfg: Config, quantized: Mapping[str, Quantized],
 
 def decode_model(cfg: Config, streams: Mapping[str, bytes], notes: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict the artifact stands for, fp32; the exact values dequantize() gave before encoding."""
-    coded = [name for name in streams if name in STREAM_GROUPS or name.endswith((":qA", ":qB"))]
-    codes = {name: torch.from_numpy(array) for name, array in zip(coded, _in_threads(
-        lambda name: decode_codes(streams[name]), coded))}
+    coded = sum(map(group_streams, STREAM_GROUPS), []) + [name for name in streams if name.endswith((":qA", ":qB"))]
+    arrays = _in_threads(lambda name: decode_codes(streams[name]), coded)
+    codes = {name: torch.from_numpy(array) for name, array in zip(coded, arrays)}
 
     def words(name: str, base: np.ndarray | None = None) -> Tensor:
         return torch.from_numpy(decode_words(streams[name], base=base).view(np.float16))
@@ -2802,7 +2796,7 @@ def decode_model(cfg: Config, streams: Mapping[str, bytes], notes: Mapping[str, 
                for (name, *_), sA, sB in zip(notes["corrected"], factor_scales, factor_scales)}
     embed_bits, matrix_bits, high_bits = notes["bits"]
     for group in STREAM_GROUPS:
-        stack, members = codes[group], []
+        stack, members = torch.cat([codes[name] for name in group_streams(group)], int(group == "tok_emb")), []
         for name, c, scale in zip(group_members(cfg, group), stack, words(f"{group}:scale").view(stack.shape[:2])):
             q = Quantized(c, scale, factors=factors.get(name))
             if name in notes["protected"]:
@@ -2836,14 +2830,11 @@ def report_code_size(run: Run) -> int:
     packed_file = globals().get("PACKED_FILE")            # set by the loader of the packed script, see pack.py
     if packed_file:
         form, code_bytes = "packed_file", os.path.getsize(packed_file)
+    elif (REPO / "pack.py").is_file():
+        import pack
+        form, code_bytes = "packed", len(pack.pack_script(source.decode("utf-8")))
     else:
-        try:
-            import pack
-            form, code_bytes = "packed", len(pack.pack_script(source.decode("utf-8")))
-        except ModuleNotFoundError as error:
-            if error.name != "pack":
-                raise
-            form, code_bytes = "lzma_of_source", len(lzma.compress(source, preset=9 | lzma.PRESET_EXTREME))
+        form, code_bytes = "lzma_of_source", len(lzma.compress(source, preset=9 | lzma.PRESET_EXTREME))
     run.log(f"artifact code_form:{form}" + (' reason:"pack.py is not beside the script"' if "lzma" in form else ""))
     run.log(f"Code size (uncompressed): {len(source)} bytes")
     run.log(f"Code size (compressed): {code_bytes} bytes")
@@ -2864,7 +2855,7 @@ def fit_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration, limit: i
         if run.rank == 0:
             streams, notes = encode_model(cfg, *quantized)
             data = build_container(ARTIFACT_MAGIC, cfg, streams, notes)
-            codes = {name: len(streams[name]) for name in STREAM_GROUPS}
+            codes = {group: sum(len(streams[name]) for name in group_streams(group)) for group in STREAM_GROUPS}
             run.log(f"artifact attempt:{attempt + 1} sigma_factor:{factor:.6f} model_bytes:{len(data)} "
                     f"room_bytes:{limit - len(data)} elapsed_s:{timer.seconds():.1f} "
                     + " ".join(f"{name}_bytes:{size}" for name, size in codes.items())

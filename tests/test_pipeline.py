@@ -186,7 +186,7 @@ def test_quantizing_a_checkpoint_again_gives_the_same_artifact_and_scores(whole,
 
 
 def test_trellis_rounding_goes_through_the_whole_run(whole, resumable):
-    trellis = Finished(resumable, quantize_only=True, rdo_lambda=0.1, ttt_enabled=False)
+    trellis = Finished(resumable, quantize_only=True, rdo_lambda=1.0, ttt_enabled=False)
     assert trellis.code == 0 and trellis.score(PREQUANT) == whole.score(PREQUANT)
     before, plain, rounded = (float(score[0]) for score in (whole.score(PREQUANT), whole.score(QUANTIZED),
                                                            trellis.score(QUANTIZED)))

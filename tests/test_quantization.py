@@ -260,18 +260,19 @@ def test_balanced_steps_cost_the_same_loss_at_the_same_total_of_bits():
     generator = torch.Generator().manual_seed(0)
     matrices = {f"m{k}": gpt.Matrix(torch.randn(16 * (1 + k), 32, generator=generator), torch.eye(32), torch.ones(32), 6,
                                     12.0, grad_sq=1e-6 * 2.0 ** -k) for k in range(3)}
-    balanced = gpt.balance_steps(matrices)
+    balanced = gpt.balance_steps(matrices, 1.0)
 
     def log_step(m):
         return 0.5 * np.log(float(gpt.row_scale(m.W, m.clip_sigmas, 31).double().square().mean()))
 
     costs = [np.log(m.grad_sq) + 2 * log_step(m) for m in balanced.values()]
     assert np.ptp(costs) < 1e-3
+    assert all(m.clip_sigmas == 12 for m in gpt.balance_steps(matrices, 0.0).values())
     changes = {name: log_step(balanced[name]) - log_step(m) for name, m in matrices.items()}
     assert sum(changes[name] * m.W.numel() for name, m in matrices.items()) == pytest.approx(0, abs=0.5)
     assert abs(changes["m0"]) > 0.1
     extreme = {"a": matrices["m0"]._replace(grad_sq=1e3), "b": matrices["m1"]}
-    assert [round(m.clip_sigmas / 12, 6) for m in gpt.balance_steps(extreme).values()] == list(gpt.STEP_FACTORS)
+    assert [round(m.clip_sigmas / 12, 6) for m in gpt.balance_steps(extreme, 1.0).values()] == list(gpt.STEP_FACTORS)
 
 
 def test_corrections_go_to_the_largest_residuals():
@@ -316,7 +317,7 @@ def test_trellis_rounding_has_three_quarters_of_the_error_of_plain_rounding():
 def test_trellis_codes_are_valid_within_limits_and_lower_the_weighted_error(rows):
     H, W = correlated_hessian(48, rows), torch.randn(2, rows, 48, generator=torch.Generator().manual_seed(rows))
     plain, half = (torch.stack([gpt.row_scale(w, 12.0, limit) for w in W]) for limit in (31, 62))
-    codes = gpt.gptq(W, torch.stack([H, H]), half, 62, rdo_lambda=0.08)
+    codes = gpt.gptq(W, torch.stack([H, H]), half, 62, trellis=True)
     for matrix in codes.numpy():
         for start in range(0, rows, gpt.TRELLIS_ROWS):
             assert on_trellis(matrix[start:start + gpt.TRELLIS_ROWS].T).all()
@@ -324,22 +325,22 @@ def test_trellis_codes_are_valid_within_limits_and_lower_the_weighted_error(rows
         rounded = gpt.gptq(W, torch.stack([H, H]), plain, 31)
         errors = [weighted_error(W[0], c[0] * s[0, :, None].float(), H) for c, s in ((rounded, plain), (codes, half))]
         assert errors[1] < 0.85 * errors[0]
-    tight = gpt.gptq(W, torch.stack([H, H]), half / 20, 7, rdo_lambda=0.08)
+    tight = gpt.gptq(W, torch.stack([H, H]), half / 20, 7, trellis=True)
     assert tight.abs().max() == 7
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rdo_lambda", (0.0, 0.08))
-def test_gptq_on_a_gpu_gives_the_codes_of_the_cpu(rdo_lambda):
-    parts = 2 if rdo_lambda else 1
+@pytest.mark.parametrize("trellis", (False, True))
+def test_gptq_on_a_gpu_gives_the_codes_of_the_cpu(trellis):
+    parts = 2 if trellis else 1
     H = torch.stack([correlated_hessian(192, seed, 1024) for seed in (1, 2)])
     W = torch.randn(2, 300, 192, generator=torch.Generator().manual_seed(3))
     scale = torch.stack([gpt.row_scale(w, 12.0, 31 * parts) for w in W])
-    want = gpt.gptq(W, H, scale, 31 * parts, rdo_lambda=rdo_lambda)
-    got = gpt.gptq(W.cuda(), H.cuda(), scale.cuda(), 31 * parts, rdo_lambda=rdo_lambda).cpu()
+    want = gpt.gptq(W, H, scale, 31 * parts, trellis=trellis)
+    got = gpt.gptq(W.cuda(), H.cuda(), scale.cuda(), 31 * parts, trellis=trellis).cpu()
     errors = [weighted_error(W[0], c[0] * scale[0, :, None].float(), H[0]) for c in (want, got)]
     assert errors[1] == pytest.approx(errors[0], rel=1e-3)
-    if not rdo_lambda:
+    if not trellis:
         assert float((got == want).float().mean()) >= 0.98
 
 
