@@ -189,8 +189,8 @@ class Config:
     mlp_clip_sigmas: float = knob(11.5, "MLP: clip range in row standard deviations", 0.1)
     embed_clip_sigmas: float = knob(14.0, "embedding: clip range in row standard deviations", 0.1)
     fill_artifact: bool = knob(False, "1 lowers the clip sigmas until the artifact fills the size limit")
-    rdo_lambda: float = knob(0.0, "0: plain GPTQ; 1: trellis rounding, and steps for which a bit buys the same loss in "
-                             "every matrix; between: part of the way", 0.0, 1.0)
+    rdo_lambda: float = knob(0.0, "0: plain GPTQ; above: trellis rounding, and a share, up to 1, of the way to "
+                             "steps for which a bit buys the same loss in every matrix", 0.0, 1.0)
     compressor: str = knob("pergroup", "stream layout of the artifact", choices=("pergroup",))
     awq_lite_enabled: bool = knob(True, "protect the most salient column groups [AWQ]")
     awq_lite_bits: int = knob(8, "bits of a protected group", 2, 8)
@@ -1631,6 +1631,7 @@ if triton is not None:
             cost = tl.where(took, cost_1, cost_0)
             tl.store(took_ptr + i, tl.sum(took.to(tl.int64) << state.to(tl.int64), 0))
         at = tl.argmin(cost, 0).to(tl.int64)
+        tl.debug_barrier()                           # what one thread has stored all are about to read
         for i in range(N - 1, -1, -1):
             bit = tl.load(took_ptr + i) >> at & 1
             tl.store(codes_ptr + i, _trellis_point(tl.load(x_ptr + i), (2 * bit + (at >> 5)).to(tl.float32), limit))
@@ -1645,7 +1646,7 @@ if triton is not None:
 
 def trellis_round(x: Tensor, limit: Tensor) -> Tensor:
     """plain_trellis_round(x, limit); on a GPU by one kernel, a program per line."""
-    if not x.is_cuda:
+    if not x.is_cuda or triton is None:
         return plain_trellis_round(x, limit)
     x, codes, took = x.contiguous(), torch.empty_like(x), torch.empty(x.shape, dtype=torch.int64, device=x.device)
     _trellis_kernel[(len(x),)](x, limit, codes, took, N=x.shape[1], STATES=TRELLIS_STATES, num_warps=1)
@@ -1654,9 +1655,7 @@ def trellis_round(x: Tensor, limit: Tensor) -> Tensor:
 
 def plain_trellis_round(x: Tensor, limit: Tensor) -> Tensor:
     """The valid codes of each line with the least Σ (x - code)² [Viterbi]; defines trellis_round.
-
-    x (lines, n) fp32 in half steps, limit (lines,) fp32 largest magnitude. Returns fp32 codes (lines, n).
-    """
+    x (lines, n) fp32 in half steps, limit (lines,) fp32 largest magnitude. Returns fp32 codes (lines, n)."""
     residue, state = torch.arange(4, device=x.device), torch.arange(TRELLIS_STATES, device=x.device)
     low, high = ((-limit[:, None] - residue) / 4).ceil(), ((limit[:, None] - residue) / 4).floor()
     # (lines, n, 4): the nearest code of each residue modulo 4
@@ -1682,7 +1681,8 @@ def round_column(x: Tensor, limit: Tensor, trellis: bool) -> Tensor:
     if not trellis:
         return x.round().clamp(-limit, limit)
     rows = x.shape[1]
-    lines = F.pad(x, (0, -rows % TRELLIS_ROWS)).view(-1, TRELLIS_ROWS)
+    # Clamped, for a weight out of reach must not swamp the path's cost.
+    lines = F.pad(x.clamp(-limit, limit), (0, -rows % TRELLIS_ROWS)).view(-1, TRELLIS_ROWS)
     codes = trellis_round(lines, limit.repeat_interleave(len(lines) // len(x), 0)[:, 0])
     return codes.view(len(x), -1)[:, :rows]
 
@@ -1740,7 +1740,7 @@ def gptq(W: Tensor, H: Tensor, scale: Tensor, max_code: int, high: Tensor | None
     return codes.gather(1, inverse[:, :, None].expand_as(codes)).mT.to(torch.int8).contiguous()
 
 
-STEP_FACTORS = 0.3, 2.0      # finer steps would clip weights; coarser ones save fewer bits than they promise
+STEP_FACTORS = 0.3, 2.0      # int8 could not hold finer steps; coarser ones save fewer bits than they promise
 
 
 def balance_steps(matrices: Mapping[str, Matrix], share: float) -> dict[str, Matrix]:
@@ -1750,10 +1750,20 @@ def balance_steps(matrices: Mapping[str, Matrix], share: float) -> dict[str, Mat
     quarters e²; so the sum is least where grad_sq * step² is equal. `share` 1 goes all the way there, 0 stays.
     """
     steps = [row_scale(m.W, m.clip_sigmas, code_limit(m.bits)).float() for m in matrices.values()]
-    cost = np.log([max(m.grad_sq * float(step.square().mean()), 1e-30) for m, step in zip(matrices.values(), steps)])
-    mean = np.average(cost, weights=[m.W.numel() for m in matrices.values()])
-    factors = np.exp(share * (mean - cost) / 2).clip(*STEP_FACTORS)
+    cost = np.array([m.grad_sq * float(step.square().mean()) for m, step in zip(matrices.values(), steps)])
+    if not np.isfinite(cost).all():
+        raise ValueError("balance_steps: calibration gradients are not finite; the run has diverged, lower MATRIX_LR")
+    live, log_cost = cost > 0, np.log(cost.clip(1e-300))         # a matrix without gradient keeps its steps
+    mean = np.average(log_cost, weights=live * [m.W.numel() for m in matrices.values()] + 1e-9)
+    factors = np.where(live, np.exp(share * (mean - log_cost) / 2).clip(*STEP_FACTORS), 1.0)
     return {name: m._replace(clip_sigmas=m.clip_sigmas * f) for (name, m), f in zip(matrices.items(), factors.tolist())}
+
+
+def row_steps(m: Matrix, max_code: int, trellis: bool, columns: Tensor | slice = slice(None)) -> Tensor:
+    """row_scale; for the trellis half of it, but no finer than int8 can reach the largest of these columns."""
+    if not trellis:
+        return row_scale(m.W, m.clip_sigmas, max_code)
+    return torch.maximum(row_scale(m.W, m.clip_sigmas, 2 * max_code), (m.W[:, columns].abs().amax(-1) / 127).half())
 
 
 def select_protected(matrices: Mapping[str, Matrix], group_size: int, top_k: int, bits: int) -> dict[str, list[int]]:
@@ -1823,9 +1833,7 @@ def dequantize(q: Quantized) -> Tensor:
 
 def quantize_matrices(cfg: Config, run: Run, matrices: Mapping[str, Matrix]) -> dict[str, Quantized]:
     """Quantize matrices: protect groups, round with GPTQ, correct the worst; the same result on every rank.
-
-    Matrices of one shape are rounded together. Ranks take the shapes in turn and exchange the codes.
-    """
+    Matrices of one shape are rounded together. Ranks take the shapes in turn and exchange the codes."""
     if cfg.rdo_lambda:
         matrices = balance_steps(matrices, cfg.rdo_lambda)
     protected = (select_protected(matrices, cfg.awq_lite_group_size, cfg.awq_lite_group_top_k, cfg.awq_lite_bits)
@@ -1837,15 +1845,15 @@ def quantize_matrices(cfg: Config, run: Run, matrices: Mapping[str, Matrix]) -> 
     trellis, rounded = cfg.rdo_lambda > 0, []
     for index, ((shape, bits, starts), names) in enumerate(batches.items()):
         group = [matrices[name] for name in names]
-        max_code, max_high = (code_limit(b) * (1 + trellis) for b in (bits, cfg.awq_lite_bits))     # trellis: half steps
-        scales = torch.stack([row_scale(m.W, m.clip_sigmas, max_code) for m in group])
+        max_code, max_high = code_limit(bits), code_limit(cfg.awq_lite_bits)
+        scales = torch.stack([row_steps(m, max_code, trellis) for m in group])
         high, highs = None, [None] * len(group)
         if starts:
             high = torch.zeros(shape[1], dtype=torch.bool, device=scales.device)
             for start in starts:
                 high[start:start + cfg.awq_lite_group_size] = True
-            highs = torch.stack([row_scale(m.W, m.clip_sigmas, max_high) for m in group])
-        limits = (127, 127) if trellis else (max_code, max_high)          # balanced steps may need all of int8
+            highs = torch.stack([row_steps(m, max_high, trellis, high) for m in group])
+        limits = (127, 127) if trellis else (max_code, max_high)          # steps are balanced: only int8 is a limit
         codes = torch.empty(len(group), *shape, dtype=torch.int8, device=scales.device)
         if index % run.world_size == run.rank:
             codes.copy_(gptq(torch.stack([m.W for m in group]), torch.stack([m.H for m in group]), scales,
@@ -1889,9 +1897,7 @@ def squared_gradients(model: GPT, tokens_BT: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 def collect_hessians(cfg: Config, run: Run, model: GPT, paths: Sequence[Path], num_batches: int) -> Calibration:
     """Input statistics of every quantized matrix over the first `num_batches` calibration batches, all ranks together.
-
-    Looping is on; each execution of a looped layer counts. Rank r runs the batches r, R + r, ...
-    """
+    Looping is on; each execution of a looped layer counts. Rank r runs the batches r, R + r, ..."""
     # All keys from the start: with fewer batches than ranks some ranks add nothing, but still take part in the sums.
     widths = {"head": cfg.model_dim} | {f"{kind}.{layer}": cfg.mlp_dim if kind == "down" else cfg.model_dim
                                         for layer in range(cfg.num_layers) for kind in ("qkv", "o", "up", "down")}
@@ -1927,9 +1933,7 @@ def collect_hessians(cfg: Config, run: Run, model: GPT, paths: Sequence[Path], n
 def quantize(cfg: Config, run: Run, model: GPT, stats: Calibration,
              sigma_factor: float = 1.0) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
     """(quantized matrices by name "wq.0" ... "tok_emb", pass-through parameters as fp16).
-
-    sigma_factor scales all clip sigmas: larger steps, fewer bytes.
-    """
+    sigma_factor scales all clip sigmas: larger steps, fewer bytes."""
     timer = Timer(run)
     matrices: dict[str, Matrix] = {}
 
@@ -1976,9 +1980,7 @@ class ArtifactError(ValueError):
 def build_container(magic: bytes, cfg: Config, streams: Mapping[str, bytes],
                     notes: Mapping[str, Any] | None = None) -> bytes:
     """Named byte streams with the model's settings, notes (JSON) and a SHA-256.
-
-    Layout: magic (8), version u32, header length u32, header (zlib JSON), streams, SHA-256 of all before (32).
-    """
+    Layout: magic (8), version u32, header length u32, header (zlib JSON), streams, SHA-256 of all before (32)."""
     header = zlib.compress(json.dumps({
         "settings": {name: getattr(cfg, name) for name in MODEL_FIELDS},
         "streams": [[name, len(stream)] for name, stream in streams.items()], "notes": notes or {}},
@@ -2740,9 +2742,7 @@ def _high_scale_base(scale: Tensor, bits: int, high_bits: int) -> np.ndarray:
 def encode_model(cfg: Config, quantized: Mapping[str, Quantized],
                  passed: Mapping[str, Tensor]) -> tuple[dict[str, bytes], dict[str, Any]]:
     """(streams, notes) of the artifact: codes and scales per tensor group, corrections, pass-through tensors.
-
-    The notes say what the streams cannot: shapes of pass-through tensors, protected columns, kinds of corrections.
-    """
+    The notes say what the streams cannot: shapes of pass-through tensors, protected columns, kinds of corrections."""
     wide = [name for name, t in passed.items() if t.shape[-1:] == (cfg.model_dim,)]
     rest = [name for name in passed if name not in wide]
     jobs: dict[str, Callable[[], bytes]] = {}             # the longest job first
@@ -2843,10 +2843,8 @@ def report_code_size(run: Run) -> int:
 
 def fit_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration, limit: int) -> bytes:
     """The artifact's bytes (on rank 0), at most `limit`: the configured clip sigmas where they fit, else larger ones.
-
     With FILL_ARTIFACT=1 smaller ones where there is room. Scaling all steps by f saves log2(f) bits per weight, which
-    finds the factor in a few attempts. Raises ArtifactError when none fits.
-    """
+    finds the factor in a few attempts. Raises ArtifactError when none fits."""
     weights = sum(getattr(model, name).numel() for name in STREAM_GROUPS)
     factor, tried = 1.0, {}
     for attempt in range(RATE_ATTEMPTS):

@@ -63,7 +63,8 @@ def main() -> None:
               f"tax:{plain_tax:.6f} {rest}", flush=True)
         for share in (1e-9, 0.5, 1.0):                # next to 0: the trellis alone
             found, score, rest = measure(dataclasses.replace(plain, rdo_lambda=share), size)
-            print(f"rounding rdo_lambda:{share:g} bytes:{found} bpb:{score:.6f} tax:{score - unquantized:.6f} "
+            off = "" if abs(found - size) <= TOLERANCE_BYTES else " (not at equal bytes)"
+            print(f"rounding rdo_lambda:{share:g} bytes:{found}{off} bpb:{score:.6f} tax:{score - unquantized:.6f} "
                   f"relative_tax:{(score - unquantized) / plain_tax:.3f} {rest}", flush=True)
 
 

@@ -14,7 +14,8 @@ from helpers import random_model, tiny_config
 SHAPES = (dict(), dict(num_layers=3, model_dim=24, num_kv_heads=2, loop_end=1, parallel_start_layer=2, mlp_mult=1.5),
           dict(vocab_size=9, num_layers=4, num_loops=0, parallel_start_layer=4, embed_bits=5, matrix_bits=4),
           dict(awq_lite_group_size=8, awq_lite_group_top_k=3, lqer_rank=3, lqer_asym_group=8, lqer_top_k=6),
-          dict(awq_lite_enabled=False, lqer_asym_enabled=False), dict(rdo_lambda=1.0))
+          dict(awq_lite_enabled=False, lqer_asym_enabled=False), dict(rdo_lambda=1.0),
+          dict(rdo_lambda=0.5, vocab_size=600, awq_lite_group_size=8))
 
 
 def model_with_statistics(cfg: gpt.Config, seed: int = 0) -> tuple[gpt.GPT, gpt.Calibration]:

@@ -208,12 +208,40 @@ def test_codes_stay_within_their_limits():
     assert codes[:, ~high].abs().max() == 7 and 7 < codes[:, high].abs().max() <= 127
 
 
-def test_constant_and_zero_rows_do_not_produce_nan():
+@pytest.mark.parametrize("rdo_lambda", (0.0, 1.0))
+def test_constant_and_zero_rows_do_not_produce_nan(rdo_lambda):
     W = torch.zeros(3, 32)
     W[1] = 0.5
-    q = gpt.quantize_matrices(tiny_config(awq_lite_enabled=False, lqer_enabled=False), gpt.Run(tiny_config()),
-                            {"m": gpt.Matrix(W, torch.eye(32), torch.ones(32), 6, 11.5)})["m"]
-    assert gpt.dequantize(q).isfinite().all() and not q.codes[0].any()
+    cfg = tiny_config(awq_lite_enabled=False, lqer_enabled=False, rdo_lambda=rdo_lambda)
+    q = gpt.quantize_matrices(cfg, gpt.Run(cfg), {"m": gpt.Matrix(W, torch.eye(32), torch.ones(32), 6, 11.5)})["m"]
+    assert gpt.dequantize(q).isfinite().all()
+    assert float(gpt.dequantize(q)[0].abs().max()) < 1e-6
+
+
+def test_a_constant_row_does_not_spoil_the_trellis_of_the_others():
+    W = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+    W[0] = 0.5
+    scale = gpt.row_scale(W, 12.0, 62)[None]
+    codes = gpt.gptq(W[None], torch.eye(64)[None], scale, 62, trellis=True)[0, 1:]
+    step = 2 * scale[0, 1:, None].float()
+    assert float(((W[1:] - codes * step / 2) / step).square().mean()) * 12 < 0.82
+
+
+@pytest.mark.parametrize("bits", (6, 8))
+@pytest.mark.parametrize("protect", (False, True))
+def test_trellis_steps_reach_the_largest_weight_however_fine(bits, protect):
+    generator = torch.Generator().manual_seed(0)
+    W, act_rms = torch.randn(256, 64, generator=generator), torch.ones(64)
+    act_rms[16:32] = 3.0
+    cfg = tiny_config(awq_lite_enabled=protect, awq_lite_group_size=16, lqer_enabled=False, rdo_lambda=1.0)
+    for clip_sigmas in (13.0, 3.9, 0.5):
+        matrix = gpt.Matrix(W, torch.eye(64) * act_rms ** 2, act_rms, bits, clip_sigmas)
+        q = gpt.quantize_matrices(cfg, gpt.Run(cfg), {"m": matrix})["m"]
+        assert q.protect_starts == ((16,) if protect and bits < 8 else ())
+        step = clip_sigmas / gpt.code_limit(bits)
+        # Where the step would be finer than int8 can reach, it is the largest weight over 127.
+        finest = float(W.abs().amax(1).mean()) / 127
+        assert float((W - gpt.dequantize(q)).square().mean()) < max(step / 2, finest) ** 2 / 3
 
 
 def test_disagreeing_shapes_and_unusable_hessians_are_refused():
@@ -271,6 +299,11 @@ def test_balanced_steps_cost_the_same_loss_at_the_same_total_of_bits():
     changes = {name: log_step(balanced[name]) - log_step(m) for name, m in matrices.items()}
     assert sum(changes[name] * m.W.numel() for name, m in matrices.items()) == pytest.approx(0, abs=0.5)
     assert abs(changes["m0"]) > 0.1
+    with_dead = gpt.balance_steps(matrices | {"dead": matrices["m0"]._replace(grad_sq=0.0)}, 1.0)
+    assert with_dead["dead"].clip_sigmas == 12
+    assert all(with_dead[name].clip_sigmas == pytest.approx(m.clip_sigmas) for name, m in balanced.items())
+    with pytest.raises(ValueError, match="not finite"):
+        gpt.balance_steps({"m": matrices["m0"]._replace(grad_sq=float("nan"))}, 1.0)
     extreme = {"a": matrices["m0"]._replace(grad_sq=1e3), "b": matrices["m1"]}
     assert [round(m.clip_sigmas / 12, 6) for m in gpt.balance_steps(extreme, 1.0).values()] == list(gpt.STEP_FACTORS)
 
