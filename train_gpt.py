@@ -1740,7 +1740,7 @@ def gptq(W: Tensor, H: Tensor, scale: Tensor, max_code: int, high: Tensor | None
     return codes.gather(1, inverse[:, :, None].expand_as(codes)).mT.to(torch.int8).contiguous()
 
 
-STEP_FACTORS = 0.3, 2.0      # int8 could not hold finer steps; coarser ones save fewer bits than they promise
+STEP_FACTORS = 0.3, 2.0      # coarser steps save fewer bits than they promise; README, negative results
 
 
 def balance_steps(matrices: Mapping[str, Matrix], share: float) -> dict[str, Matrix]:
@@ -2068,7 +2068,7 @@ CODER_C = r"""
 #include <string.h>
 typedef uint8_t u8; typedef int16_t i16; typedef uint16_t u16;
 typedef int32_t i32; typedef uint32_t u32; typedef int64_t i64; typedef uint64_t u64;
-enum { VOTES = 4, NODES = 32, LEVELS = 128 };
+enum { VOTES = 4, NODES = 32, LEVELS = 128, TRELLIS_ROWS = 256 };
 typedef struct {
     const i32 *squash, *stretch, *rate; const u32 *prior;  // tables of _tables()
     u64 lo, hi, code; u8 *buf; i64 pos, cap; int decode;
@@ -2190,7 +2190,7 @@ i64 code_codes(const i32 *squash, const i32 *stretch, const i32 *rate, const u32
         i64 seen = mean, expected = mean, recent = mean, spent = 0;       // variances of the row so far
         i64 rest = mean * cols, budget = row ? energy : rest;             // sums over the rest of the row
         left[0] = 8;
-        if (row % rows % 256 == 0) memset(state, 0, d);
+        if (row % rows % TRELLIS_ROWS == 0) memset(state, 0, d);
         int share[2] = {0, 0}; const i16 *model[2] = {error, error};      // earlier rows that resemble this one
         for (int k = 0; regress && row && k < 2; k++) {
             if (!(share[k] = code_share(&c, alike[2 * row + k] & 7, odds + 8 * k))) break;
@@ -2423,7 +2423,7 @@ def twin_codes(codes: np.ndarray, alike: np.ndarray | None, trellis: int, data: 
         rest = mean * cols
         budget = energy if row else rest
         left = [8]
-        states = [0] * cols if row % rows % 256 == 0 else states
+        states = [0] * cols if row % rows % TRELLIS_ROWS == 0 else states
         shares, models = [], []
         while regress and row and len(shares) < 2 and (
                 share := coder.share(alike[row][len(shares)] & 7, odds[len(shares)])):
