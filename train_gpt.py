@@ -2849,13 +2849,13 @@ def fit_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration, limit: i
     factor, tried = 1.0, {}
     for attempt in range(RATE_ATTEMPTS):
         timer = Timer(run)
-        quantized, data = quantize(cfg, run, model, stats, factor), b""
+        quantized, data, coding = quantize(cfg, run, model, stats, factor), b"", Timer(run)
         if run.rank == 0:
             streams, notes = encode_model(cfg, *quantized)
             data = build_container(ARTIFACT_MAGIC, cfg, streams, notes)
             codes = {group: sum(len(streams[name]) for name in group_streams(group)) for group in STREAM_GROUPS}
             run.log(f"artifact attempt:{attempt + 1} sigma_factor:{factor:.6f} model_bytes:{len(data)} "
-                    f"room_bytes:{limit - len(data)} elapsed_s:{timer.seconds():.1f} "
+                    f"room_bytes:{limit - len(data)} elapsed_s:{timer.seconds():.1f} encode_s:{coding.seconds():.1f} "
                     + " ".join(f"{name}_bytes:{size}" for name, size in codes.items())
                     + f" small_bytes:{sum(map(len, streams.values())) - sum(codes.values())}")
         room = limit - int(run.agree([len(data)])[0])

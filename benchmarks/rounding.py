@@ -16,6 +16,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as gpt  # noqa: E402
 
+VARIANTS = (                                              # the first one's bytes are what the others may spend
+    {}, {"rdo_lambda": 1e-9},                             # next to 0: the trellis alone
+    {"rdo_lambda": 0.5}, {"rdo_lambda": 1.0}, {"rdo_lambda": 1.0, "awq_lite_enabled": False},
+    {"rdo_lambda": 1.0, "lqer_enabled": False})
+
 
 def main() -> None:
     cfg = gpt.Config.from_env(os.environ)
@@ -29,6 +34,7 @@ def main() -> None:
         streams, _ = gpt.read_container(checkpoint, gpt.CHECKPOINT_MAGIC, plain)
         model.load_state_dict(gpt.unpack_tensors(streams["weights"]))
         gpt.sort_hidden_units(model)
+        gpt.log_start(plain, run, data, gpt.check_tokenizer(plain, data), model)
         weights = {name: p.clone() for name, p in model.state_dict().items()}
         stats = gpt.collect_hessians(dataclasses.replace(plain, rdo_lambda=1.0), run, model, data.train,
                                      plain.gptq_calibration_batches)
@@ -38,8 +44,8 @@ def main() -> None:
 
         unquantized, plain_tax, limit = bpb(), None, gpt.SIZE_LIMIT
         run.log(f"rounding unquantized_bpb:{unquantized:.6f}")
-        for share in (0.0, 1e-9, 0.5, 1.0):               # next to 0: the trellis alone
-            variant = dataclasses.replace(plain, rdo_lambda=share, fill_artifact=plain_tax is not None)
+        for settings in VARIANTS:
+            variant = dataclasses.replace(plain, fill_artifact=plain_tax is not None, **settings)
             artifact = gpt.fit_artifact(variant, run, model, stats, limit)
             if run.rank == 0:
                 gpt.write_file(gpt.artifact_path(run), artifact)
@@ -49,7 +55,8 @@ def main() -> None:
             model.load_state_dict(weights)
             if plain_tax is None:                         # plain GPTQ, the size and tax to compare with
                 plain_tax, limit = score - unquantized, int(run.agree([len(artifact)])[0])
-            run.log(f"rounding rdo_lambda:{share:g} bytes:{len(artifact)} bpb:{score:.6f} "
+            shown = " ".join(f"{name}:{float(value):g}" for name, value in settings.items()) or "rdo_lambda:0"
+            run.log(f"rounding {shown} bytes:{len(artifact)} bpb:{score:.6f} "
                     f"tax:{score - unquantized:.6f} relative_tax:{(score - unquantized) / plain_tax:.3f}")
 
 
