@@ -174,8 +174,9 @@ def results(records: list[Result], partial: list[Result]) -> str:
             ["log", "hardware", "budget", "validation tokens", "steps", "tok/s loops off / on",
              "BPB before quantization", "after", "after TTT", "TTT eval", "total bytes"],
             [[f"`{r.name}`", r.hardware, show(r.budget_s, "g", " s"), show(r.val_tokens), show(r.steps),
-              " / ".join(map(show, r.tok_per_s)) if any(r.tok_per_s) else "", show(r.pre_bpb, ".5f"), show(r.quantized_bpb, ".5f"),
-              show(r.ttt_bpb, ".5f"), show(r.eval_s, ".1f", " s"), show(r.total_bytes)] for r in partial])]
+              " / ".join(map(show, r.tok_per_s)) if any(r.tok_per_s) else "",
+              show(r.pre_bpb, ".5f"), show(r.quantized_bpb, ".5f"), show(r.ttt_bpb, ".5f"),
+              show(r.eval_s, ".1f", " s"), show(r.total_bytes)] for r in partial])]
     return "\n\n".join(parts)
 
 

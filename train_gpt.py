@@ -2423,7 +2423,8 @@ def twin_codes(codes: np.ndarray, alike: np.ndarray | None, trellis: int, data: 
         rest = mean * cols
         budget = energy if row else rest
         left = [8]
-        states = [0] * cols if row % rows % TRELLIS_ROWS == 0 else states
+        if row % rows % TRELLIS_ROWS == 0:
+            states = [0] * cols
         shares, models = [], []
         while regress and row and len(shares) < 2 and (
                 share := coder.share(alike[row][len(shares)] & 7, odds[len(shares)])):
@@ -2617,7 +2618,7 @@ def encode_codes(codes: np.ndarray, *, regress: bool = False, trellis: bool = Fa
 
     codes    (matrices, rows, cols) int8; rows have comparable variance.
     regress  predict each code from the codes to its left in the row; pays where columns are correlated.
-    trellis  the codes come from trellis_round, 256 rows at a time from row 0 of each matrix.
+    trellis  the codes come from trellis_round, TRELLIS_ROWS rows at a time from row 0 of each matrix.
     Returns a stream that carries its shape and checksums. Raises ValueError when a shape or dtype is not codable.
     """
     codes = np.ascontiguousarray(codes)

@@ -16,7 +16,8 @@ def gaussian_codes(matrices: int, rows: int, cols: int, max_code: int, std: floa
 
 def trellis_codes(matrices: int, rows: int, cols: int, std: float = 5.0) -> np.ndarray:
     x = torch.from_numpy(RNG.standard_normal((cols, matrices, rows)).astype(np.float32) * std)
-    codes = [coder.round_column(column, torch.full((matrices, 1), 127.0), True) if column.numel() else column for column in x]
+    limit = torch.full((matrices, 1), 127.0)
+    codes = [coder.round_column(column, limit, True) if column.numel() else column for column in x]
     return (torch.stack(codes, -1) if cols else torch.zeros(matrices, rows, 0)).to(torch.int8).numpy()
 
 
