@@ -14,9 +14,11 @@ Settings are environment variables; nothing else is read from outside. Importing
 Dimensions: B documents in a batch, T positions, N = B*T flattened, D model width, H query heads, G key/value
 heads, K head width, F MLP width, V vocabulary, L layers, R adapter rank. Weights are (out, in) like nn.Linear.
 
-Contents:  1 configuration   2 runtime   3 data   4 attention backends   5 fused kernels   6 model
-           7 optimizers   8 schedules and EMA   9 training   10 quantization   11 artifact   12 scoring
-           13 n-gram hints   14 test-time training   15 pipeline   16 main
+Contents, definitions: 1 configuration   2 runtime   3 data   4 model   5 schedules and EMA   6 optimizers
+           7 training   8 quantization   9 weight coder   10 artifact   11 scoring   12 hints and order
+           13 test-time training   14 pipeline
+Fast paths, each naming what it replaces: 15 attention kernels   16 Triton kernels   17 compilation
+           18 C sources   19 main
 
 References:
   [GQA]   Ainslie et al. 2023, grouped-query attention          [RoPE]  Su et al. 2021, rotary positions
@@ -465,23 +467,6 @@ class Timer:
         return time.perf_counter() - self.start
 
 
-@functools.cache
-def compile_c(source: str) -> ctypes.CDLL:
-    """Load C source, compiled once per process; RuntimeError with the compiler's message when that does not work."""
-    with tempfile.TemporaryDirectory(prefix="train_gpt_") as folder:
-        library, compiler = f"{folder}/code.so", os.environ.get("CC", "cc")
-        for target in (["-march=native"], []):            # not every compiler knows its own machine
-            # -fwrapv: even a forged stream must not meet undefined behaviour.
-            command = [compiler, "-O3", *target, "-fwrapv", "-std=c99", "-shared", "-fPIC", "-o", library, "-xc", "-"]
-            try:
-                done = subprocess.run(command, input=source, capture_output=True, text=True)
-            except FileNotFoundError:
-                raise RuntimeError(f"no C compiler: expected `{compiler}` on the PATH; install gcc or clang") from None
-            if done.returncode == 0:
-                return ctypes.CDLL(library)
-        raise RuntimeError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
-
-
 # --- 3 data -------------------------------------------------------------------------------------------------
 # Shard files, the checks that make their numbers believable, and the two loaders.
 
@@ -726,8 +711,8 @@ def calibration_batches(paths: Sequence[Path], seq_len: int, batch_seqs: int, se
         yield batch
 
 
-# --- 4 attention backends -----------------------------------------------------------------------------------
-# attend(q, k, v, cu_seqlens, max_seqlen): causal attention inside segments; all backends compute the same.
+# --- 4 model ------------------------------------------------------------------------------------------------
+# One forward pass for training, evaluation and test-time training: plain functions of one layer's weights.
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
@@ -743,152 +728,6 @@ def attend_math(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, cu_seqlens: Tensor,
     return torch.cat(out)
 
 
-def attend_torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """FlashAttention-2 as torch ships it (CUDA, fp16/bf16)."""
-    return torch.ops.aten._flash_attention_forward(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-                                                   0.0, True, False)[0]
-
-
-def _load_flash_attention_3() -> Attend:
-    from flash_attn_interface import flash_attn_varlen_func
-
-    def attend_fa3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True)
-        return out[0] if isinstance(out, tuple) else out
-    return attend_fa3
-
-
-def _load_flash_attention_4() -> Attend:
-    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
-
-    # Custom ops with fake implementations keep torch.compile from looking inside the kernel library.
-    @torch.library.custom_op("golf::fa4_fwd", mutates_args=())
-    def fa4_fwd(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
-        out, lse = _flash_attn_fwd(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
-                                   max_seqlen_k=max_seqlen, causal=True, return_lse=True)[:2]
-        return out, lse
-
-    @fa4_fwd.register_fake
-    def _(q, k, v, cu_seqlens, max_seqlen):
-        return torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-
-    @torch.library.custom_op("golf::fa4_bwd", mutates_args=())
-    def fa4_bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
-                max_seqlen: int) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = _flash_attn_bwd(q, k, v, out, dout, lse, causal=True, cu_seqlens_q=cu_seqlens,
-                                     cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)[:3]
-        return dq, dk, dv
-
-    @fa4_bwd.register_fake
-    def _(dout, q, k, v, out, lse, cu_seqlens, max_seqlen):
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-    def setup(ctx, inputs, output):
-        *tensors, ctx.max_seqlen = inputs
-        ctx.save_for_backward(*tensors, *output)
-
-    def backward(ctx, dout, dlse):
-        q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
-        return *fa4_bwd(dout.contiguous(), q, k, v, out, lse, cu_seqlens, ctx.max_seqlen), None, None
-
-    fa4_fwd.register_autograd(backward, setup_context=setup)
-
-    def attend_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        return fa4_fwd(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_seqlen)[0]
-    return attend_fa4
-
-
-def choose_attention(run: Run) -> Attend:
-    """The fastest backend that works here, logged with the reason; a slow one on CUDA needs ALLOW_SLOW=1."""
-    if run.device.type == "cpu":
-        run.log('attention backend:math reason:"no GPU"')
-        return attend_math
-    capability = torch.cuda.get_device_capability(run.device)
-    refused = []
-    for name, load in (("flash_attention_3", _load_flash_attention_3), ("flash_attention_4", _load_flash_attention_4)):
-        try:
-            if capability < (9, 0) or (load is _load_flash_attention_3 and capability[0] != 9):
-                raise ImportError(f"needs compute capability 9.0, found {capability[0]}.{capability[1]}")
-            attend = load()
-        except (ImportError, OSError, AttributeError, RuntimeError, TypeError) as error:      # half-matching packages
-            refused.append(f"{name}: {error}")
-            continue
-        run.log(f'attention backend:{name} reason:"{"; ".join(refused) or "first choice"}"')
-        return attend
-    if not run.cfg.allow_slow:
-        raise ConfigError(f"no fast attention kernel ({'; '.join(refused)}); install requirements-gpu.txt, or set "
-                          "ALLOW_SLOW=1 to run with torch's FlashAttention-2")
-    run.log(f'attention backend:torch_varlen reason:"{"; ".join(refused)}"')
-    return attend_torch_varlen
-
-
-# --- 5 fused kernels ----------------------------------------------------------------------------------------
-# Each kernel stands with its launch wrapper and the plain torch function that defines it.
-
-if triton is not None:
-    @triton.jit
-    def _softcap_ce_kernel(logits_ptr, targets_ptr, caps_ptr, nll_ptr, dcaps_ptr, vocab_size, BLOCK: tl.constexpr,
-                           PARTIAL: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
-        cols = tl.arange(0, BLOCK)
-        if PARTIAL:
-            logits = tl.load(logits_ptr + row * vocab_size + cols, mask=cols < vocab_size, other=0.0).to(tl.float32)
-        else:
-            logits = tl.load(logits_ptr + row * vocab_size + cols).to(tl.float32)
-        positive = logits > 0
-        cap_pos, cap_neg = tl.load(caps_ptr), tl.load(caps_ptr + 1)
-        ratio = logits * tl.where(positive, 1 / cap_pos, 1 / cap_neg)
-        tanh = 1 - 2 / (tl.exp(2 * ratio) + 1)
-        capped = tl.where(positive, cap_pos, cap_neg) * tanh
-        if PARTIAL:
-            capped = tl.where(cols < vocab_size, capped, -float("inf"))
-        top = tl.max(capped, 0)
-        grad = tl.exp(capped - top)
-        total = tl.sum(grad, 0)
-        hit = cols == tl.load(targets_ptr + row)
-        tl.store(nll_ptr + row, top + tl.log(total) - tl.sum(tl.where(hit, capped, 0.0), 0))
-        grad = grad * (1 / total) - tl.where(hit, 1.0, 0.0)                     # d nll / d capped
-        slope = 1 - tanh * tanh                                                 # d capped / d logits
-        dcap = grad * (tanh - ratio * slope)                                    # d nll / d cap; 0 outside
-        tl.store(dcaps_ptr + 2 * row, tl.sum(tl.where(positive, dcap, 0.0), 0))
-        tl.store(dcaps_ptr + 2 * row + 1, tl.sum(tl.where(positive, 0.0, dcap), 0))
-        grad = (grad * slope).to(logits_ptr.dtype.element_ty)
-        if PARTIAL:
-            tl.store(logits_ptr + row * vocab_size + cols, grad, mask=cols < vocab_size)
-        else:
-            tl.store(logits_ptr + row * vocab_size + cols, grad)
-
-
-CE_WARPS = 32       # one program holds a row of 8,192 logits in registers; tuned on H100
-
-
-class FusedSoftcapLoss(torch.autograd.Function):
-    """softcap_loss for CUDA: one pass over the logits gives the loss and overwrites them with its gradient."""
-
-    @staticmethod
-    def forward(ctx, hidden_ND: Tensor, tok_emb_VD: Tensor, cap_pos: Tensor, cap_neg: Tensor,
-                targets_N: Tensor) -> Tensor:
-        weight = tok_emb_VD.to(hidden_ND.dtype)
-        logits_NV = hidden_ND @ weight.T
-        N, V = logits_NV.shape
-        nll_N = torch.empty(N, device=logits_NV.device)
-        dcaps_N2 = torch.empty(N, 2, device=logits_NV.device)
-        block = triton.next_power_of_2(V)
-        _softcap_ce_kernel[(N,)](logits_NV, targets_N, torch.stack([cap_pos, cap_neg]), nll_N, dcaps_N2, V,
-                                 BLOCK=block, PARTIAL=block != V, num_warps=CE_WARPS)
-        ctx.save_for_backward(hidden_ND, weight, logits_NV, dcaps_N2)
-        return nll_N.mean()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        hidden_ND, weight, dlogits_NV, dcaps_N2 = ctx.saved_tensors
-        scale = grad / len(hidden_ND)
-        dhidden = (dlogits_NV @ weight).mul_(scale)
-        dweight = torch.mm(dlogits_NV.T, hidden_ND, out_dtype=torch.float32).mul_(scale)
-        dcaps = dcaps_N2.sum(0, dtype=torch.float64) * scale
-        return dhidden, dweight, dcaps[0].float(), dcaps[1].float(), None
-
-
 def softcap_logits(logits: Tensor, cap_pos: Tensor, cap_neg: Tensor) -> Tensor:
     """cap * tanh(logits / cap), with cap_pos for positive logits and cap_neg for the others."""
     cap = torch.where(logits > 0, cap_pos, cap_neg)
@@ -900,10 +739,6 @@ def softcap_loss(hidden_ND: Tensor, tok_emb_VD: Tensor, cap_pos: Tensor, cap_neg
     logits_NV = F.linear(hidden_ND, tok_emb_VD.to(hidden_ND.dtype)).float()
     return F.cross_entropy(softcap_logits(logits_NV, cap_pos, cap_neg), targets_N)
 
-
-# --- 6 model ------------------------------------------------------------------------------------------------
-# One forward pass for training, evaluation and test-time training: plain functions of one layer's weights,
-# compiled once each and called for every layer.
 
 RMS_EPS = 2.0 ** -23
 
@@ -1062,25 +897,6 @@ class Graphs(NamedTuple):
     score: Callable = score_tokens
 
 
-def mark_varying(x: Tensor, *dims: int) -> Tensor:
-    """Tell the compiler that these sizes change between calls, so that one graph serves them all."""
-    for dim in dims:
-        if x.shape[dim] > 1:                              # size 1 always gets a graph of its own
-            torch._dynamo.maybe_mark_dynamic(x, dim)
-    return x
-
-
-def make_graphs(run: Run) -> Graphs:
-    """Compiled functions; eager ones when COMPILE=0. Sizes are static unless marked with mark_varying.
-    Blocks are compiled one by one and shared by all layers: eleven times less to compile than the whole model.
-    On CPUs plain attention loops over segments in Python, so a graph may break there and only there."""
-    if not run.cfg.compile:
-        return Graphs()
-    # Serial and parallel blocks exist with and without skip, gradient and adapters.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return Graphs(*(torch.compile(fn, fullgraph=run.device.type == "cuda") for fn in Graphs()))
-
-
 def execution_order(cfg: Config, looping: bool) -> tuple[list[int], list[int]]:
     """Layer indices in order of execution, split in encoder (whose outputs are kept) and decoder (which takes them)."""
     loop = list(range(cfg.loop_start, cfg.loop_end + 1))
@@ -1194,7 +1010,45 @@ class GPT(nn.Module):
                                  delta_NV)
 
 
-# --- 7 optimizers -------------------------------------------------------------------------------------------
+# --- 5 schedules and EMA ------------------------------------------------------------------------------------
+# Pure functions of progress in [0, 1] or of the step, and the weight average.
+
+def lr_factor(cfg: Config, progress: float) -> float:
+    """1, then linear to 0 over the last WARMDOWN_FRAC of the budget, but never below MIN_LR."""
+    if progress < 1 - cfg.warmdown_frac or cfg.warmdown_frac == 0:
+        return 1.0
+    return max((1 - progress) / cfg.warmdown_frac, cfg.min_lr)
+
+
+def muon_momentum(cfg: Config, step: int) -> float:
+    """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM over the warm-up steps."""
+    done = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
+    return cfg.muon_momentum_warmup_start + done * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
+
+
+def global_sgd_lr(base_lr: float, num_chunks: int, chunk: int) -> float:
+    """Half a cosine over the chunks of the base adaptation."""
+    return base_lr * 0.5 * (1 + math.cos(math.pi * chunk / max(num_chunks - 1, 1)))
+
+
+class WeightAverage:
+    """Exponential moving average of all parameters in fp32, without bias correction."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.params = decay, list(model.parameters())
+        self.shadow = [p.detach().clone() for p in self.params]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        torch._foreach_lerp_(self.shadow, self.params, 1 - self.decay)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Put the average into the model."""
+        torch._foreach_copy_(self.params, self.shadow)
+
+
+# --- 6 optimizers -------------------------------------------------------------------------------------------
 # Muon for matrices, AdamW for the rest, routed by one table that must cover every parameter exactly once.
 
 PARAMETER_TABLE: dict[str, tuple[str, ...]] = {
@@ -1359,45 +1213,7 @@ class Optimizer:
         self.model.zero_grad(set_to_none=True)
 
 
-# --- 8 schedules and EMA ------------------------------------------------------------------------------------
-# Pure functions of progress in [0, 1] or of the step, and the weight average.
-
-def lr_factor(cfg: Config, progress: float) -> float:
-    """1, then linear to 0 over the last WARMDOWN_FRAC of the budget, but never below MIN_LR."""
-    if progress < 1 - cfg.warmdown_frac or cfg.warmdown_frac == 0:
-        return 1.0
-    return max((1 - progress) / cfg.warmdown_frac, cfg.min_lr)
-
-
-def muon_momentum(cfg: Config, step: int) -> float:
-    """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM over the warm-up steps."""
-    done = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
-    return cfg.muon_momentum_warmup_start + done * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
-
-
-def global_sgd_lr(base_lr: float, num_chunks: int, chunk: int) -> float:
-    """Half a cosine over the chunks of the base adaptation."""
-    return base_lr * 0.5 * (1 + math.cos(math.pi * chunk / max(num_chunks - 1, 1)))
-
-
-class WeightAverage:
-    """Exponential moving average of all parameters in fp32, without bias correction."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay, self.params = decay, list(model.parameters())
-        self.shadow = [p.detach().clone() for p in self.params]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        torch._foreach_lerp_(self.shadow, self.params, 1 - self.decay)
-
-    @torch.no_grad()
-    def apply(self) -> None:
-        """Put the average into the model."""
-        torch._foreach_copy_(self.params, self.shadow)
-
-
-# --- 9 training ---------------------------------------------------------------------------------------------
+# --- 7 training ---------------------------------------------------------------------------------------------
 # Compile warm-up that leaves nothing behind, the step, and a wall-clock stop all ranks agree on.
 
 LOG_EVERY, LOG_FIRST = 50, 5
@@ -1555,7 +1371,7 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
     return train_s
 
 
-# --- 10 quantization ----------------------------------------------------------------------------------------
+# --- 8 quantization -----------------------------------------------------------------------------------------
 # Calibration statistics, GPTQ, protected column groups, low-rank correction: fp32 matrices to int8 codes.
 
 MATRIX_NAMES = ("wq", "wk", "wv", "wo", "w_up", "w_down")
@@ -1610,47 +1426,6 @@ def row_scale(W: Tensor, clip_sigmas: float, max_code: int) -> Tensor:
 # as dense as half steps: about a quarter less squared error for the same bits. The machine is Ungerboeck's of 64
 # states: parity = state & 1, bit = code >> 1 & 1, next state = state >> 1 ^ 33 * parity ^ 10 * bit.
 TRELLIS_STATES, TRELLIS_ROWS = 64, 256               # it starts anew, in state 0, every TRELLIS_ROWS rows of a matrix
-
-if triton is not None:
-    @triton.jit
-    def _trellis_kernel(x_ptr, limit_ptr, codes_ptr, took_ptr, N: tl.constexpr, STATES: tl.constexpr):
-        first, limit = tl.program_id(0) * N, tl.load(limit_ptr + tl.program_id(0))
-        x_ptr, codes_ptr, took_ptr = x_ptr + first, codes_ptr + first, took_ptr + first
-        state = tl.arange(0, STATES)
-        parity = state >> 5
-        from_0 = 2 * (state ^ 33 * parity) + parity
-        from_1 = 2 * (state ^ 33 * parity ^ 10) + parity
-        low = parity.to(tl.float32)
-        cost = tl.where(state == 0, 0.0, 1e30)
-        for i in range(N):
-            x = tl.load(x_ptr + i)
-            at_0, at_1 = _trellis_point(x, low, limit), _trellis_point(x, low + 2, limit)
-            cost_0 = tl.gather(cost, from_0, 0) + (x - at_0) * (x - at_0)
-            cost_1 = tl.gather(cost, from_1, 0) + (x - at_1) * (x - at_1)
-            took = cost_1 < cost_0
-            cost = tl.where(took, cost_1, cost_0)
-            tl.store(took_ptr + i, tl.sum(took.to(tl.int64) << state.to(tl.int64), 0))
-        at = tl.argmin(cost, 0).to(tl.int64)
-        tl.debug_barrier()                           # what one thread has stored all are about to read
-        for i in range(N - 1, -1, -1):
-            bit = tl.load(took_ptr + i) >> at & 1
-            tl.store(codes_ptr + i, _trellis_point(tl.load(x_ptr + i), (2 * bit + (at >> 5)).to(tl.float32), limit))
-            at = 2 * (at ^ 33 * (at >> 5) ^ 10 * bit) + (at >> 5)
-
-    @triton.jit
-    def _trellis_point(x, residue, limit):
-        k = tl.floor((x - residue) * 0.25 + 0.5)
-        k = tl.minimum(tl.maximum(k, tl.ceil((-limit - residue) * 0.25)), tl.floor((limit - residue) * 0.25))
-        return 4 * k + residue
-
-
-def trellis_round(x: Tensor, limit: Tensor) -> Tensor:
-    """plain_trellis_round(x, limit); on a GPU by one kernel, a program per line."""
-    if not x.is_cuda or triton is None:
-        return plain_trellis_round(x, limit)
-    x, codes, took = x.contiguous(), torch.empty_like(x), torch.empty(x.shape, dtype=torch.int64, device=x.device)
-    _trellis_kernel[(len(x),)](x, limit, codes, took, N=x.shape[1], STATES=TRELLIS_STATES, num_warps=1)
-    return codes
 
 
 def plain_trellis_round(x: Tensor, limit: Tensor) -> Tensor:
@@ -1961,92 +1736,17 @@ def quantize(cfg: Config, run: Run, model: GPT, stats: Calibration,
     return quantized, passed
 
 
-# --- 11 artifact --------------------------------------------------------------------------------------------
-# Checked, atomic files of tensors; one code stream per tensor group; the size report.
-
-FORMAT_VERSION = 3
-CHECKPOINT_MAGIC, ARTIFACT_MAGIC = b"GOLFWGHT", b"GOLFCODE"
-STREAM_GROUPS = ("tok_emb", "w_up", "w_down", "wq", "wo", "wk", "wv")      # the longest job first
-HALVED_GROUPS = STREAM_GROUPS[:3]                # two streams each, so that no thread works twice as long as the others
-MODEL_FIELDS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "num_loops",
-                "loop_start", "loop_end", "parallel_start_layer", "gate_window", "sparse_attn_gate_scale", "rope_base",
-                "rope_dims")
+@torch.no_grad()
+def sort_hidden_units(model: GPT) -> None:
+    """Order each layer's MLP units by the deviation of their w_up row: same function, row scales nearly free to store."""
+    for up, down in zip(model.w_up, model.w_down):
+        order = up.std(-1).argsort(stable=True)
+        up.copy_(up[order])
+        down.copy_(down[:, order])
 
 
-class ArtifactError(ValueError):
-    """A checkpoint or artifact is missing, damaged, or made with other model settings."""
-
-
-def build_container(magic: bytes, cfg: Config, streams: Mapping[str, bytes],
-                    notes: Mapping[str, Any] | None = None) -> bytes:
-    """Named byte streams with the model's settings, notes (JSON) and a SHA-256.
-    Layout: magic (8), version u32, header length u32, header (zlib JSON), streams, SHA-256 of all before (32)."""
-    header = zlib.compress(json.dumps({
-        "settings": {name: getattr(cfg, name) for name in MODEL_FIELDS},
-        "streams": [[name, len(stream)] for name, stream in streams.items()], "notes": notes or {}},
-        separators=(",", ":")).encode(), 9)
-    body = b"".join([magic, np.array([FORMAT_VERSION, len(header)], "<u4").tobytes(), header, *streams.values()])
-    return body + hashlib.sha256(body).digest()
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file that appears under its name only when complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_container(path: Path, magic: bytes, cfg: Config) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Streams and notes of a file made by build_container; raises ArtifactError unless every check holds."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); check RUN_ID, or run the earlier stage "
-                            "first") from error
-    if data[:8] != magic:
-        raise ArtifactError(f"{path}: expected a file beginning with {magic!r}, found {data[:8]!r}; this is not a "
-                            "file of that kind")
-    if len(data) < 48 or hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        raise ArtifactError(f"{path}: checksum mismatch over {len(data):,} bytes; the file is truncated or "
-                            "corrupted, write it again")
-    version, header_bytes = np.frombuffer(data[8:16], "<u4").tolist()
-    if version != FORMAT_VERSION:
-        raise ArtifactError(f"{path}: format version {version}, expected {FORMAT_VERSION}; write it again with this "
-                            "script")
-    header = json.loads(zlib.decompress(data[16:16 + header_bytes]))
-    differing = {name: (made, getattr(cfg, name)) for name, made in header["settings"].items()
-                 if getattr(cfg, name, None) != made}
-    if differing:
-        changes = ", ".join(f"{name.upper()}={made} (now {now})" for name, (made, now) in differing.items())
-        raise ArtifactError(f"{path}: made with other settings: {changes}; set them as they were")
-    cuts = np.cumsum([16 + header_bytes, *(length for _, length in header["streams"])]).tolist()
-    return {name: data[a:b] for (name, _), a, b in zip(header["streams"], cuts, cuts[1:])}, header["notes"]
-
-
-def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """Names, dtypes, shapes and raw little-endian values in one byte string; unpack_tensors is the exact inverse."""
-    index = json.dumps([[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()])
-    parts = [np.array([len(index)], "<u4").tobytes(), index.encode()]
-    return b"".join(parts + [t.detach().cpu().contiguous().numpy().tobytes() for t in tensors.values()])
-
-
-def unpack_tensors(data: bytes) -> dict[str, Tensor]:
-    length = int(np.frombuffer(data[:4], "<u4")[0])
-    tensors, offset = {}, 4 + length
-    for name, dtype, shape in json.loads(data[4:4 + length]):
-        count = math.prod(shape)
-        values = np.frombuffer(data, np.dtype(dtype), count, offset)
-        tensors[name] = torch.from_numpy(values.copy()).reshape(shape)
-        offset += values.nbytes
-    return tensors
-
+# --- 9 weight coder -----------------------------------------------------------------------------------------
+# Codes and scales to bytes and back: streams and their checks. The C that does it is in section 18.
 
 # The coder of codes and scales is context mixing [lpaq]. A symbol is a few binary decisions (zero? sign? magnitude
 # above 1? above 2? ...). For each, four adaptive counters chosen by different views of the past vote, a logistic
@@ -2056,237 +1756,10 @@ def unpack_tensors(data: bytes) -> dict[str, Tensor]:
 # it) code j of a row is predicted from codes 0..j-1 by a ridge regression that both sides refit from the rows already
 # coded, plus a share of the regression error of up to two earlier rows that the encoder names. All arithmetic that
 # the decoder repeats is integer.
-
 VOTES = 4                   # counters per decision
 NODES = 32                  # decisions of one symbol: zero?, negative?, then magnitude >= 2, >= 3, ...
 LEVELS = 128                # steps of the variance axis, 8 per octave, from 1/16 upwards
 MAX_REGRESSED = 512, 65536  # columns, rows: keeps the 32- and 64-bit sums of the regression exact
-
-CODER_C = r"""
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-typedef uint8_t u8; typedef int16_t i16; typedef uint16_t u16;
-typedef int32_t i32; typedef uint32_t u32; typedef int64_t i64; typedef uint64_t u64;
-enum { VOTES = 4, NODES = 32, LEVELS = 128, TRELLIS_ROWS = 256 };
-typedef struct {
-    const i32 *squash, *stretch, *rate; const u32 *prior;  // tables of _tables()
-    u64 lo, hi, code; u8 *buf; i64 pos, cap; int decode;
-} Coder;
-static inline int clamp(i64 x, int lo, int hi) { return x < lo ? lo : x > hi ? hi : x; }
-// Arithmetic coder [lpaq] with 64-bit bounds: `p` of 65536 goes to bit 1; equal leading bytes leave at once.
-static inline int code_bit(Coder *c, int bit, u32 p) {
-    u64 mid = c->lo + ((c->hi - c->lo) >> 16) * p;
-    if (c->decode) bit = c->code <= mid;
-    if (bit) c->hi = mid; else c->lo = mid + 1;
-    for (; !((c->lo ^ c->hi) >> 56); c->lo <<= 8, c->hi = c->hi << 8 | 255, c->pos++)
-        if (c->decode) c->code = c->code << 8 | (c->pos < c->cap ? c->buf[c->pos] : 0);
-        else if (c->pos < c->cap) c->buf[c->pos] = c->hi >> 56;
-    return bit;
-}
-static void start(Coder *c) {
-    if (c->decode) for (; c->pos < 8; c->pos++) c->code = c->code << 8 | (c->pos < c->cap ? c->buf[c->pos] : 0);
-}
-static i64 finish(Coder *c) {  // one byte suffices: past the end the decoder reads zeros
-    if (!c->decode && c->pos < c->cap) c->buf[c->pos] = (c->lo >> 56) + 1;
-    return c->pos + 1;
-}
-// One decision. A counter is 22 bits of probability and 10 bits of age; it moves by 1/(age + 1.5).
-// Two weight sets, chosen by different contexts, are averaged; each learns from its own error.
-static inline int decide(Coder *c, u32 **cell, i32 *wa, i32 *wb, int bit, u32 max_age, int speed) {
-    int vote[VOTES]; i64 a = 0, b = 0;
-    for (int k = 0; k < VOTES; k++) {
-        vote[k] = c->stretch[*cell[k] >> 20];
-        a += (i64)wa[k] * vote[k]; b += (i64)wb[k] * vote[k];
-    }
-    bit = code_bit(c, bit, c->squash[clamp((a + b) >> 19, -2047, 2047) + 2048]);
-    i64 ea = ((bit << 16) - c->squash[clamp(a >> 18, -2047, 2047) + 2048]) * speed;
-    i64 eb = ((bit << 16) - c->squash[clamp(b >> 18, -2047, 2047) + 2048]) * speed;
-    for (int k = 0; k < VOTES; k++) {
-        wa[k] += (vote[k] * ea + (1 << 19)) >> 20;
-        wb[k] += (vote[k] * eb + (1 << 19)) >> 20;
-        u32 age = *cell[k] & 1023; i32 p = *cell[k] >> 10;
-        p += ((i64)((bit ? 4194303 : 0) - p) * c->rate[age]) >> 16;
-        *cell[k] = (u32)p << 10 | (age + (age < max_age));
-    }
-    return bit;
-}
-static inline int level(i64 v) {  // variance in 1/256 code**2 -> step of the variance axis
-    v = v < 16 ? 16 : v > 1 << 19 ? 1 << 19 : v;
-    int e = 31 - __builtin_clz((u32)v);
-    return (e - 4) * 8 + (v >> (e - 3) & 7);
-}
-static int code_number(Coder *c, int value, int bits) {
-    int v = 0;
-    while (bits--) v = v << 1 | code_bit(c, value >> bits & 1, 32768);
-    return v;
-}
-static int code_share(Coder *c, int value, i32 *odds) {  // 3 bits, each with one fast counter
-    int v = 1;
-    for (int k = 2; k >= 0; k--) {
-        int bit = code_bit(c, value >> k & 1, odds[v]);
-        odds[v] += ((bit << 16) - odds[v]) >> 6;
-        v = v << 1 | bit;
-    }
-    return v & 7;
-}
-// Ridge regression of every column on the columns to its left (column 0 is the constant).
-typedef struct { i64 n, next; i32 *gram; i64 *L; i16 *T; } Fit;
-static i64 isqrt(i64 v) {
-    i64 r = 0;
-    for (i64 b = 1ll << 31; b; b >>= 1) if ((r | b) * (r | b) <= v) r |= b;
-    return r;
-}
-static void refit(Fit *f, int d) {
-    i64 keep = f->n * 250 / (f->n + 1000), *L = f->L, *D = malloc(8 * d), *v = malloc(8 * d), *sd = malloc(8 * d);
-    for (int i = 0; i < d; i++) sd[i] = isqrt(f->gram[(i64)i * d + i] + f->n) + 1;
-    // L D L' = keep * correlations + (1 - keep) * identity, 28 fractional bits; trust grows with the rows seen
-    for (int i = 0; i < d; i++) {
-        i64 *Li = L + (i64)i * d, s = 0;
-        for (int j = 0; j < i; j++) {
-            i64 *Lj = L + (i64)j * d, c = f->gram[(i64)i * d + j] * (1ll << 24) / (sd[i] * sd[j]) * keep >> 4, dot = 0;
-            for (int k = 0; k < j; k++) dot += Li[k] * Lj[k];
-            Li[j] = c - (dot >> 28);
-        }
-        for (int j = 0; j < i; j++) { i64 l = Li[j] * (1 << 28) / D[j]; s += l * Li[j] >> 28; Li[j] = l; }
-        D[i] = (1 << 28) - s; if (D[i] < 1 << 16) D[i] = 1 << 16;
-        memcpy(v, Li, 8 * i);      // coefficients b of column i solve (left part of L)' b = row i of L
-        for (int j = i - 1; j >= 0; j--) {
-            for (int k = 0; k < j; k++) v[k] -= v[j] * L[(i64)j * d + k] >> 28;
-            f->T[(i64)i * d + j] = clamp((v[j] >> 8) * sd[i] / sd[j] >> 8, -32767, 32767);
-        }
-    }
-    free(D); free(v); free(sd);
-}
-// Codes x[matrices][rows][cols]; returns the bytes written, or more than cap when they do not fit.
-i64 code_codes(const i32 *squash, const i32 *stretch, const i32 *rate, const u32 *prior, u8 *buf, i64 cap, int decode,
-               int8_t *x, i64 matrices, i64 rows, i64 cols, i64 trellis, const i32 *alike) {
-    Coder c = {squash, stretch, rate, prior, 0, ~0ull, 0, buf, 0, cap, decode};
-    int d = cols + 1, n = 0, regress = alike != 0, valid = 1;
-    u32 *tab = malloc(4ll * NODES * LEVELS * 40), *tabs[VOTES] = {tab};
-    tabs[1] = tab + NODES * LEVELS * 2; tabs[2] = tabs[1] + NODES * LEVELS * 2; tabs[3] = tabs[2] + NODES * LEVELS * 18;
-    for (int k = 0; k < VOTES; k++)
-        for (int l = 0, copies = k < 2 ? 2 : 18; l < LEVELS * copies; l++)
-            memcpy(tabs[k] + l * NODES, prior + l / copies * NODES, 4 * NODES);
-    i32 *wa = malloc(4 * NODES * VOTES * (18 + LEVELS)), *wb = wa + 18 * NODES * VOTES;
-    for (int i = 0; i < NODES * VOTES * (18 + LEVELS); i++) wa[i] = (1 << 18) / VOTES;
-    u8 *state = calloc(d, 1);                                             // of the trellis, per column
-    i32 *slow = malloc(8 * cols), *fast = slow + cols;                    // column variances, 18 fractional bits
-    i16 *left = calloc(d, 2);
-    Fit f = {0, 16, calloc(regress ? d * d : 1, 4), calloc(regress ? d * d : 1, 8), calloc(regress ? d * d : 1, 2)};
-    i16 *error = calloc(regress ? matrices * rows * cols : 1, 2);         // of the regression, 1/16 code
-    i32 odds[16];
-    for (int i = 0; i < 16; i++) odds[i] = 32768;
-    i64 energy = 0;                                                       // of a typical row
-    start(&c);
-    for (i64 row = 0; row < matrices * rows; row++, n++) {
-        i64 mean = 6 << 18;
-        if (row) { mean = 0; for (int j = 0; j < cols; j++) mean += slow[j]; mean /= cols; }
-        if (row % rows == 0) {     // a new matrix: one column estimate starts from the last matrix, one afresh
-            n = row ? 12 : 6;
-            for (int j = 0; j < cols; j++) { fast[j] = row ? slow[j] : mean; slow[j] = mean; }
-        }
-        i32 rate_slow = rate[n < 1023 ? n : 1023], rate_fast = rate[n < 250 ? n : 250];
-        i64 seen = mean, expected = mean, recent = mean, spent = 0;       // variances of the row so far
-        i64 rest = mean * cols, budget = row ? energy : rest;             // sums over the rest of the row
-        left[0] = 8;
-        if (row % rows % TRELLIS_ROWS == 0) memset(state, 0, d);
-        int share[2] = {0, 0}; const i16 *model[2] = {error, error};      // earlier rows that resemble this one
-        for (int k = 0; regress && row && k < 2; k++) {
-            if (!(share[k] = code_share(&c, alike[2 * row + k] & 7, odds + 8 * k))) break;
-            int which = code_number(&c, alike[2 * row + k] >> 3, 32 - __builtin_clz((u32)row));
-            model[k] += (which < row ? which : 0) * cols;
-        }
-        if (regress && f.n >= f.next) { refit(&f, d); f.next += f.next / 3 + 1; }
-        for (int j = 0; j < cols; j++) {
-            i32 mu = 0, own = 0;                                          // prediction in 1/16 code
-            if (regress) {
-                const i16 *T = f.T + (i64)(j + 1) * d;
-                for (int k = 0; k <= j; k++) own += T[k] * left[k];
-                own = (own + (128 << trellis)) >> (8 + trellis);
-                mu = clamp(own + (model[0][j] * share[0] + model[1][j] * share[1] >> 3), -1023, 1023);
-            }
-            // Code the distance to the nearest integer m; mirrored so that the rest `part` is >= 0. With the trellis x
-            // counts half codes, and its state says whether this one is a half above an integer.
-            int odd = trellis & state[j], near = mu - 8 * odd, sided = 0;
-            int m = (near + 8) >> 4, part = near - m * 16, flip = part < 0 ? -1 : 1;
-            part *= flip;
-            // This row against its columns. All rows have nearly the same energy (their step is proportional to their
-            // deviation), so what is left of it tells the scale of the codes to come; predicted rows go by their past.
-            i64 ratio = clamp((seen << 8) / (expected + 1), 64, 1024);
-            if (!regress) {
-                ratio = clamp((budget - spent) * 256 / ((rest > 0 ? rest : 0) + 1), 64, 1024) - 256;
-                ratio = 256 + ratio * (cols - j) / (cols - j + (cols >> 6));   // less sure towards the end
-                part = clamp(((ratio - 256) >> 5) + 4, 0, 8) + 9 * odd; sided = odd;
-            }
-            i64 A = slow[j] >> 10, B = (A * ratio) >> 8, F = fast[j] >> 10;
-            int blend = level((B * 4 + (F * ratio >> 8) * 3 + (recent >> 10)) >> 3);
-            int views[VOTES] = {level(A) * 2 + sided, level(F * ratio >> 8) * 2 + sided, blend * 18 + part,
-                                level(B) * 18 + part};
-            u32 *cell[VOTES];
-            for (int k = 0; k < VOTES; k++) cell[k] = tabs[k] + views[k] * NODES;
-            i32 *pa = wa + part * NODES * VOTES, *pb = wb + blend * NODES * VOTES;
-            i64 at = row * cols + j;
-            int t = decode ? 0 : ((x[at] - odd >> trellis) - m) * flip, size = t < 0 ? -t : t, found = 0, sign = 1;
-            for (int node = 0; node < NODES; node++, pa += VOTES, pb += VOTES) {
-                int bit = decide(&c, cell, pa, pb, node == 0 ? t == 0 : node == 1 ? t < 0 : size >= node, 1000, 2);
-                for (int k = 0; k < VOTES; k++) cell[k]++;
-                if (node == 1) { sign = bit ? -1 : 1; found = 1; }
-                else if (bit != (node > 0)) break;
-                else if (node) found = node;
-            }
-            if (found == NODES - 1) while (found < 255 && code_bit(&c, size > found, 32768)) found++;
-            if (decode) x[at] = clamp((found * sign * flip + m) * (1 << trellis) + odd, -128, 127);
-            left[j + 1] = x[at]; valid &= !trellis | (x[at] & 1) == odd;
-            if (trellis) state[j] = state[j] >> 1 ^ 33 * odd ^ 10 * (x[at] >> 1 & 1);
-            int value = x[at] * (16 >> trellis);
-            if (regress) error[at] = clamp(value - own, -32767, 32767);
-            i64 e = clamp(value - mu, -1023, 1023), var = e * e << 10;
-            i32 r = rate[j + 16 < 400 ? j + 16 : 400];
-            seen += (var - seen) * r >> 16; expected += (slow[j] - expected) * r >> 16;
-            recent += (var - recent) >> 4; spent += var; rest -= slow[j];
-            slow[j] += (var - slow[j]) * rate_slow >> 16; fast[j] += (var - fast[j]) * rate_fast >> 16;
-        }
-        energy += row ? (spent - energy) * rate[row < 1023 ? row : 1023] >> 16 : spent;
-        if (regress) {
-            f.n++;
-            for (int i = 0; i < d; i++) for (int j = 0; j <= i; j++) f.gram[(i64)i * d + j] += left[i] * left[j];
-        }
-    }
-    free(tab); free(wa); free(slow); free(left); free(error); free(f.gram); free(f.L); free(f.T); free(state);
-    return valid ? finish(&c) : -1;
-}
-// Words x[n]: high byte, then low byte, bit by bit; views: none, the previous word, the word `stride` back.
-i64 code_words(const i32 *squash, const i32 *stretch, const i32 *rate, const u32 *prior,
-               u8 *buf, i64 cap, int decode, u16 *x, i64 n, i64 stride) {
-    Coder c = {squash, stretch, rate, prior, 0, ~0ull, 0, buf, 0, cap, decode};
-    u32 *tab = malloc(4ll * 8 << 16);
-    i32 w[16 * 2 * VOTES];
-    for (int i = 0; i < 8 << 16; i++) tab[i] = 1u << 31 | 2;
-    for (int i = 0; i < 16 * 2 * VOTES; i++) w[i] = 105000;
-    start(&c);
-    for (i64 i = 0; i < n; i++) {
-        int prev = i ? x[i - 1] : 0, back = i >= stride ? x[i - stride] : 0, v = decode ? 0 : x[i], high = 0;
-        for (int half = 0; half < 2; half++) {
-            int node = 1, view[VOTES] = {0, prev >> 8, back >> 8, prev >> 12 << 4 | back >> 12};
-            if (half) {
-                view[0] = 0; view[1] = high;
-                view[2] = prev >> 8 == high ? 1 + (prev >> 4 & 15) : 0;
-                view[3] = back >> 8 == high ? 1 + (back >> 1 & 127) : 0;
-            }
-            for (int k = 7; k >= 0; k--) {
-                u32 *cell[VOTES]; i32 *pw = w + (half * 8 + k) * 2 * VOTES;
-                for (int s = 0; s < VOTES; s++) cell[s] = tab + ((half * VOTES + s) << 16) + (view[s] << 8) + node;
-                node = node << 1 | decide(&c, cell, pw, pw + VOTES, v >> (k + 8 - 8 * half) & 1, 250, 60);
-            }
-            high = half ? high << 8 | (node & 255) : node & 255;
-        }
-        x[i] = high;
-    }
-    free(tab);
-    return finish(&c);
-}
-"""
 
 
 @functools.cache
@@ -2681,13 +2154,91 @@ def decode_words(stream: bytes, *, base: np.ndarray | None = None, use_twin: boo
     return words
 
 
-@torch.no_grad()
-def sort_hidden_units(model: GPT) -> None:
-    """Order each layer's MLP units by the deviation of their w_up row: same function, row scales nearly free to store."""
-    for up, down in zip(model.w_up, model.w_down):
-        order = up.std(-1).argsort(stable=True)
-        up.copy_(up[order])
-        down.copy_(down[:, order])
+# --- 10 artifact --------------------------------------------------------------------------------------------
+# Checked, atomic files of tensors; one code stream per tensor group; rate control and the size report.
+
+FORMAT_VERSION = 3
+CHECKPOINT_MAGIC, ARTIFACT_MAGIC = b"GOLFWGHT", b"GOLFCODE"
+STREAM_GROUPS = ("tok_emb", "w_up", "w_down", "wq", "wo", "wk", "wv")      # the longest job first
+HALVED_GROUPS = STREAM_GROUPS[:3]                # two streams each, so that no thread works twice as long as the others
+MODEL_FIELDS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "num_loops",
+                "loop_start", "loop_end", "parallel_start_layer", "gate_window", "sparse_attn_gate_scale", "rope_base",
+                "rope_dims")
+
+
+class ArtifactError(ValueError):
+    """A checkpoint or artifact is missing, damaged, or made with other model settings."""
+
+
+def build_container(magic: bytes, cfg: Config, streams: Mapping[str, bytes],
+                    notes: Mapping[str, Any] | None = None) -> bytes:
+    """Named byte streams with the model's settings, notes (JSON) and a SHA-256.
+    Layout: magic (8), version u32, header length u32, header (zlib JSON), streams, SHA-256 of all before (32)."""
+    header = zlib.compress(json.dumps({
+        "settings": {name: getattr(cfg, name) for name in MODEL_FIELDS},
+        "streams": [[name, len(stream)] for name, stream in streams.items()], "notes": notes or {}},
+        separators=(",", ":")).encode(), 9)
+    body = b"".join([magic, np.array([FORMAT_VERSION, len(header)], "<u4").tobytes(), header, *streams.values()])
+    return body + hashlib.sha256(body).digest()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file that appears under its name only when complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_container(path: Path, magic: bytes, cfg: Config) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Streams and notes of a file made by build_container; raises ArtifactError unless every check holds."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); check RUN_ID, or run the earlier stage "
+                            "first") from error
+    if data[:8] != magic:
+        raise ArtifactError(f"{path}: expected a file beginning with {magic!r}, found {data[:8]!r}; this is not a "
+                            "file of that kind")
+    if len(data) < 48 or hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise ArtifactError(f"{path}: checksum mismatch over {len(data):,} bytes; the file is truncated or "
+                            "corrupted, write it again")
+    version, header_bytes = np.frombuffer(data[8:16], "<u4").tolist()
+    if version != FORMAT_VERSION:
+        raise ArtifactError(f"{path}: format version {version}, expected {FORMAT_VERSION}; write it again with this "
+                            "script")
+    header = json.loads(zlib.decompress(data[16:16 + header_bytes]))
+    differing = {name: (made, getattr(cfg, name)) for name, made in header["settings"].items()
+                 if getattr(cfg, name, None) != made}
+    if differing:
+        changes = ", ".join(f"{name.upper()}={made} (now {now})" for name, (made, now) in differing.items())
+        raise ArtifactError(f"{path}: made with other settings: {changes}; set them as they were")
+    cuts = np.cumsum([16 + header_bytes, *(length for _, length in header["streams"])]).tolist()
+    return {name: data[a:b] for (name, _), a, b in zip(header["streams"], cuts, cuts[1:])}, header["notes"]
+
+
+def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Names, dtypes, shapes and raw little-endian values in one byte string; unpack_tensors is the exact inverse."""
+    index = json.dumps([[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()])
+    parts = [np.array([len(index)], "<u4").tobytes(), index.encode()]
+    return b"".join(parts + [t.detach().cpu().contiguous().numpy().tobytes() for t in tensors.values()])
+
+
+def unpack_tensors(data: bytes) -> dict[str, Tensor]:
+    length = int(np.frombuffer(data[:4], "<u4")[0])
+    tensors, offset = {}, 4 + length
+    for name, dtype, shape in json.loads(data[4:4 + length]):
+        count = math.prod(shape)
+        values = np.frombuffer(data, np.dtype(dtype), count, offset)
+        tensors[name] = torch.from_numpy(values.copy()).reshape(shape)
+        offset += values.nbytes
+    return tensors
 
 
 def _in_threads(work: Callable, items: Sequence) -> list:
@@ -2881,7 +2432,7 @@ def read_artifact(cfg: Config, run: Run, model: GPT) -> None:
     run.log(f"artifact load_s:{timer.seconds():.1f}")
 
 
-# --- 12 scoring ---------------------------------------------------------------------------------------------
+# --- 11 scoring ---------------------------------------------------------------------------------------------
 # Nats, tokens and bytes summed in fp64, the one conversion to bits per byte, and plain evaluation.
 
 SCORE_CHUNK = 16384          # positions whose logits exist at one time
@@ -2963,8 +2514,8 @@ def diagnose(cfg: Config, run: Run, model: GPT, data: Dataset, name: str) -> Sco
     return score
 
 
-# --- 13 n-gram hints ----------------------------------------------------------------------------------------
-# A causal table of exact contexts that names the likely next token, and the tilt of its probability.
+# --- 12 hints and order -------------------------------------------------------------------------------------
+# N-gram hints and the tilt of their probability; the plan of batches and the one certified order of scoring.
 
 class Hints(NamedTuple):
     """Per target: hinted token int32 (0 where closed), gate bool, confidence fp32 (0 where the context is new)."""
@@ -3007,89 +2558,6 @@ def twin_ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarra
     return hints
 
 
-NGRAM_C = r"""
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-/* A context is kept as the position that first showed it, and compared token by token: hashes only find a place. */
-typedef struct { uint32_t seen_at, total, best; uint16_t top; } Entry;        /* seen_at 0: empty */
-/* Counts per (context, token) exist only for contexts that were followed by more than one token. */
-typedef struct { uint64_t key; uint32_t count; } Count;                       /* count 0: empty */
-typedef struct { Count *slots; uint64_t mask, used; } Counts;
-static uint64_t mix(uint64_t x) {
-    x ^= x >> 32; x *= 0xd6e8feb86659fd93u; x ^= x >> 32; x *= 0xd6e8feb86659fd93u; return x ^ (x >> 32);
-}
-static uint64_t hash_context(const uint16_t *context, int length) {
-    uint64_t h = 0;
-    for (int i = 0; i < length; i += 4) {
-        uint64_t word = 0;
-        memcpy(&word, context + i, 2 * (length - i < 4 ? length - i : 4));
-        h = mix(h ^ word) + 0x9e3779b97f4a7c15u;
-    }
-    return mix(h);
-}
-static uint32_t *find_count(Counts *c, uint64_t key) {
-    if (2 * (c->used + 1) > c->mask + 1) {                                    /* at most half full: grow fourfold */
-        Counts bigger = { calloc(4 * (c->mask + 1), sizeof(Count)), 4 * (c->mask + 1) - 1, 0 };
-        if (!bigger.slots) return NULL;
-        for (uint64_t i = 0; i <= c->mask; i++)
-            if (c->slots[i].count) *find_count(&bigger, c->slots[i].key) = c->slots[i].count;
-        free(c->slots);
-        *c = bigger;
-    }
-    uint64_t at = mix(key) & c->mask;
-    while (c->slots[at].count && c->slots[at].key != key) at = (at + 1) & c->mask;
-    if (!c->slots[at].count) { c->slots[at].key = key; c->used++; }
-    return &c->slots[at].count;
-}
-/* Returns 0, or 1 when memory ran out. */
-int ngram_hints(const uint16_t *tokens, const int64_t *order, int64_t num_targets, const int64_t *doc_start,
-                int context, float threshold, int32_t *hint, uint8_t *gate, float *confidence) {
-    enum { AHEAD = 16 };                                                      /* hides the latency of table look-ups */
-    uint64_t capacity = 1024, hashes[2 * AHEAD];
-    while (3 * capacity < 4 * (uint64_t)num_targets) capacity *= 2;
-    Entry *table = calloc(capacity, sizeof(Entry));
-    Counts counts = { calloc(1024, sizeof(Count)), 1023, 0 };
-    int failed = !table || !counts.slots;
-    for (int64_t k = -AHEAD; k < num_targets && !failed; k++) {
-        int64_t ahead = k + AHEAD < num_targets ? order[k + AHEAD] : -1;
-        if (ahead >= 0 && ahead + 1 - context >= doc_start[ahead]) {
-            uint64_t h = hash_context(tokens + ahead + 1 - context, context) & (capacity - 1);
-            hashes[(k + AHEAD) % (2 * AHEAD)] = h;
-            __builtin_prefetch(&table[h]);
-        }
-        if (k < 0) continue;
-        int64_t i = order[k], begin = i + 1 - context;
-        if (begin < doc_start[i]) continue;
-        uint64_t at = hashes[k % (2 * AHEAD)];
-        while (table[at].seen_at && memcmp(tokens + table[at].seen_at - context, tokens + begin, 2 * context))
-            at = (at + 1) & (capacity - 1);
-        Entry *e = &table[at];
-        uint16_t y = tokens[i + 1];
-        if (!e->seen_at) {
-            *e = (Entry){ (uint32_t)(i + 1), 1, 1, y };
-            continue;
-        }
-        confidence[i] = (float)e->best / (float)e->total;
-        if (confidence[i] >= threshold) { hint[i] = e->top; gate[i] = 1; }
-        if (e->total == e->best && y == e->top) { e->total++; e->best++; continue; }
-        if (e->total == e->best) {                                            /* the first deviating token */
-            uint32_t *c = find_count(&counts, at << 16 | e->top);
-            if (!c) { failed = 1; break; }
-            *c = e->best;
-        }
-        uint32_t *c = find_count(&counts, at << 16 | y);
-        if (!c) { failed = 1; break; }
-        e->total++;
-        if (++*c > e->best) { e->top = y; e->best = *c; }
-    }
-    free(table);
-    free(counts.slots);
-    return failed;
-}
-"""
-
-
 def ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarray, context: int,
                 threshold: float) -> Hints:
     """twin_ngram_hints in C, exactly; raises MemoryError when the table does not fit."""
@@ -3112,9 +2580,6 @@ def tilt(nll: Tensor, log_q_hint: Tensor, is_hit: Tensor, boost: Tensor) -> Tens
     """nll of the target after multiplying the hint's probability by exp(boost) and renormalizing; all (...,) fp32."""
     return nll - boost * is_hit + torch.log1p(log_q_hint.clamp_max(0.0).exp() * torch.expm1(boost))
 
-
-# --- 14 test-time training ----------------------------------------------------------------------------------
-# Documents are scored chunk by chunk; only then do their own adapters, and once the base, learn from them [TTT].
 
 LANES = 8                    # independent sequences of batches; R ranks run 8/R lanes each
 SPLIT_TOKENS = 1920          # a batch with a longer document is dealt to all lanes, which bounds the memory of a step
@@ -3219,6 +2684,9 @@ def select_prefix(scored: ScoredChunks, docs: Documents, chunk: int, prefix_docs
     chosen = scored.doc[is_last][:prefix_docs]
     return chosen[np.lexsort((chosen, docs.length[chosen]))]          # a stable sort of all documents by length
 
+
+# --- 13 test-time training ----------------------------------------------------------------------------------
+# Documents are scored chunk by chunk; only then do their own adapters, and once the base, learn from them [TTT].
 
 class Window(NamedTuple):
     """Where one chunk of each document lies; arrays (documents,)."""
@@ -3509,7 +2977,7 @@ def audit_order(run: Run, order: np.ndarray, num_targets: int) -> None:
     run.log(f"audit targets:{num_targets} order_file:{path} sha256:{hashlib.sha256(data).hexdigest()}")
 
 
-# --- 15 pipeline --------------------------------------------------------------------------------------------
+# --- 14 pipeline --------------------------------------------------------------------------------------------
 # The run as one visible sequence.
 
 def log_start(cfg: Config, run: Run, data: Dataset, tokenizer: Path, model: GPT) -> None:
@@ -3571,7 +3039,553 @@ def run_pipeline(cfg: Config, run: Run) -> None:
         evaluate_ttt(cfg, run, model, data)
 
 
-# --- 16 main ------------------------------------------------------------------------------------------------
+# === Fast paths: from here on everything is only a faster way to do something above, and names what it replaces.
+
+
+# --- 15 attention kernels -----------------------------------------------------------------------------------
+# Faster attend_math, chosen once and logged: attend(q, k, v, cu_seqlens, max_seqlen) computes the same.
+
+def attend_torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """FlashAttention-2 as torch ships it (CUDA, fp16/bf16)."""
+    return torch.ops.aten._flash_attention_forward(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+                                                   0.0, True, False)[0]
+
+
+def _load_flash_attention_3() -> Attend:
+    from flash_attn_interface import flash_attn_varlen_func
+
+    def attend_fa3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True)
+        return out[0] if isinstance(out, tuple) else out
+    return attend_fa3
+
+
+def _load_flash_attention_4() -> Attend:
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+    # Custom ops with fake implementations keep torch.compile from looking inside the kernel library.
+    @torch.library.custom_op("golf::fa4_fwd", mutates_args=())
+    def fa4_fwd(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+        out, lse = _flash_attn_fwd(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
+                                   max_seqlen_k=max_seqlen, causal=True, return_lse=True)[:2]
+        return out, lse
+
+    @fa4_fwd.register_fake
+    def _(q, k, v, cu_seqlens, max_seqlen):
+        return torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+    @torch.library.custom_op("golf::fa4_bwd", mutates_args=())
+    def fa4_bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
+                max_seqlen: int) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = _flash_attn_bwd(q, k, v, out, dout, lse, causal=True, cu_seqlens_q=cu_seqlens,
+                                     cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)[:3]
+        return dq, dk, dv
+
+    @fa4_bwd.register_fake
+    def _(dout, q, k, v, out, lse, cu_seqlens, max_seqlen):
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+    def setup(ctx, inputs, output):
+        *tensors, ctx.max_seqlen = inputs
+        ctx.save_for_backward(*tensors, *output)
+
+    def backward(ctx, dout, dlse):
+        q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
+        return *fa4_bwd(dout.contiguous(), q, k, v, out, lse, cu_seqlens, ctx.max_seqlen), None, None
+
+    fa4_fwd.register_autograd(backward, setup_context=setup)
+
+    def attend_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        return fa4_fwd(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_seqlen)[0]
+    return attend_fa4
+
+
+def choose_attention(run: Run) -> Attend:
+    """The fastest backend that works here, logged with the reason; a slow one on CUDA needs ALLOW_SLOW=1."""
+    if run.device.type == "cpu":
+        run.log('attention backend:math reason:"no GPU"')
+        return attend_math
+    capability = torch.cuda.get_device_capability(run.device)
+    refused = []
+    for name, load in (("flash_attention_3", _load_flash_attention_3), ("flash_attention_4", _load_flash_attention_4)):
+        try:
+            if capability < (9, 0) or (load is _load_flash_attention_3 and capability[0] != 9):
+                raise ImportError(f"needs compute capability 9.0, found {capability[0]}.{capability[1]}")
+            attend = load()
+        except (ImportError, OSError, AttributeError, RuntimeError, TypeError) as error:      # half-matching packages
+            refused.append(f"{name}: {error}")
+            continue
+        run.log(f'attention backend:{name} reason:"{"; ".join(refused) or "first choice"}"')
+        return attend
+    if not run.cfg.allow_slow:
+        raise ConfigError(f"no fast attention kernel ({'; '.join(refused)}); install requirements-gpu.txt, or set "
+                          "ALLOW_SLOW=1 to run with torch's FlashAttention-2")
+    run.log(f'attention backend:torch_varlen reason:"{"; ".join(refused)}"')
+    return attend_torch_varlen
+
+
+# --- 16 Triton kernels --------------------------------------------------------------------------------------
+# Each kernel names the plain torch function that defines it.
+
+if triton is not None:
+    @triton.jit
+    def _softcap_ce_kernel(logits_ptr, targets_ptr, caps_ptr, nll_ptr, dcaps_ptr, vocab_size, BLOCK: tl.constexpr,
+                           PARTIAL: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        cols = tl.arange(0, BLOCK)
+        if PARTIAL:
+            logits = tl.load(logits_ptr + row * vocab_size + cols, mask=cols < vocab_size, other=0.0).to(tl.float32)
+        else:
+            logits = tl.load(logits_ptr + row * vocab_size + cols).to(tl.float32)
+        positive = logits > 0
+        cap_pos, cap_neg = tl.load(caps_ptr), tl.load(caps_ptr + 1)
+        ratio = logits * tl.where(positive, 1 / cap_pos, 1 / cap_neg)
+        tanh = 1 - 2 / (tl.exp(2 * ratio) + 1)
+        capped = tl.where(positive, cap_pos, cap_neg) * tanh
+        if PARTIAL:
+            capped = tl.where(cols < vocab_size, capped, -float("inf"))
+        top = tl.max(capped, 0)
+        grad = tl.exp(capped - top)
+        total = tl.sum(grad, 0)
+        hit = cols == tl.load(targets_ptr + row)
+        tl.store(nll_ptr + row, top + tl.log(total) - tl.sum(tl.where(hit, capped, 0.0), 0))
+        grad = grad * (1 / total) - tl.where(hit, 1.0, 0.0)                     # d nll / d capped
+        slope = 1 - tanh * tanh                                                 # d capped / d logits
+        dcap = grad * (tanh - ratio * slope)                                    # d nll / d cap; 0 outside
+        tl.store(dcaps_ptr + 2 * row, tl.sum(tl.where(positive, dcap, 0.0), 0))
+        tl.store(dcaps_ptr + 2 * row + 1, tl.sum(tl.where(positive, 0.0, dcap), 0))
+        grad = (grad * slope).to(logits_ptr.dtype.element_ty)
+        if PARTIAL:
+            tl.store(logits_ptr + row * vocab_size + cols, grad, mask=cols < vocab_size)
+        else:
+            tl.store(logits_ptr + row * vocab_size + cols, grad)
+
+
+CE_WARPS = 32       # one program holds a row of 8,192 logits in registers; tuned on H100
+
+
+class FusedSoftcapLoss(torch.autograd.Function):
+    """softcap_loss for CUDA: one pass over the logits gives the loss and overwrites them with its gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND: Tensor, tok_emb_VD: Tensor, cap_pos: Tensor, cap_neg: Tensor,
+                targets_N: Tensor) -> Tensor:
+        weight = tok_emb_VD.to(hidden_ND.dtype)
+        logits_NV = hidden_ND @ weight.T
+        N, V = logits_NV.shape
+        nll_N = torch.empty(N, device=logits_NV.device)
+        dcaps_N2 = torch.empty(N, 2, device=logits_NV.device)
+        block = triton.next_power_of_2(V)
+        _softcap_ce_kernel[(N,)](logits_NV, targets_N, torch.stack([cap_pos, cap_neg]), nll_N, dcaps_N2, V,
+                                 BLOCK=block, PARTIAL=block != V, num_warps=CE_WARPS)
+        ctx.save_for_backward(hidden_ND, weight, logits_NV, dcaps_N2)
+        return nll_N.mean()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        hidden_ND, weight, dlogits_NV, dcaps_N2 = ctx.saved_tensors
+        scale = grad / len(hidden_ND)
+        dhidden = (dlogits_NV @ weight).mul_(scale)
+        dweight = torch.mm(dlogits_NV.T, hidden_ND, out_dtype=torch.float32).mul_(scale)
+        dcaps = dcaps_N2.sum(0, dtype=torch.float64) * scale
+        return dhidden, dweight, dcaps[0].float(), dcaps[1].float(), None
+
+
+if triton is not None:
+    @triton.jit
+    def _trellis_kernel(x_ptr, limit_ptr, codes_ptr, took_ptr, N: tl.constexpr, STATES: tl.constexpr):
+        first, limit = tl.program_id(0) * N, tl.load(limit_ptr + tl.program_id(0))
+        x_ptr, codes_ptr, took_ptr = x_ptr + first, codes_ptr + first, took_ptr + first
+        state = tl.arange(0, STATES)
+        parity = state >> 5
+        from_0 = 2 * (state ^ 33 * parity) + parity
+        from_1 = 2 * (state ^ 33 * parity ^ 10) + parity
+        low = parity.to(tl.float32)
+        cost = tl.where(state == 0, 0.0, 1e30)
+        for i in range(N):
+            x = tl.load(x_ptr + i)
+            at_0, at_1 = _trellis_point(x, low, limit), _trellis_point(x, low + 2, limit)
+            cost_0 = tl.gather(cost, from_0, 0) + (x - at_0) * (x - at_0)
+            cost_1 = tl.gather(cost, from_1, 0) + (x - at_1) * (x - at_1)
+            took = cost_1 < cost_0
+            cost = tl.where(took, cost_1, cost_0)
+            tl.store(took_ptr + i, tl.sum(took.to(tl.int64) << state.to(tl.int64), 0))
+        at = tl.argmin(cost, 0).to(tl.int64)
+        tl.debug_barrier()                           # what one thread has stored all are about to read
+        for i in range(N - 1, -1, -1):
+            bit = tl.load(took_ptr + i) >> at & 1
+            tl.store(codes_ptr + i, _trellis_point(tl.load(x_ptr + i), (2 * bit + (at >> 5)).to(tl.float32), limit))
+            at = 2 * (at ^ 33 * (at >> 5) ^ 10 * bit) + (at >> 5)
+
+    @triton.jit
+    def _trellis_point(x, residue, limit):
+        k = tl.floor((x - residue) * 0.25 + 0.5)
+        k = tl.minimum(tl.maximum(k, tl.ceil((-limit - residue) * 0.25)), tl.floor((limit - residue) * 0.25))
+        return 4 * k + residue
+
+
+def trellis_round(x: Tensor, limit: Tensor) -> Tensor:
+    """plain_trellis_round(x, limit); on a GPU by one kernel, a program per line."""
+    if not x.is_cuda or triton is None:
+        return plain_trellis_round(x, limit)
+    x, codes, took = x.contiguous(), torch.empty_like(x), torch.empty(x.shape, dtype=torch.int64, device=x.device)
+    _trellis_kernel[(len(x),)](x, limit, codes, took, N=x.shape[1], STATES=TRELLIS_STATES, num_warps=1)
+    return codes
+
+
+# --- 17 compilation -----------------------------------------------------------------------------------------
+# torch.compile of the model's functions, and sizes that may vary.
+
+def mark_varying(x: Tensor, *dims: int) -> Tensor:
+    """Tell the compiler that these sizes change between calls, so that one graph serves them all."""
+    for dim in dims:
+        if x.shape[dim] > 1:                              # size 1 always gets a graph of its own
+            torch._dynamo.maybe_mark_dynamic(x, dim)
+    return x
+
+
+def make_graphs(run: Run) -> Graphs:
+    """Compiled functions; eager ones when COMPILE=0. Sizes are static unless marked with mark_varying.
+    Blocks are compiled one by one and shared by all layers: eleven times less to compile than the whole model.
+    On CPUs plain attention loops over segments in Python, so a graph may break there and only there."""
+    if not run.cfg.compile:
+        return Graphs()
+    # Serial and parallel blocks exist with and without skip, gradient and adapters.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return Graphs(*(torch.compile(fn, fullgraph=run.device.type == "cuda") for fn in Graphs()))
+
+
+# --- 18 C sources -------------------------------------------------------------------------------------------
+# Coder and hints, compiled once per process.
+
+@functools.cache
+def compile_c(source: str) -> ctypes.CDLL:
+    """Load C source, compiled once per process; RuntimeError with the compiler's message when that does not work."""
+    with tempfile.TemporaryDirectory(prefix="train_gpt_") as folder:
+        library, compiler = f"{folder}/code.so", os.environ.get("CC", "cc")
+        for target in (["-march=native"], []):            # not every compiler knows its own machine
+            # -fwrapv: even a forged stream must not meet undefined behaviour.
+            command = [compiler, "-O3", *target, "-fwrapv", "-std=c99", "-shared", "-fPIC", "-o", library, "-xc", "-"]
+            try:
+                done = subprocess.run(command, input=source, capture_output=True, text=True)
+            except FileNotFoundError:
+                raise RuntimeError(f"no C compiler: expected `{compiler}` on the PATH; install gcc or clang") from None
+            if done.returncode == 0:
+                return ctypes.CDLL(library)
+        raise RuntimeError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
+
+
+CODER_C = r"""
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+typedef uint8_t u8; typedef int16_t i16; typedef uint16_t u16;
+typedef int32_t i32; typedef uint32_t u32; typedef int64_t i64; typedef uint64_t u64;
+enum { VOTES = 4, NODES = 32, LEVELS = 128, TRELLIS_ROWS = 256 };
+typedef struct {
+    const i32 *squash, *stretch, *rate; const u32 *prior;  // tables of _tables()
+    u64 lo, hi, code; u8 *buf; i64 pos, cap; int decode;
+} Coder;
+static inline int clamp(i64 x, int lo, int hi) { return x < lo ? lo : x > hi ? hi : x; }
+// Arithmetic coder [lpaq] with 64-bit bounds: `p` of 65536 goes to bit 1; equal leading bytes leave at once.
+static inline int code_bit(Coder *c, int bit, u32 p) {
+    u64 mid = c->lo + ((c->hi - c->lo) >> 16) * p;
+    if (c->decode) bit = c->code <= mid;
+    if (bit) c->hi = mid; else c->lo = mid + 1;
+    for (; !((c->lo ^ c->hi) >> 56); c->lo <<= 8, c->hi = c->hi << 8 | 255, c->pos++)
+        if (c->decode) c->code = c->code << 8 | (c->pos < c->cap ? c->buf[c->pos] : 0);
+        else if (c->pos < c->cap) c->buf[c->pos] = c->hi >> 56;
+    return bit;
+}
+static void start(Coder *c) {
+    if (c->decode) for (; c->pos < 8; c->pos++) c->code = c->code << 8 | (c->pos < c->cap ? c->buf[c->pos] : 0);
+}
+static i64 finish(Coder *c) {  // one byte suffices: past the end the decoder reads zeros
+    if (!c->decode && c->pos < c->cap) c->buf[c->pos] = (c->lo >> 56) + 1;
+    return c->pos + 1;
+}
+// One decision. A counter is 22 bits of probability and 10 bits of age; it moves by 1/(age + 1.5).
+// Two weight sets, chosen by different contexts, are averaged; each learns from its own error.
+static inline int decide(Coder *c, u32 **cell, i32 *wa, i32 *wb, int bit, u32 max_age, int speed) {
+    int vote[VOTES]; i64 a = 0, b = 0;
+    for (int k = 0; k < VOTES; k++) {
+        vote[k] = c->stretch[*cell[k] >> 20];
+        a += (i64)wa[k] * vote[k]; b += (i64)wb[k] * vote[k];
+    }
+    bit = code_bit(c, bit, c->squash[clamp((a + b) >> 19, -2047, 2047) + 2048]);
+    i64 ea = ((bit << 16) - c->squash[clamp(a >> 18, -2047, 2047) + 2048]) * speed;
+    i64 eb = ((bit << 16) - c->squash[clamp(b >> 18, -2047, 2047) + 2048]) * speed;
+    for (int k = 0; k < VOTES; k++) {
+        wa[k] += (vote[k] * ea + (1 << 19)) >> 20;
+        wb[k] += (vote[k] * eb + (1 << 19)) >> 20;
+        u32 age = *cell[k] & 1023; i32 p = *cell[k] >> 10;
+        p += ((i64)((bit ? 4194303 : 0) - p) * c->rate[age]) >> 16;
+        *cell[k] = (u32)p << 10 | (age + (age < max_age));
+    }
+    return bit;
+}
+static inline int level(i64 v) {  // variance in 1/256 code**2 -> step of the variance axis
+    v = v < 16 ? 16 : v > 1 << 19 ? 1 << 19 : v;
+    int e = 31 - __builtin_clz((u32)v);
+    return (e - 4) * 8 + (v >> (e - 3) & 7);
+}
+static int code_number(Coder *c, int value, int bits) {
+    int v = 0;
+    while (bits--) v = v << 1 | code_bit(c, value >> bits & 1, 32768);
+    return v;
+}
+static int code_share(Coder *c, int value, i32 *odds) {  // 3 bits, each with one fast counter
+    int v = 1;
+    for (int k = 2; k >= 0; k--) {
+        int bit = code_bit(c, value >> k & 1, odds[v]);
+        odds[v] += ((bit << 16) - odds[v]) >> 6;
+        v = v << 1 | bit;
+    }
+    return v & 7;
+}
+// Ridge regression of every column on the columns to its left (column 0 is the constant).
+typedef struct { i64 n, next; i32 *gram; i64 *L; i16 *T; } Fit;
+static i64 isqrt(i64 v) {
+    i64 r = 0;
+    for (i64 b = 1ll << 31; b; b >>= 1) if ((r | b) * (r | b) <= v) r |= b;
+    return r;
+}
+static void refit(Fit *f, int d) {
+    i64 keep = f->n * 250 / (f->n + 1000), *L = f->L, *D = malloc(8 * d), *v = malloc(8 * d), *sd = malloc(8 * d);
+    for (int i = 0; i < d; i++) sd[i] = isqrt(f->gram[(i64)i * d + i] + f->n) + 1;
+    // L D L' = keep * correlations + (1 - keep) * identity, 28 fractional bits; trust grows with the rows seen
+    for (int i = 0; i < d; i++) {
+        i64 *Li = L + (i64)i * d, s = 0;
+        for (int j = 0; j < i; j++) {
+            i64 *Lj = L + (i64)j * d, c = f->gram[(i64)i * d + j] * (1ll << 24) / (sd[i] * sd[j]) * keep >> 4, dot = 0;
+            for (int k = 0; k < j; k++) dot += Li[k] * Lj[k];
+            Li[j] = c - (dot >> 28);
+        }
+        for (int j = 0; j < i; j++) { i64 l = Li[j] * (1 << 28) / D[j]; s += l * Li[j] >> 28; Li[j] = l; }
+        D[i] = (1 << 28) - s; if (D[i] < 1 << 16) D[i] = 1 << 16;
+        memcpy(v, Li, 8 * i);      // coefficients b of column i solve (left part of L)' b = row i of L
+        for (int j = i - 1; j >= 0; j--) {
+            for (int k = 0; k < j; k++) v[k] -= v[j] * L[(i64)j * d + k] >> 28;
+            f->T[(i64)i * d + j] = clamp((v[j] >> 8) * sd[i] / sd[j] >> 8, -32767, 32767);
+        }
+    }
+    free(D); free(v); free(sd);
+}
+// Codes x[matrices][rows][cols]; returns the bytes written, or more than cap when they do not fit.
+i64 code_codes(const i32 *squash, const i32 *stretch, const i32 *rate, const u32 *prior, u8 *buf, i64 cap, int decode,
+               int8_t *x, i64 matrices, i64 rows, i64 cols, i64 trellis, const i32 *alike) {
+    Coder c = {squash, stretch, rate, prior, 0, ~0ull, 0, buf, 0, cap, decode};
+    int d = cols + 1, n = 0, regress = alike != 0, valid = 1;
+    u32 *tab = malloc(4ll * NODES * LEVELS * 40), *tabs[VOTES] = {tab};
+    tabs[1] = tab + NODES * LEVELS * 2; tabs[2] = tabs[1] + NODES * LEVELS * 2; tabs[3] = tabs[2] + NODES * LEVELS * 18;
+    for (int k = 0; k < VOTES; k++)
+        for (int l = 0, copies = k < 2 ? 2 : 18; l < LEVELS * copies; l++)
+            memcpy(tabs[k] + l * NODES, prior + l / copies * NODES, 4 * NODES);
+    i32 *wa = malloc(4 * NODES * VOTES * (18 + LEVELS)), *wb = wa + 18 * NODES * VOTES;
+    for (int i = 0; i < NODES * VOTES * (18 + LEVELS); i++) wa[i] = (1 << 18) / VOTES;
+    u8 *state = calloc(d, 1);                                             // of the trellis, per column
+    i32 *slow = malloc(8 * cols), *fast = slow + cols;                    // column variances, 18 fractional bits
+    i16 *left = calloc(d, 2);
+    Fit f = {0, 16, calloc(regress ? d * d : 1, 4), calloc(regress ? d * d : 1, 8), calloc(regress ? d * d : 1, 2)};
+    i16 *error = calloc(regress ? matrices * rows * cols : 1, 2);         // of the regression, 1/16 code
+    i32 odds[16];
+    for (int i = 0; i < 16; i++) odds[i] = 32768;
+    i64 energy = 0;                                                       // of a typical row
+    start(&c);
+    for (i64 row = 0; row < matrices * rows; row++, n++) {
+        i64 mean = 6 << 18;
+        if (row) { mean = 0; for (int j = 0; j < cols; j++) mean += slow[j]; mean /= cols; }
+        if (row % rows == 0) {     // a new matrix: one column estimate starts from the last matrix, one afresh
+            n = row ? 12 : 6;
+            for (int j = 0; j < cols; j++) { fast[j] = row ? slow[j] : mean; slow[j] = mean; }
+        }
+        i32 rate_slow = rate[n < 1023 ? n : 1023], rate_fast = rate[n < 250 ? n : 250];
+        i64 seen = mean, expected = mean, recent = mean, spent = 0;       // variances of the row so far
+        i64 rest = mean * cols, budget = row ? energy : rest;             // sums over the rest of the row
+        left[0] = 8;
+        if (row % rows % TRELLIS_ROWS == 0) memset(state, 0, d);
+        int share[2] = {0, 0}; const i16 *model[2] = {error, error};      // earlier rows that resemble this one
+        for (int k = 0; regress && row && k < 2; k++) {
+            if (!(share[k] = code_share(&c, alike[2 * row + k] & 7, odds + 8 * k))) break;
+            int which = code_number(&c, alike[2 * row + k] >> 3, 32 - __builtin_clz((u32)row));
+            model[k] += (which < row ? which : 0) * cols;
+        }
+        if (regress && f.n >= f.next) { refit(&f, d); f.next += f.next / 3 + 1; }
+        for (int j = 0; j < cols; j++) {
+            i32 mu = 0, own = 0;                                          // prediction in 1/16 code
+            if (regress) {
+                const i16 *T = f.T + (i64)(j + 1) * d;
+                for (int k = 0; k <= j; k++) own += T[k] * left[k];
+                own = (own + (128 << trellis)) >> (8 + trellis);
+                mu = clamp(own + (model[0][j] * share[0] + model[1][j] * share[1] >> 3), -1023, 1023);
+            }
+            // Code the distance to the nearest integer m; mirrored so that the rest `part` is >= 0. With the trellis x
+            // counts half codes, and its state says whether this one is a half above an integer.
+            int odd = trellis & state[j], near = mu - 8 * odd, sided = 0;
+            int m = (near + 8) >> 4, part = near - m * 16, flip = part < 0 ? -1 : 1;
+            part *= flip;
+            // This row against its columns. All rows have nearly the same energy (their step is proportional to their
+            // deviation), so what is left of it tells the scale of the codes to come; predicted rows go by their past.
+            i64 ratio = clamp((seen << 8) / (expected + 1), 64, 1024);
+            if (!regress) {
+                ratio = clamp((budget - spent) * 256 / ((rest > 0 ? rest : 0) + 1), 64, 1024) - 256;
+                ratio = 256 + ratio * (cols - j) / (cols - j + (cols >> 6));   // less sure towards the end
+                part = clamp(((ratio - 256) >> 5) + 4, 0, 8) + 9 * odd; sided = odd;
+            }
+            i64 A = slow[j] >> 10, B = (A * ratio) >> 8, F = fast[j] >> 10;
+            int blend = level((B * 4 + (F * ratio >> 8) * 3 + (recent >> 10)) >> 3);
+            int views[VOTES] = {level(A) * 2 + sided, level(F * ratio >> 8) * 2 + sided, blend * 18 + part,
+                                level(B) * 18 + part};
+            u32 *cell[VOTES];
+            for (int k = 0; k < VOTES; k++) cell[k] = tabs[k] + views[k] * NODES;
+            i32 *pa = wa + part * NODES * VOTES, *pb = wb + blend * NODES * VOTES;
+            i64 at = row * cols + j;
+            int t = decode ? 0 : ((x[at] - odd >> trellis) - m) * flip, size = t < 0 ? -t : t, found = 0, sign = 1;
+            for (int node = 0; node < NODES; node++, pa += VOTES, pb += VOTES) {
+                int bit = decide(&c, cell, pa, pb, node == 0 ? t == 0 : node == 1 ? t < 0 : size >= node, 1000, 2);
+                for (int k = 0; k < VOTES; k++) cell[k]++;
+                if (node == 1) { sign = bit ? -1 : 1; found = 1; }
+                else if (bit != (node > 0)) break;
+                else if (node) found = node;
+            }
+            if (found == NODES - 1) while (found < 255 && code_bit(&c, size > found, 32768)) found++;
+            if (decode) x[at] = clamp((found * sign * flip + m) * (1 << trellis) + odd, -128, 127);
+            left[j + 1] = x[at]; valid &= !trellis | (x[at] & 1) == odd;
+            if (trellis) state[j] = state[j] >> 1 ^ 33 * odd ^ 10 * (x[at] >> 1 & 1);
+            int value = x[at] * (16 >> trellis);
+            if (regress) error[at] = clamp(value - own, -32767, 32767);
+            i64 e = clamp(value - mu, -1023, 1023), var = e * e << 10;
+            i32 r = rate[j + 16 < 400 ? j + 16 : 400];
+            seen += (var - seen) * r >> 16; expected += (slow[j] - expected) * r >> 16;
+            recent += (var - recent) >> 4; spent += var; rest -= slow[j];
+            slow[j] += (var - slow[j]) * rate_slow >> 16; fast[j] += (var - fast[j]) * rate_fast >> 16;
+        }
+        energy += row ? (spent - energy) * rate[row < 1023 ? row : 1023] >> 16 : spent;
+        if (regress) {
+            f.n++;
+            for (int i = 0; i < d; i++) for (int j = 0; j <= i; j++) f.gram[(i64)i * d + j] += left[i] * left[j];
+        }
+    }
+    free(tab); free(wa); free(slow); free(left); free(error); free(f.gram); free(f.L); free(f.T); free(state);
+    return valid ? finish(&c) : -1;
+}
+// Words x[n]: high byte, then low byte, bit by bit; views: none, the previous word, the word `stride` back.
+i64 code_words(const i32 *squash, const i32 *stretch, const i32 *rate, const u32 *prior,
+               u8 *buf, i64 cap, int decode, u16 *x, i64 n, i64 stride) {
+    Coder c = {squash, stretch, rate, prior, 0, ~0ull, 0, buf, 0, cap, decode};
+    u32 *tab = malloc(4ll * 8 << 16);
+    i32 w[16 * 2 * VOTES];
+    for (int i = 0; i < 8 << 16; i++) tab[i] = 1u << 31 | 2;
+    for (int i = 0; i < 16 * 2 * VOTES; i++) w[i] = 105000;
+    start(&c);
+    for (i64 i = 0; i < n; i++) {
+        int prev = i ? x[i - 1] : 0, back = i >= stride ? x[i - stride] : 0, v = decode ? 0 : x[i], high = 0;
+        for (int half = 0; half < 2; half++) {
+            int node = 1, view[VOTES] = {0, prev >> 8, back >> 8, prev >> 12 << 4 | back >> 12};
+            if (half) {
+                view[0] = 0; view[1] = high;
+                view[2] = prev >> 8 == high ? 1 + (prev >> 4 & 15) : 0;
+                view[3] = back >> 8 == high ? 1 + (back >> 1 & 127) : 0;
+            }
+            for (int k = 7; k >= 0; k--) {
+                u32 *cell[VOTES]; i32 *pw = w + (half * 8 + k) * 2 * VOTES;
+                for (int s = 0; s < VOTES; s++) cell[s] = tab + ((half * VOTES + s) << 16) + (view[s] << 8) + node;
+                node = node << 1 | decide(&c, cell, pw, pw + VOTES, v >> (k + 8 - 8 * half) & 1, 250, 60);
+            }
+            high = half ? high << 8 | (node & 255) : node & 255;
+        }
+        x[i] = high;
+    }
+    free(tab);
+    return finish(&c);
+}
+"""
+
+
+NGRAM_C = r"""
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+/* A context is kept as the position that first showed it, and compared token by token: hashes only find a place. */
+typedef struct { uint32_t seen_at, total, best; uint16_t top; } Entry;        /* seen_at 0: empty */
+/* Counts per (context, token) exist only for contexts that were followed by more than one token. */
+typedef struct { uint64_t key; uint32_t count; } Count;                       /* count 0: empty */
+typedef struct { Count *slots; uint64_t mask, used; } Counts;
+static uint64_t mix(uint64_t x) {
+    x ^= x >> 32; x *= 0xd6e8feb86659fd93u; x ^= x >> 32; x *= 0xd6e8feb86659fd93u; return x ^ (x >> 32);
+}
+static uint64_t hash_context(const uint16_t *context, int length) {
+    uint64_t h = 0;
+    for (int i = 0; i < length; i += 4) {
+        uint64_t word = 0;
+        memcpy(&word, context + i, 2 * (length - i < 4 ? length - i : 4));
+        h = mix(h ^ word) + 0x9e3779b97f4a7c15u;
+    }
+    return mix(h);
+}
+static uint32_t *find_count(Counts *c, uint64_t key) {
+    if (2 * (c->used + 1) > c->mask + 1) {                                    /* at most half full: grow fourfold */
+        Counts bigger = { calloc(4 * (c->mask + 1), sizeof(Count)), 4 * (c->mask + 1) - 1, 0 };
+        if (!bigger.slots) return NULL;
+        for (uint64_t i = 0; i <= c->mask; i++)
+            if (c->slots[i].count) *find_count(&bigger, c->slots[i].key) = c->slots[i].count;
+        free(c->slots);
+        *c = bigger;
+    }
+    uint64_t at = mix(key) & c->mask;
+    while (c->slots[at].count && c->slots[at].key != key) at = (at + 1) & c->mask;
+    if (!c->slots[at].count) { c->slots[at].key = key; c->used++; }
+    return &c->slots[at].count;
+}
+/* Returns 0, or 1 when memory ran out. */
+int ngram_hints(const uint16_t *tokens, const int64_t *order, int64_t num_targets, const int64_t *doc_start,
+                int context, float threshold, int32_t *hint, uint8_t *gate, float *confidence) {
+    enum { AHEAD = 16 };                                                      /* hides the latency of table look-ups */
+    uint64_t capacity = 1024, hashes[2 * AHEAD];
+    while (3 * capacity < 4 * (uint64_t)num_targets) capacity *= 2;
+    Entry *table = calloc(capacity, sizeof(Entry));
+    Counts counts = { calloc(1024, sizeof(Count)), 1023, 0 };
+    int failed = !table || !counts.slots;
+    for (int64_t k = -AHEAD; k < num_targets && !failed; k++) {
+        int64_t ahead = k + AHEAD < num_targets ? order[k + AHEAD] : -1;
+        if (ahead >= 0 && ahead + 1 - context >= doc_start[ahead]) {
+            uint64_t h = hash_context(tokens + ahead + 1 - context, context) & (capacity - 1);
+            hashes[(k + AHEAD) % (2 * AHEAD)] = h;
+            __builtin_prefetch(&table[h]);
+        }
+        if (k < 0) continue;
+        int64_t i = order[k], begin = i + 1 - context;
+        if (begin < doc_start[i]) continue;
+        uint64_t at = hashes[k % (2 * AHEAD)];
+        while (table[at].seen_at && memcmp(tokens + table[at].seen_at - context, tokens + begin, 2 * context))
+            at = (at + 1) & (capacity - 1);
+        Entry *e = &table[at];
+        uint16_t y = tokens[i + 1];
+        if (!e->seen_at) {
+            *e = (Entry){ (uint32_t)(i + 1), 1, 1, y };
+            continue;
+        }
+        confidence[i] = (float)e->best / (float)e->total;
+        if (confidence[i] >= threshold) { hint[i] = e->top; gate[i] = 1; }
+        if (e->total == e->best && y == e->top) { e->total++; e->best++; continue; }
+        if (e->total == e->best) {                                            /* the first deviating token */
+            uint32_t *c = find_count(&counts, at << 16 | e->top);
+            if (!c) { failed = 1; break; }
+            *c = e->best;
+        }
+        uint32_t *c = find_count(&counts, at << 16 | y);
+        if (!c) { failed = 1; break; }
+        e->total++;
+        if (++*c > e->best) { e->top = y; e->best = *c; }
+    }
+    free(table);
+    free(counts.slots);
+    return failed;
+}
+"""
+
+
+# --- 19 main ------------------------------------------------------------------------------------------------
 # Exit codes: 0 success, 1 a check or the run failed, 2 bad settings or usage.
 
 def main(argv: Sequence[str]) -> int:
