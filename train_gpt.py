@@ -78,6 +78,7 @@ class ConfigError(ValueError):
 
 
 def knob(default: Any, doc: str, low: float = -math.inf, high: float = math.inf, choices: tuple = ()) -> Any:
+    """A field of Config: its default, what it means, and which values are allowed."""
     return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices})
 
 
@@ -113,10 +114,10 @@ RETIRED_SETTINGS = {
     **dict.fromkeys(("BETA2_NORMUON", "UW_FLOOR", "GATED_ATTN_INIT_STD", "ATTN_OUT_GATE_SRC", "WORD_ORDER",
                      "GLOBAL_TTT_WARMUP_START_LR", "WORD_NORMALIZE"), "it has no effect in the record run"),
 }
-OWNED_PREFIXES = tuple((
-    "TTT_ LQER_ MUON_ GLOBAL_TTT_ PHASED_TTT_ NGRAM_ GPTQ_ AWQ_LITE_ XSA_ SPARSE_ATTN_ TIED_EMBED_ LOOP_ TOKEN_ "
-    "WITHIN_ WORD_ PARALLEL_ ROPE_ TRAIN_ VAL_ EVAL_ MATRIX_ WARMDOWN_ WARMUP_ GATED_ SKYLIGHT_ SMEAR_ LOGIT_ EMBED_ "
-    "ADAM_ EMA_ ENABLE_LOOP").split())
+OWNED_PREFIXES = (
+    "TTT_", "LQER_", "MUON_", "GLOBAL_TTT_", "PHASED_TTT_", "NGRAM_", "GPTQ_", "AWQ_LITE_", "XSA_", "SPARSE_ATTN_",
+    "TIED_EMBED_", "LOOP_", "TOKEN_", "WITHIN_", "WORD_", "PARALLEL_", "ROPE_", "TRAIN_", "VAL_", "EVAL_", "MATRIX_",
+    "WARMDOWN_", "WARMUP_", "GATED_", "SKYLIGHT_", "SMEAR_", "LOGIT_", "EMBED_", "ADAM_", "EMA_", "ENABLE_LOOP")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,38 +247,62 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            name, value, meta = field.name.upper(), getattr(self, field.name), field.metadata
+            name, meta = field.name.upper(), field.metadata
+            value = getattr(self, field.name)
             if meta["choices"] and value not in meta["choices"]:
                 raise ConfigError(f"{name}={value}: expected one of {list(meta['choices'])}")
             if not isinstance(value, (bool, str)) and not meta["low"] <= value <= meta["high"]:
                 raise ConfigError(f"{name}={value}: expected a value between {meta['low']} and {meta['high']}")
-        for ok, message in (
-                (self.model_dim % self.num_heads == 0, "MODEL_DIM must be a multiple of NUM_HEADS"),
-                (self.num_heads % self.num_kv_heads == 0, "NUM_HEADS must be a multiple of NUM_KV_HEADS"),
-                (self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim,
-                 f"ROPE_DIMS must be even and at most the head width {self.head_dim}"),
-                (self.gate_window <= self.model_dim, "GATE_WINDOW must be at most MODEL_DIM"),
-                (self.mlp_dim * 1.0 == self.mlp_mult * self.model_dim, "MLP_MULT times MODEL_DIM must be whole"),
-                (self.loop_start <= self.loop_end < self.parallel_start_layer <= self.num_layers,
-                 "expected LOOP_START <= LOOP_END < PARALLEL_START_LAYER <= NUM_LAYERS"),
-                (self.train_batch_tokens % (ROWS_PER_STEP * self.train_seq_len) == 0, "TRAIN_BATCH_TOKENS must be a "
-                 f"multiple of {ROWS_PER_STEP} * TRAIN_SEQ_LEN: one step is {ROWS_PER_STEP} rows of whole sequences"),
-                (self.val_batch_tokens // ROWS_PER_STEP >= self.eval_seq_len,
-                 f"VAL_BATCH_TOKENS/{ROWS_PER_STEP} must hold one sequence of EVAL_SEQ_LEN"),
-                (self.gptq_reserve_seconds < self.max_wallclock_seconds or self.max_wallclock_seconds == 0,
-                 "GPTQ_RESERVE_SECONDS must be below MAX_WALLCLOCK_SECONDS"),
-                (self.ttt_chunk_size < self.ttt_eval_seq_len, "TTT_CHUNK_SIZE must be below TTT_EVAL_SEQ_LEN"),
-                (self.phased_ttt_prefix_docs == 0 or self.global_ttt_chunk_tokens >= self.ttt_eval_seq_len,
-                 "GLOBAL_TTT_CHUNK_TOKENS must hold one sequence of TTT_EVAL_SEQ_LEN"),
-                (self.prequant_only + self.quantize_only + self.ttt_eval_only <= 1,
-                 "set at most one of PREQUANT_ONLY, QUANTIZE_ONLY, TTT_EVAL_ONLY"),
-                (self.run_id or not (self.quantize_only or self.ttt_eval_only),
-                 "QUANTIZE_ONLY and TTT_EVAL_ONLY need RUN_ID, the run to go on from"),
-                (re.fullmatch(r"[\w.+-]*", self.run_id), "RUN_ID may hold letters, digits and . _ + - only")):
-            if not ok:
-                raise ConfigError(f"{message}; found " + ", ".join(
-                    f"{name}={getattr(self, name.lower())}" for name in re.findall(r"\b[A-Z][A-Z_]+[A-Z]\b", message)
-                    if hasattr(self, name.lower())))
+        self._check_model()
+        self._check_lengths()
+        self._check_modes()
+
+    def _require(self, is_met: bool, message: str, *settings: str) -> None:
+        """Raise ConfigError with `message` and the values found of `settings` unless the condition is met."""
+        if not is_met:
+            found = ", ".join(f"{name}={getattr(self, name.lower())}" for name in settings)
+            raise ConfigError(f"{message}; found {found}")
+
+    def _check_model(self) -> None:
+        self._require(self.model_dim % self.num_heads == 0, "MODEL_DIM must be a multiple of NUM_HEADS",
+                      "MODEL_DIM", "NUM_HEADS")
+        self._require(self.num_heads % self.num_kv_heads == 0, "NUM_HEADS must be a multiple of NUM_KV_HEADS",
+                      "NUM_HEADS", "NUM_KV_HEADS")
+        self._require(self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim,
+                      f"ROPE_DIMS must be even and at most the head width {self.head_dim}", "ROPE_DIMS")
+        self._require(self.gate_window <= self.model_dim, "GATE_WINDOW must be at most MODEL_DIM",
+                      "GATE_WINDOW", "MODEL_DIM")
+        self._require(self.mlp_dim == self.mlp_mult * self.model_dim, "MLP_MULT times MODEL_DIM must be whole",
+                      "MLP_MULT", "MODEL_DIM")
+        self._require(self.loop_start <= self.loop_end < self.parallel_start_layer <= self.num_layers,
+                      "expected LOOP_START <= LOOP_END < PARALLEL_START_LAYER <= NUM_LAYERS",
+                      "LOOP_START", "LOOP_END", "PARALLEL_START_LAYER", "NUM_LAYERS")
+
+    def _check_lengths(self) -> None:
+        self._require(self.train_batch_tokens % (ROWS_PER_STEP * self.train_seq_len) == 0,
+                      f"TRAIN_BATCH_TOKENS must be a multiple of {ROWS_PER_STEP} * TRAIN_SEQ_LEN: one step is "
+                      f"{ROWS_PER_STEP} rows of whole sequences", "TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN")
+        self._require(self.val_batch_tokens // ROWS_PER_STEP >= self.eval_seq_len,
+                      f"VAL_BATCH_TOKENS/{ROWS_PER_STEP} must hold one sequence of EVAL_SEQ_LEN",
+                      "VAL_BATCH_TOKENS", "EVAL_SEQ_LEN")
+        self._require(self.ttt_chunk_size < self.ttt_eval_seq_len, "TTT_CHUNK_SIZE must be below TTT_EVAL_SEQ_LEN",
+                      "TTT_CHUNK_SIZE", "TTT_EVAL_SEQ_LEN")
+        self._require(self.phased_ttt_prefix_docs == 0 or self.global_ttt_chunk_tokens >= self.ttt_eval_seq_len,
+                      "GLOBAL_TTT_CHUNK_TOKENS must hold one sequence of TTT_EVAL_SEQ_LEN",
+                      "GLOBAL_TTT_CHUNK_TOKENS", "TTT_EVAL_SEQ_LEN")
+
+    def _check_modes(self) -> None:
+        self._require(self.gptq_reserve_seconds < self.max_wallclock_seconds or self.max_wallclock_seconds == 0,
+                      "GPTQ_RESERVE_SECONDS must be below MAX_WALLCLOCK_SECONDS",
+                      "GPTQ_RESERVE_SECONDS", "MAX_WALLCLOCK_SECONDS")
+        self._require(self.prequant_only + self.quantize_only + self.ttt_eval_only <= 1,
+                      "set at most one of PREQUANT_ONLY, QUANTIZE_ONLY, TTT_EVAL_ONLY",
+                      "PREQUANT_ONLY", "QUANTIZE_ONLY", "TTT_EVAL_ONLY")
+        self._require(bool(self.run_id) or not (self.quantize_only or self.ttt_eval_only),
+                      "QUANTIZE_ONLY and TTT_EVAL_ONLY need RUN_ID, the run to go on from",
+                      "QUANTIZE_ONLY", "TTT_EVAL_ONLY", "RUN_ID")
+        self._require(re.fullmatch(r"[\w.+-]*", self.run_id) is not None,
+                      "RUN_ID may hold letters, digits and . _ + - only", "RUN_ID")
 
     head_dim = property(lambda self: self.model_dim // self.num_heads)
     kv_dim = property(lambda self: self.num_kv_heads * self.head_dim)
@@ -285,6 +310,9 @@ class Config:
     row_tokens = property(lambda self: self.train_batch_tokens // ROWS_PER_STEP)
     # Bound on segments in training and plain evaluation; one number, so that both use the same graphs.
     longest_segment = property(lambda self: max(self.train_seq_len, self.eval_seq_len))
+    # Bound on the positions of any row: training and calibration, plain evaluation, test-time training, adaptation.
+    longest_row = property(lambda self: max(self.row_tokens, self.val_batch_tokens // ROWS_PER_STEP,
+                                            self.ttt_eval_seq_len, self.global_ttt_chunk_tokens))
 
 
 ROWS_PER_STEP = 8            # one optimizer step is 8 rows on any number of GPUs
@@ -314,10 +342,11 @@ def parse_value(key: str, kind: type, text: str) -> Any:
 
 
 def _refuse_misspelt(key: str, known: Sequence[str]) -> None:
+    """Raise ConfigError if `key`, which names no setting, has a prefix of ours or is nearly one of `known`."""
     if key.startswith(OWNED_PREFIXES):
         near = difflib.get_close_matches(key, known, 3, 0.6)
-        raise ConfigError(f"unknown setting {key}" + (f"; did you mean {' or '.join(near)}?" if near else "")
-                          + " `python train_gpt.py --help` lists all settings")
+        advice = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ConfigError(f"unknown setting {key}{advice} `python train_gpt.py --help` lists all settings")
     for name in known:
         # Short names have innocent neighbours in any environment (EDIT is two edits from AUDIT).
         allowed = 2 if min(len(name), len(key)) >= 7 else 1
@@ -329,9 +358,10 @@ def edit_distance(a: str, b: str) -> int:
     """Levenshtein distance."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
-        previous, row[0] = row[0], i
+        above = row
+        row = [i]
         for j, y in enumerate(b, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+            row.append(min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (x != y)))
     return row[-1]
 
 
@@ -340,7 +370,8 @@ def settings_table() -> str:
     rows = ["| setting | default | meaning |", "|---|---|---|"]
     for field in dataclasses.fields(Config):
         default = int(field.default) if isinstance(field.default, bool) else field.default
-        rows.append(f"| `{field.name.upper()}` | {f'`{default}`' if default != '' else ''} | {field.metadata['doc']} |")
+        shown = "" if default == "" else f"`{default}`"
+        rows.append(f"| `{field.name.upper()}` | {shown} | {field.metadata['doc']} |")
     return "\n".join(rows)
 
 
