@@ -751,11 +751,13 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 def attend_math(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """Plain causal softmax attention of each segment, query head h reading key/value head h // (H/G); (N, H, K).
     cu_seqlens (segments + 1,) int32 ascending from 0 to N; empty segments are allowed."""
-    bounds, out = cu_seqlens.tolist(), []
+    bounds = cu_seqlens.tolist()
+    out = []
     for start, end in zip(bounds, bounds[1:]):
         if end > start:
             q, k, v = (x[start:end].transpose(0, 1)[None] for x in (q_NHK, k_NGK, v_NGK))
-            out.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            out.append(y[0].transpose(0, 1))
     return torch.cat(out)
 
 
@@ -765,7 +767,8 @@ def softcap_logits(logits: Tensor, cap_pos: Tensor, cap_neg: Tensor) -> Tensor:
     return cap * torch.tanh(logits / cap)
 
 
-def softcap_loss(hidden_ND: Tensor, tok_emb_VD: Tensor, cap_pos: Tensor, cap_neg: Tensor, targets_N: Tensor) -> Tensor:
+def softcap_loss(hidden_ND: Tensor, tok_emb_VD: Tensor, cap_pos: Tensor, cap_neg: Tensor,
+                 targets_N: Tensor) -> Tensor:
     """Mean nll in nats of the tied, softcapped head; logits and loss fp32. The definition of FusedSoftcapLoss."""
     logits_NV = F.linear(hidden_ND, tok_emb_VD.to(hidden_ND.dtype)).float()
     return F.cross_entropy(softcap_logits(logits_NV, cap_pos, cap_neg), targets_N)
@@ -794,10 +797,24 @@ def adapted(y: Tensor, x_BTD: Tensor, adapter: LowRank | None) -> Tensor:
 # The adapters of one execution slot, LowRank each; None costs nothing.
 LayerAdapters = namedtuple("LayerAdapters", "q k v o mlp", defaults=[None] * 5)
 
-# Views of one layer's parameters; see GPT for shapes.
-LayerWeights = NamedTuple("LayerWeights", [(name, Tensor) for name in (
-    "wq", "wk", "wv", "wo", "w_up", "w_down", "q_gain", "xsa_alpha", "attn_gate", "attn_scale", "mlp_scale",
-    "resid_mix", "lane_post", "lane_resid", "ln_scale")])
+
+class LayerWeights(NamedTuple):
+    """Views of one layer's parameters, fp32. A field added here is a parameter (L, ...) of GPT of the same name."""
+    wq: Tensor              # (D, D)
+    wk: Tensor              # (G*K, D)
+    wv: Tensor              # (G*K, D)
+    wo: Tensor              # (D, D)
+    w_up: Tensor            # (F, D)
+    w_down: Tensor          # (D, F)
+    q_gain: Tensor          # (H,)
+    xsa_alpha: Tensor       # (H,), tanh of it is the share of the own value that is removed
+    attn_gate: Tensor       # (H, gate_window)
+    attn_scale: Tensor      # (D,)
+    mlp_scale: Tensor       # (D,)
+    resid_mix: Tensor       # (2, D): of the residual stream, of x0
+    lane_post: Tensor       # (2, 2): from attention or MLP, to lane 0 or 1
+    lane_resid: Tensor      # (2,): of each lane
+    ln_scale: Tensor        # 0-d constant, 1 / sqrt(layer + 1)
 
 
 class Packing(NamedTuple):
@@ -810,7 +827,8 @@ class Packing(NamedTuple):
     gate_scale: float
 
 
-Tap = Callable[[str, Tensor], None]
+Tap = Callable[[int, str, Tensor], None]                  # (layer, "qkv" | "o" | "up" | "down", that matrix's input)
+LayerTap = Callable[[str, Tensor], None]                  # a Tap that knows its layer
 Skip = tuple[Tensor, Tensor, Tensor] | None               # (kept encoder output, weight, gate)
 
 
@@ -827,42 +845,6 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], -1)
 
 
-def attention(n_BTD: Tensor, w: LayerWeights, packing: Packing, adapters: LayerAdapters, tap: Tap | None) -> Tensor:
-    """Attention sub-layer of a normed and scaled input: GQA with QK norm, gated XSA and a sparse output gate."""
-    B, T, D = n_BTD.shape
-    dtype, kv_dim, H = n_BTD.dtype, w.wk.shape[0], w.q_gain.shape[0]
-    K, G = D // H, kv_dim * H // D
-    # One product for all three: the input is read once, and its gradient needs no additions.
-    q, k, v = F.linear(n_BTD, torch.cat([w.wq, w.wk, w.wv]).to(dtype)).split([D, kv_dim, kv_dim], -1)
-    q = adapted(q, n_BTD, adapters.q).reshape(B, T, H, K)
-    k = adapted(k, n_BTD, adapters.k).reshape(B, T, G, K)
-    v = adapted(v, n_BTD, adapters.v).reshape(B, T, G, K)
-    q = rotate(rms_norm(q.float()), packing.cos, packing.sin) * w.q_gain[:, None]
-    k = rotate(rms_norm(k.float()), packing.cos, packing.sin)
-    y = packing.attend(q.to(dtype).reshape(B * T, H, K), k.to(dtype).reshape(B * T, G, K), v.reshape(B * T, G, K),
-                       packing.cu_seqlens, packing.max_seqlen)
-    # XSA: remove from each head what lies along the token's own value direction.
-    y = y.reshape(B, T, G, H // G, K).float()
-    unit = F.normalize(v.float(), dim=-1, eps=1e-12)[:, :, :, None]
-    y = y - torch.tanh(w.xsa_alpha).view(G, H // G, 1) * (y * unit).sum(-1, keepdim=True) * unit
-    window = w.attn_gate.shape[-1]
-    gate = torch.sigmoid(packing.gate_scale * F.linear(n_BTD[..., :window], w.attn_gate.to(dtype)).float())
-    y = (y * gate.view(B, T, G, H // G, 1)).reshape(B, T, D).to(dtype)
-    if tap is not None:
-        tap("qkv", n_BTD)
-        tap("o", y)
-    return adapted(F.linear(y, w.wo.to(dtype)), n_BTD, adapters.o)
-
-
-def mlp(n_BTD: Tensor, w: LayerWeights, adapters: LayerAdapters, tap: Tap | None) -> Tensor:
-    """Down(φ(Up n)) with φ(z) = leaky_relu(z, 0.3)²."""
-    act = F.leaky_relu(F.linear(n_BTD, w.w_up.to(n_BTD.dtype)), 0.3).square()
-    if tap is not None:
-        tap("up", n_BTD)
-        tap("down", act)
-    return adapted(F.linear(act, w.w_down.to(n_BTD.dtype)), n_BTD, adapters.mlp)
-
-
 def blend_skip(x: Tensor, skip: Skip) -> Tensor:
     """Per channel from the scaled encoder output (gate → 0) to the running value (gate → 1)."""
     if skip is None:
@@ -870,6 +852,71 @@ def blend_skip(x: Tensor, skip: Skip) -> Tensor:
     saved, weight, gate = skip
     a = torch.sigmoid(gate).to(x.dtype)
     return (1 - a) * (weight.to(x.dtype) * saved) + a * x
+
+
+def mix_and_norm(x: Tensor, x0: Tensor, skip: Skip, resid_mix: Tensor, ln_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(z, n): the residual stream after skip blend and mix with x0, and its scaled norm, what a sub-layer reads."""
+    mix = resid_mix.to(x.dtype)
+    z = mix[0] * blend_skip(x, skip) + mix[1] * x0
+    return z, ln_scale.to(x.dtype) * rms_norm(z)
+
+
+def prepare_qk(q_BTHK: Tensor, k_BTGK: Tensor, q_gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys as attention takes them: normed per head, rotated, queries times their head's gain.
+    fp32 inside, results in the dtype of the input."""
+    q = rotate(rms_norm(q_BTHK.float()), cos, sin) * q_gain[:, None]
+    k = rotate(rms_norm(k_BTGK.float()), cos, sin)
+    return q.to(q_BTHK.dtype), k.to(k_BTGK.dtype)
+
+
+def remove_own_value(y_BTHK: Tensor, v_BTGK: Tensor, n_BTD: Tensor, xsa_alpha: Tensor, attn_gate: Tensor,
+                     gate_scale: float) -> Tensor:
+    """What each head saw, without its share along the token's own value [XSA], times the head's sparse gate, which
+    reads the first channels of n. fp32 inside; (B, T, D) in the dtype of n."""
+    B, T, H, K = y_BTHK.shape
+    G = v_BTGK.shape[2]
+    y = y_BTHK.reshape(B, T, G, H // G, K).float()
+    unit = F.normalize(v_BTGK.float(), dim=-1, eps=1e-12)[:, :, :, None]
+    y = y - torch.tanh(xsa_alpha).view(G, H // G, 1) * (y * unit).sum(-1, keepdim=True) * unit
+    window = n_BTD[..., :attn_gate.shape[-1]]
+    gate = torch.sigmoid(gate_scale * F.linear(window, attn_gate.to(n_BTD.dtype)).float())
+    return (y * gate.view(B, T, G, H // G, 1)).reshape(B, T, H * K).to(n_BTD.dtype)
+
+
+def leaky_square(z: Tensor) -> Tensor:
+    """The MLP's activation φ(z) = leaky_relu(z, 0.3)²."""
+    return F.leaky_relu(z, 0.3).square()
+
+
+def attention(n_BTD: Tensor, w: LayerWeights, packing: Packing, adapters: LayerAdapters,
+              tap: LayerTap | None) -> Tensor:
+    """Attention sub-layer of a normed and scaled input: GQA with QK norm, gated XSA and a sparse output gate."""
+    B, T, D = n_BTD.shape
+    dtype = n_BTD.dtype
+    kv_dim, H = w.wk.shape[0], w.q_gain.shape[0]
+    K, G = D // H, kv_dim * H // D
+    # One product for all three: the input is read once, and its gradient needs no additions.
+    q, k, v = F.linear(n_BTD, torch.cat([w.wq, w.wk, w.wv]).to(dtype)).split([D, kv_dim, kv_dim], -1)
+    q = adapted(q, n_BTD, adapters.q).reshape(B, T, H, K)
+    k = adapted(k, n_BTD, adapters.k).reshape(B, T, G, K)
+    v = adapted(v, n_BTD, adapters.v).reshape(B, T, G, K)
+    q, k = prepare_qk(q, k, w.q_gain, packing.cos, packing.sin)
+    y = packing.attend(q.reshape(B * T, H, K), k.reshape(B * T, G, K), v.reshape(B * T, G, K),
+                       packing.cu_seqlens, packing.max_seqlen)
+    y = remove_own_value(y.reshape(B, T, H, K), v, n_BTD, w.xsa_alpha, w.attn_gate, packing.gate_scale)
+    if tap is not None:
+        tap("qkv", n_BTD)
+        tap("o", y)
+    return adapted(F.linear(y, w.wo.to(dtype)), n_BTD, adapters.o)
+
+
+def mlp(n_BTD: Tensor, w: LayerWeights, adapters: LayerAdapters, tap: LayerTap | None) -> Tensor:
+    """Down(φ(Up n))."""
+    act = leaky_square(F.linear(n_BTD, w.w_up.to(n_BTD.dtype)))
+    if tap is not None:
+        tap("up", n_BTD)
+        tap("down", act)
+    return adapted(F.linear(act, w.w_down.to(n_BTD.dtype)), n_BTD, adapters.mlp)
 
 
 def embed(tokens_BT: Tensor, tok_emb: Tensor, smear_w: Tensor, smear_lambda: Tensor, dtype: torch.dtype) -> Tensor:
@@ -881,23 +928,25 @@ def embed(tokens_BT: Tensor, tok_emb: Tensor, smear_w: Tensor, smear_lambda: Ten
 
 
 def serial_block(x: Tensor, x0: Tensor, skip: Skip, w: LayerWeights, packing: Packing, adapters: LayerAdapters,
-                 tap: Tap | None = None) -> Tensor:
+                 tap: LayerTap | None = None) -> Tensor:
     """Attention, then MLP, on one residual stream (B, T, D)."""
     dtype = x.dtype
-    mix, scale = w.resid_mix.to(dtype), w.ln_scale.to(dtype)
-    z = mix[0] * blend_skip(x, skip) + mix[1] * x0
-    z = z + w.attn_scale.to(dtype) * attention(scale * rms_norm(z), w, packing, adapters, tap)
-    return z + w.mlp_scale.to(dtype) * mlp(scale * rms_norm(z), w, adapters, tap)
+    z, n = mix_and_norm(x, x0, skip, w.resid_mix, w.ln_scale)
+    z = z + w.attn_scale.to(dtype) * attention(n, w, packing, adapters, tap)
+    n = w.ln_scale.to(dtype) * rms_norm(z)
+    return z + w.mlp_scale.to(dtype) * mlp(n, w, adapters, tap)
 
 
 def parallel_block(lane0: Tensor, lane1: Tensor, x0: Tensor, skip: Skip, w: LayerWeights, packing: Packing,
-                   adapters: LayerAdapters, tap: Tap | None = None) -> tuple[Tensor, Tensor]:
+                   adapters: LayerAdapters, tap: LayerTap | None = None) -> tuple[Tensor, Tensor]:
     """Attention reads lane 0 (mixed with x0 and the skip), the MLP reads lane 1, both write to both lanes."""
     dtype = lane0.dtype
-    mix, scale, resid, post = (p.to(dtype) for p in (w.resid_mix, w.ln_scale, w.lane_resid, w.lane_post))
+    resid, post = w.lane_resid.to(dtype), w.lane_post.to(dtype)
     lane0 = blend_skip(lane0, skip)
-    a = w.attn_scale.to(dtype) * attention(scale * rms_norm(mix[0] * lane0 + mix[1] * x0), w, packing, adapters, tap)
-    m = w.mlp_scale.to(dtype) * mlp(scale * rms_norm(lane1), w, adapters, tap)
+    _, n = mix_and_norm(lane0, x0, None, w.resid_mix, w.ln_scale)          # the lane itself goes on unmixed
+    a = w.attn_scale.to(dtype) * attention(n, w, packing, adapters, tap)
+    n = w.ln_scale.to(dtype) * rms_norm(lane1)
+    m = w.mlp_scale.to(dtype) * mlp(n, w, adapters, tap)
     return (resid[0] * lane0 + post[0, 0] * a + post[1, 0] * m,
             resid[1] * lane1 + post[0, 1] * a + post[1, 1] * m)
 
@@ -919,33 +968,85 @@ def score_tokens(hidden_ND: Tensor, tok_emb: Tensor, cap_pos: Tensor, cap_neg: T
     return -picked[:, 0], picked[:, 1]
 
 
-class Graphs(NamedTuple):
-    """The model's functions, eager or compiled; GPT.forward calls these and nothing else heavy."""
-    embed: Callable = embed
-    serial: Callable = serial_block
-    parallel: Callable = parallel_block
-    finish: Callable = finish
-    score: Callable = score_tokens
+def row_gradients(model: GPT, row: Row, *, looping: bool, segment_cap: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean loss in nats of one training row (0-d fp32, detached) and its gradient by parameter name.
+
+    The gradients, fp32 in their parameter's shape and contiguous, belong to the caller, who may change them. Frozen
+    parameters and those that the loss does not depend on are absent. segment_cap bounds the segments' lengths.
+    """
+    # The number of documents in a row varies; only the attention kernel sees it.
+    loss = model.loss(row.inputs, row.targets, mark_varying(row.cu_seqlens, 0), looping=looping,
+                      segment_cap=segment_cap)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    found = {name: grad.contiguous() for name, grad in zip(trained, grads) if grad is not None}
+    return loss.detach(), found
+
+
+class Ops(NamedTuple):
+    """Everything heavy that the model runs: the plain definitions, unless choose_ops(run) put faster ones in place.
+    GPT.forward, loss and score call these and nothing else that takes time; training takes a row's gradients from
+    row_gradients alone, so that an Ops may replace forward and backward by something that knows no autograd."""
+    attend: Attend = attend_math
+    embed: Callable[..., Tensor] = embed
+    serial: Callable[..., Tensor] = serial_block
+    parallel: Callable[..., tuple[Tensor, Tensor]] = parallel_block
+    finish: Callable[[Tensor, Tensor], Tensor] = finish
+    score: Callable[..., tuple[Tensor, Tensor]] = score_tokens
+    loss: Callable[..., Tensor] = softcap_loss
+    row_gradients: Callable[..., tuple[Tensor, dict[str, Tensor]]] = row_gradients
+
+    def plain(self) -> Ops:
+        """The plain functions on the same attention and loss kernels: for taps, and for work too short to compile."""
+        return Ops(attend=self.attend, loss=self.loss)
 
 
 def execution_order(cfg: Config, looping: bool) -> tuple[list[int], list[int]]:
     """Layer indices in order of execution, split in encoder (whose outputs are kept) and decoder (which takes them)."""
     loop = list(range(cfg.loop_start, cfg.loop_end + 1))
-    order = [*range(cfg.loop_start), *loop * (1 + cfg.num_loops * looping), *range(cfg.loop_end + 1, cfg.num_layers)]
-    return order[:len(order) // 2], order[len(order) // 2:]
+    passes = 1 + cfg.num_loops if looping else 1
+    order = [*range(cfg.loop_start), *loop * passes, *range(cfg.loop_end + 1, cfg.num_layers)]
+    half = len(order) // 2
+    return order[:half], order[half:]
+
+
+class Execution(NamedTuple):
+    """One execution of a layer; its place in the plan is its slot."""
+    layer: int
+    is_parallel: bool        # two lanes instead of one residual stream
+    is_kept: bool            # its output, lane 0, waits for the decoder
+    skip_from: int | None    # slot whose kept output is blended in
+    skip_row: int | None     # row of skip_weights and skip_gates that blends it
+
+
+def execution_plan(cfg: Config, looping: bool) -> list[Execution]:
+    """Every execution of a forward pass in order. The decoder takes the encoder's outputs, the last one first."""
+    encoder, decoder = execution_order(cfg, looping)
+    last = len(encoder) - 1
+    plan = [Execution(layer, layer >= cfg.parallel_start_layer, True, None, None) for layer in encoder]
+    for row, layer in enumerate(decoder):
+        skip = (last - row, row) if row <= last else (None, None)
+        plan.append(Execution(layer, layer >= cfg.parallel_start_layer, False, *skip))
+    return plan
+
+
+def unused_parameters(cfg: Config) -> set[str]:
+    """Parameters that no execution reads in a model of this shape."""
+    has_lanes = cfg.parallel_start_layer < cfg.num_layers
+    return set() if has_lanes else {"lane_post", "lane_resid"}
 
 
 class GPT(nn.Module):
     """Weights of the model and the order in which the blocks run.
-    Banks hold one matrix per layer: wq, wo (L, D, D), wk, wv (L, G*K, D), w_up (L, F, D), w_down (L, D, F).
-    All parameters are fp32; `compute_dtype` is the dtype of activations and of every matrix product."""
-    LAYER_PARAMETERS = LayerWeights._fields[:-1]
 
-    def __init__(self, cfg: Config, compute_dtype: torch.dtype = torch.float32, attend: Attend = attend_math) -> None:
+    Banks hold one matrix per layer: wq, wo (L, D, D), wk, wv (L, G*K, D), w_up (L, F, D), w_down (L, D, F).
+    All parameters are fp32; `compute_dtype` is the dtype of activations and of every matrix product; `ops` are the
+    functions that every forward pass, loss and score runs on unless it is given others.
+    """
+
+    def __init__(self, cfg: Config, compute_dtype: torch.dtype = torch.float32, ops: Ops = Ops()) -> None:
         super().__init__()
-        self.cfg, self.compute_dtype, self.attend = cfg, compute_dtype, attend
-        self.graphs = Graphs()
-        self.sizes_vary = False      # batch and length change from call to call (test-time training)
+        self.cfg, self.compute_dtype, self.ops = cfg, compute_dtype, ops
         L, D, H, Fd, kv = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.mlp_dim, cfg.kv_dim
         num_skips = min(map(len, execution_order(cfg, True)))
 
@@ -954,91 +1055,120 @@ class GPT(nn.Module):
 
         initial = {
             "tok_emb": torch.randn(cfg.vocab_size, D) * cfg.tied_embed_init_std,
-            "wq": orthogonal(D, D), "wk": orthogonal(kv, D), "wv": orthogonal(kv, D), "wo": torch.zeros(L, D, D),
-            "w_up": orthogonal(Fd, D), "w_down": torch.zeros(L, D, Fd),
-            "q_gain": torch.full((L, H), cfg.qk_gain_init), "xsa_alpha": torch.zeros(L, H),
+            "wq": orthogonal(D, D),
+            "wk": orthogonal(kv, D),
+            "wv": orthogonal(kv, D),
+            "wo": torch.zeros(L, D, D),
+            "w_up": orthogonal(Fd, D),
+            "w_down": torch.zeros(L, D, Fd),
+            "q_gain": torch.full((L, H), cfg.qk_gain_init),
+            "xsa_alpha": torch.zeros(L, H),
             "attn_gate": torch.zeros(L, H, cfg.gate_window),
-            "attn_scale": torch.ones(L, D), "mlp_scale": torch.ones(L, D),
+            "attn_scale": torch.ones(L, D),
+            "mlp_scale": torch.ones(L, D),
             "resid_mix": torch.tensor([1.0, 0.0])[:, None].repeat(L, 1, D),
-            "skip_weights": torch.ones(num_skips, D), "skip_gates": torch.zeros(num_skips, D),
-            "lane_post": torch.ones(L, 2, 2), "lane_resid": torch.full((L, 2), 1.1),
-            "smear_w": torch.zeros(cfg.gate_window), "smear_lambda": torch.zeros(1),
-            "softcap_pos": torch.tensor(cfg.logit_softcap), "softcap_neg": torch.tensor(cfg.logit_softcap)}
+            "skip_weights": torch.ones(num_skips, D),
+            "skip_gates": torch.zeros(num_skips, D),
+            "lane_post": torch.ones(L, 2, 2),
+            "lane_resid": torch.full((L, 2), 1.1),
+            "smear_w": torch.zeros(cfg.gate_window),
+            "smear_lambda": torch.zeros(1),
+            "softcap_pos": torch.tensor(cfg.logit_softcap),
+            "softcap_neg": torch.tensor(cfg.logit_softcap)}
         for name, value in initial.items():
             self.register_parameter(name, nn.Parameter(value.contiguous()))
         self.register_buffer("ln_scale", torch.arange(1, L + 1).rsqrt(), persistent=False)
-        self.register_buffer("rope", torch.empty(2, 0, 1, cfg.rope_dims // 2), persistent=False)
-        self.reserve_positions(max(cfg.row_tokens, cfg.val_batch_tokens // ROWS_PER_STEP, cfg.ttt_eval_seq_len,
-                                   cfg.global_ttt_chunk_tokens))
+        self.register_buffer("rope", self._rotary_tables(cfg.longest_row), persistent=False)
 
-    def reserve_positions(self, count: int) -> None:
-        """Make the rotary tables at least `count` positions long; angles are exact fp32."""
-        if self.rope.shape[1] < count:
-            half = self.cfg.rope_dims // 2
-            freq = self.cfg.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
-            angle = (torch.arange(count, dtype=torch.float64)[:, None] * freq)[:, None]
-            self.rope = torch.stack([angle.cos(), angle.sin()]).float().to(self.rope.device)
+    def _rotary_tables(self, count: int) -> Tensor:
+        """Cosines and sines (2, count, 1, rope_dims / 2) of the rotary angles, exact in fp32."""
+        half = self.cfg.rope_dims // 2
+        freq = self.cfg.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
+        angle = (torch.arange(count, dtype=torch.float64)[:, None] * freq)[:, None]
+        return torch.stack([angle.cos(), angle.sin()]).float()
+
+    def layer_weights(self, banks: Mapping[str, Tensor]) -> list[LayerWeights]:
+        """The views of every layer, from the parameters by name."""
+        views = {name: banks[name].unbind() for name in LayerWeights._fields if name != "ln_scale"}
+        views["ln_scale"] = self.ln_scale.unbind()
+        return [LayerWeights(**{name: bank[layer] for name, bank in views.items()})
+                for layer in range(self.cfg.num_layers)]
 
     def forward(self, tokens_BT: Tensor, *, looping: bool, segments: tuple[Tensor, int] | None = None,
                 adapters: Sequence[LayerAdapters] | None = None, tap: Tap | None = None,
-                graphs: Graphs | None = None) -> Tensor:
+                ops: Ops | None = None, sizes_vary: bool = False) -> Tensor:
         """Final normed hidden states (B, T, D) in the compute dtype.
 
-        segments  (cu_seqlens, longest segment) of a flat row (B = 1); None: each row is one causal sequence.
-        adapters  one LayerAdapters per layer execution.
-        tap       called with ("qkv" | "o" | "up" | "down", input of that matrix) and ("layer", index) in eager mode.
+        segments    (cu_seqlens, longest segment) of a flat row (B = 1); None: each row is one causal sequence.
+        adapters    one LayerAdapters per layer execution; with them the weights are constants without gradients.
+        tap         called with (layer, "qkv" | "o" | "up" | "down", input of that matrix); needs plain ops.
+        ops         functions to run on in place of the model's own.
+        sizes_vary  tells the compiler that B and T change from call to call (test-time training).
         """
-        g = graphs or self.graphs
+        ops = ops or self.ops
         B, T = tokens_BT.shape
-        self.reserve_positions(T)
-        cu_seqlens, max_seqlen = segments or (
-            torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=tokens_BT.device), T)
-        vary = mark_varying if self.sizes_vary else lambda x, *dims: x
+        if T > self.rope.shape[1]:
+            raise ValueError(f"expected rows of at most {self.rope.shape[1]:,} tokens, the longest of this "
+                             f"configuration (Config.longest_row), found {T:,}; build the model for longer rows")
+        if segments is None:
+            segments = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=tokens_BT.device), T
+        cu_seqlens, max_seqlen = segments
+        vary = mark_varying if sizes_vary else lambda x, *dims: x
         cos, sin = (vary(table[:T], 0) for table in self.rope.unbind())
-        packing = Packing(vary(cu_seqlens, 0), max_seqlen, cos, sin, self.attend, self.cfg.sparse_attn_gate_scale)
-        layers = [LayerWeights(*views) for views in zip(
-            *(getattr(self, name).unbind() for name in self.LAYER_PARAMETERS), self.ln_scale.unbind())]
-        encoder, decoder = execution_order(self.cfg, looping)
-        gates = list(zip(self.skip_weights.unbind(), self.skip_gates.unbind()))
-        slots = adapters or [LayerAdapters()] * (len(encoder) + len(decoder))
+        packing = Packing(vary(cu_seqlens, 0), max_seqlen, cos, sin, ops.attend, self.cfg.sparse_attn_gate_scale)
+        banks = {name: p if adapters is None else p.detach() for name, p in self.named_parameters()}
+        layers = self.layer_weights(banks)
+        skip_weights, skip_gates = banks["skip_weights"].unbind(), banks["skip_gates"].unbind()
+        plan = execution_plan(self.cfg, looping)
 
-        x0 = g.embed(vary(tokens_BT, 0, 1), self.tok_emb, self.smear_w, self.smear_lambda, self.compute_dtype)
+        x0 = ops.embed(vary(tokens_BT, 0, 1), banks["tok_emb"], banks["smear_w"], banks["smear_lambda"],
+                       self.compute_dtype)
         # A copy: the compiler builds one more variant of a block for arguments that are one tensor or views of one.
-        lane0 = lane1 = x0.clone() if adapters is None else x0.clone().requires_grad_()
+        lane0 = x0.clone()
+        if adapters is None:
+            adapters = [LayerAdapters()] * len(plan)
+        else:
+            lane0.requires_grad_()                         # one variant of the first block less: it has a gradient too
+        lane1: Tensor | None = None                        # until the lanes part
         vary(x0, 0, 1)
-        saved: list[Tensor] = []
-        for slot, layer in enumerate(encoder + decoder):
-            if tap is not None:
-                tap("layer", torch.tensor(layer))
-            row = slot - len(encoder)
-            skip = (saved.pop(), *gates[row]) if 0 <= row < len(gates) and saved else None
+        kept: dict[int, Tensor] = {}                       # encoder outputs by slot, until the decoder takes them
+        for slot, execution in enumerate(plan):
+            weights = layers[execution.layer]
+            layer_tap = None if tap is None else functools.partial(tap, execution.layer)
+            skip = None
+            if execution.skip_from is not None:
+                row = execution.skip_row
+                skip = kept.pop(execution.skip_from), skip_weights[row], skip_gates[row]
             vary(lane0, 0, 1)
-            if layer < self.cfg.parallel_start_layer:
-                lane0 = lane1 = g.serial(lane0, x0, skip, layers[layer], packing, slots[slot], tap)
+            if execution.is_parallel:
+                lane1 = vary(lane0.clone() if lane1 is None else lane1, 0, 1)
+                lane0, lane1 = ops.parallel(lane0, lane1, x0, skip, weights, packing, adapters[slot], layer_tap)
             else:
-                lane1 = lane1.clone() if lane1 is lane0 else lane1
-                lane0, lane1 = g.parallel(lane0, vary(lane1, 0, 1), x0, skip, layers[layer], packing, slots[slot], tap)
-            if row < 0:
-                saved.append(lane0)
-        return g.finish(vary(lane0, 0, 1), vary(lane1.clone() if lane1 is lane0 else lane1, 0, 1))
+                lane0 = ops.serial(lane0, x0, skip, weights, packing, adapters[slot], layer_tap)
+            if execution.is_kept:
+                kept[slot] = lane0
+        lane1 = lane0.clone() if lane1 is None else lane1
+        return ops.finish(vary(lane0, 0, 1), vary(lane1, 0, 1))
 
     def loss(self, tokens_T: Tensor, targets_T: Tensor, cu_seqlens: Tensor, *, looping: bool,
-             segment_cap: int, graphs: Graphs | None = None) -> Tensor:
+             segment_cap: int, ops: Ops | None = None) -> Tensor:
         """Mean training nll in nats of one flat row; segment_cap bounds the segments' lengths."""
-        hidden = self(tokens_T[None], looping=looping, segments=(cu_seqlens, segment_cap), graphs=graphs)[0]
-        fused = self.cfg.fused_ce_enabled and hidden.is_cuda and triton is not None
-        loss = FusedSoftcapLoss.apply if fused else softcap_loss
-        return loss(hidden, self.tok_emb, self.softcap_pos, self.softcap_neg, targets_T)
+        ops = ops or self.ops
+        hidden = self(tokens_T[None], looping=looping, segments=(cu_seqlens, segment_cap), ops=ops)[0]
+        return ops.loss(hidden, self.tok_emb, self.softcap_pos, self.softcap_neg, targets_T)
 
     def score(self, hidden_ND: Tensor, targets_N: Tensor, hints_N: Tensor | None = None,
               delta_NV: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(nll of targets, log-probability of hints) of hidden states; without hints the second equals -nll."""
+        """(nll of targets, log-probability of hints) of hidden states; without hints the second equals -nll. With an
+        adapter's delta_NV the weights are constants without gradients."""
         hints_N = targets_N.clone() if hints_N is None else hints_N
-        for x in (hidden_ND, targets_N, hints_N, delta_NV):
-            if x is not None:
-                mark_varying(x, 0)
-        return self.graphs.score(hidden_ND, self.tok_emb, self.softcap_pos, self.softcap_neg, targets_N, hints_N,
-                                 delta_NV)
+        head = self.tok_emb, self.softcap_pos, self.softcap_neg
+        if delta_NV is not None:
+            mark_varying(delta_NV, 0)
+            head = tuple(p.detach() for p in head)
+        for x in (hidden_ND, targets_N, hints_N):
+            mark_varying(x, 0)
+        return self.ops.score(hidden_ND, *head, targets_N, hints_N, delta_NV)
 
 
 # --- 5 schedules and EMA ------------------------------------------------------------------------------------
@@ -1192,10 +1322,15 @@ class Optimizer:
 
     def __init__(self, cfg: Config, run: Run, model: GPT) -> None:
         self.cfg, self.run, self.model = cfg, run, model
-        groups = route_parameters(model)
         # Frozen parameters (the caps, in tests of the reference's symmetric loss) take no part in the norm either.
-        self.params = [p for group in groups.values() for p in group if p.requires_grad]
-        self.small = [p for name, group in groups.items() if name != "muon" for p in group if p.requires_grad]
+        groups = {}
+        for group, params in route_parameters(model).items():
+            groups[group] = [p for p in params if p.requires_grad]
+        name_of = {p: name for name, p in model.named_parameters()}
+        self.params = [p for params in groups.values() for p in params]
+        self.names = [name_of[p] for p in self.params]
+        self.unused = unused_parameters(cfg)
+        self.small = [p for group, params in groups.items() if group != "muon" for p in params]
         self.muon = Muon(groups["muon"], run, cfg.muon_wd, cfg.muon_backend_steps, cfg.muon_row_normalize)
         self.base_lr = {"embed": cfg.tied_embed_lr, "scalar": cfg.scalar_lr, "softcap": cfg.scalar_lr}
         weight_decay = {"embed": cfg.embed_wd, "scalar": cfg.adam_wd, "softcap": 0.0}
@@ -1213,18 +1348,25 @@ class Optimizer:
         self.model.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def add_row(self) -> Tensor:
-        """Take over the gradient of one row's mean loss, clipped to GRAD_CLIP_NORM. Returns its norm (0-d tensor)."""
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
-        norm = torch.nn.utils.get_total_norm(grads)
+    def add_row(self, grads: Mapping[str, Tensor]) -> Tensor:
+        """Take over the gradient of one row's mean loss by parameter name, clipped to GRAD_CLIP_NORM (in place).
+        Returns its norm before clipping (0-d tensor). Raises ValueError for a parameter without gradient, unless the
+        model's shape leaves it unused."""
+        missing = sorted(set(self.names) - grads.keys() - self.unused)
+        if missing:
+            raise ValueError(f"expected a gradient of every trained parameter, found none of {missing}; the loss does "
+                             "not depend on them: use them, remove them, or list them in unused_parameters")
+        row = []
+        for name, p in zip(self.names, self.params):
+            row.append(grads[name] if name in grads else torch.zeros_like(p))
+        norm = torch.nn.utils.get_total_norm(row)
         limit = self.cfg.grad_clip_norm
-        torch._foreach_mul_(grads, torch.where(norm > limit, limit / (norm + 1e-6), 1.0))
+        torch._foreach_mul_(row, torch.where(norm > limit, limit / (norm + 1e-6), 1.0))
         if self.num_rows:
-            torch._foreach_add_(self.grad_sum, grads)
+            torch._foreach_add_(self.grad_sum, row)
         else:
-            self.grad_sum = grads
+            self.grad_sum = row
         self.num_rows += 1
-        self.model.zero_grad(set_to_none=True)
         return norm
 
     @torch.no_grad()
@@ -1247,7 +1389,9 @@ class Optimizer:
 # --- 7 training ---------------------------------------------------------------------------------------------
 # Compile warm-up that leaves nothing behind, the step, and a wall-clock stop all ranks agree on.
 
-LOG_EVERY, LOG_FIRST = 50, 5
+LOG_FIRST = 5                # steps that are all logged; then every tenth of the first hundred, then every fiftieth
+LOG_EVERY_EARLY, LOG_EARLY = 10, 100
+LOG_EVERY = 50
 WARMUP_SEGMENT_PADS = (64, 128, 192, 256)        # padded cu_seqlens lengths of ordinary rows
 
 
@@ -1290,17 +1434,32 @@ def plan_step(cfg: Config, step: int, clock_s: float, step_s: float, calibration
 
 def train_rows(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, loader: PackingLoader, rows: int,
                looping: bool) -> Tensor:
-    """Forward and backward of this rank's rows; gradients wait in the optimizer. Returns the sum of mean losses."""
+    """Add the gradients of this rank's next rows to the optimizer's. Returns the sum of the rows' mean losses."""
     total = torch.zeros((), device=run.device)
     for _ in range(rows):
-        row = next(loader)
-        # The number of documents in a row varies; only the attention kernel sees it.
-        loss = model.loss(row.inputs, row.targets, mark_varying(row.cu_seqlens, 0), looping=looping,
-                          segment_cap=cfg.longest_segment)
-        loss.backward()
-        optimizer.add_row()
-        total += loss.detach()
+        loss, grads = model.ops.row_gradients(model, next(loader), looping=looping, segment_cap=cfg.longest_segment)
+        optimizer.add_row(grads)
+        total += loss
     return total
+
+
+def warm_up_shapes(cfg: Config, run: Run, model: GPT, row: Row, looping: bool) -> None:
+    """Run the row with every length of cu_seqlens that ordinary rows have."""
+    bounds = torch.arange(0, cfg.row_tokens + 1, cfg.train_seq_len, dtype=torch.int32)
+    for pad in WARMUP_SEGMENT_PADS:
+        padded = F.pad(bounds, (0, -len(bounds) % pad), value=cfg.row_tokens).to(run.device)
+        model.ops.row_gradients(model, row._replace(cu_seqlens=padded), looping=looping,
+                                segment_cap=cfg.longest_segment)
+
+
+def estimate_calibration(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
+    """Seconds that collecting the Hessians will take, with a margin of a fifth."""
+    # Two batches, of which the second is timed: the first pays for workspaces and library start-up.
+    for _ in range(2):
+        timer = Timer(run)
+        collect_hessians(cfg, run, model, data.train, num_batches=run.world_size)
+        batch_s = timer.seconds()
+    return 1.2 * batch_s * -(-cfg.gptq_calibration_batches // run.world_size)
 
 
 def warm_up(cfg: Config, run: Run, data: Dataset, model: GPT, optimizer: Optimizer) -> float:
@@ -1311,11 +1470,8 @@ def warm_up(cfg: Config, run: Run, data: Dataset, model: GPT, optimizer: Optimiz
     loader = make_loader(cfg, run, data)
     for looping, name in ((False, "warmup_step"), (True, "loop_warmup_step")):
         row = next(loader)
-        for pad in WARMUP_SEGMENT_PADS if cfg.compile and cfg.warmup_steps else ():
-            bounds = torch.arange(0, cfg.row_tokens + 1, cfg.train_seq_len, dtype=torch.int32)
-            bounds = mark_varying(F.pad(bounds, (0, -len(bounds) % pad), value=cfg.row_tokens).to(run.device), 0)
-            model.loss(row.inputs, row.targets, bounds, looping=looping, segment_cap=cfg.longest_segment).backward()
-            model.zero_grad(set_to_none=True)
+        if cfg.compile and cfg.warmup_steps:
+            warm_up_shapes(cfg, run, model, row, looping)
         for step in range(cfg.warmup_steps):
             train_rows(cfg, run, model, optimizer, loader, 1, looping)
             optimizer.step(step, 1.0)
@@ -1324,23 +1480,48 @@ def warm_up(cfg: Config, run: Run, data: Dataset, model: GPT, optimizer: Optimiz
     loader.close()
     calibration_s = 0.0
     if cfg.max_wallclock_seconds and not cfg.prequant_only:
-        # Two batches, of which the second is timed: the first pays for workspaces and library start-up.
-        for _ in range(2):
-            batch_timer = Timer(run)
-            collect_hessians(cfg, run, model, data.train, num_batches=run.world_size)
-            batch_s = batch_timer.seconds()
-        calibration_s = 1.2 * batch_s * -(-cfg.gptq_calibration_batches // run.world_size)
+        calibration_s = estimate_calibration(cfg, run, data, model)
     before.apply()
     optimizer.reset()
     torch.set_rng_state(rng[0])
     if rng[1] is not None:
         torch.cuda.set_rng_state(rng[1], run.device)
-    run.log(f"warmup done elapsed_s:{timer.seconds():.1f} calibration_estimate_s:{calibration_s:.1f}")
+    run.log(f"warmup elapsed_s:{timer.seconds():.1f} calibration_estimate_s:{calibration_s:.1f}")
     return calibration_s
 
 
 def make_loader(cfg: Config, run: Run, data: Dataset) -> PackingLoader:
     return PackingLoader(data.train, cfg.row_tokens, cfg.train_seq_len, run.rank, run.world_size, run.device, run.log)
+
+
+def is_logged(cfg: Config, done: int) -> bool:
+    """Whether step `done`, counted from 1, gets a line in the log."""
+    every = LOG_EVERY_EARLY if done <= LOG_EARLY else LOG_EVERY
+    return done <= LOG_FIRST or done % every == 0 or done == cfg.iterations
+
+
+def log_step(cfg: Config, run: Run, done: int, loss: Tensor, elapsed_s: float) -> None:
+    """One line about step `done`; `loss` is this rank's sum of the rows' mean losses."""
+    mean_loss = run.sum(loss).item() / ROWS_PER_STEP
+    run.log(f"{done}/{cfg.iterations} train_loss: {mean_loss:.4f} train_time: {elapsed_s / 60:.1f}m "
+            f"tok/s: {done * cfg.train_batch_tokens / elapsed_s:.0f}")
+    if not math.isfinite(mean_loss):
+        raise RuntimeError(f"train_loss is {mean_loss} after step {done}; the run has diverged, lower MATRIX_LR or "
+                           "check the data")
+
+
+def log_speed(cfg: Config, run: Run, steps: int, train_s: float, loop_on: tuple[int, float] | None) -> None:
+    """Speed before and after looping began, at (step, second) loop_on, and the peak of GPU memory."""
+    loop_step, loop_s = loop_on or (steps, train_s)
+    speeds = ""
+    for name, count, seconds in (("loops_off", loop_step, loop_s), ("loops_on", steps - loop_step, train_s - loop_s)):
+        if count:
+            speeds += (f"{name}_tok_per_s:{count * cfg.train_batch_tokens / seconds:.0f} "
+                       f"{name}_step_ms:{1000 * seconds / count:.1f} ")
+    run.log(f"train speed {speeds}steps:{steps}")
+    if run.device.type == "cuda":
+        run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated(run.device) >> 20} MiB "
+                f"reserved: {torch.cuda.max_memory_reserved(run.device) >> 20} MiB")
 
 
 def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
@@ -1352,7 +1533,8 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
     calibration_s = warm_up(cfg, run, data, model, optimizer)
     average = WeightAverage(model, cfg.ema_decay)
     loader = make_loader(cfg, run, data)
-    looping, loop_on = False, None
+    rows_per_rank = ROWS_PER_STEP // run.world_size
+    loop_on: tuple[int, float] | None = None             # (step, second) at which looping began
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
     run.barrier()
@@ -1361,42 +1543,31 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
         progress, stop = run.agree(plan_step(cfg, step, clock.now(), clock.longest_recent(), calibration_s))
         if stop:
             break
-        if not looping and cfg.num_loops and progress >= cfg.enable_looping_at:
-            looping, loop_on = True, (step, clock.now())
+        if loop_on is None and cfg.num_loops and progress >= cfg.enable_looping_at:
+            loop_on = step, clock.now()
             encoder, decoder = execution_order(cfg, True)
             run.log(f"layer_loop:enabled step:{step} frac:{progress:.3f} encoder:{encoder} decoder:{decoder}")
-        loss = train_rows(cfg, run, model, optimizer, loader, ROWS_PER_STEP // run.world_size, looping)
+
+        # The step: gradients of all rows, Muon and AdamW, the average.
+        loss = train_rows(cfg, run, model, optimizer, loader, rows_per_rank, looping=loop_on is not None)
         optimizer.step(step, lr_factor(cfg, progress))
         average.update()
+
         clock.step_done()
-        done = step + 1
-        if done <= LOG_FIRST or done % LOG_EVERY == 0 or done == cfg.iterations:
-            mean_loss = run.sum(loss).item() / ROWS_PER_STEP
-            seconds = time.perf_counter() - clock.timer.start
-            run.log(f"{done}/{cfg.iterations} train_loss: {mean_loss:.4f} train_time: {seconds / 60:.1f}m "
-                    f"tok/s: {done * cfg.train_batch_tokens / seconds:.0f}")
-            if not math.isfinite(mean_loss):
-                raise RuntimeError(f"train_loss is {mean_loss} after step {done}; the run has diverged, lower "
-                                   "MATRIX_LR or check the data")
+        if is_logged(cfg, step + 1):
+            log_step(cfg, run, step + 1, loss, time.perf_counter() - clock.timer.start)
     steps = step if stop else cfg.iterations
     if not steps:
         raise ConfigError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} leaves no time for a step beside "
                           f"{calibration_s:.1f} s of calibration; raise it or lower GPTQ_CALIBRATION_BATCHES")
-    if cfg.num_loops and not looping:
-        run.log(f"train warning: looping never began (ENABLE_LOOPING_AT={cfg.enable_looping_at:g}), yet evaluation loops; "
-                "train longer, lower it, or set NUM_LOOPS=0")
     train_s = clock.timer.seconds()
     loader.close()
+    if cfg.num_loops and loop_on is None:
+        run.log('train warning:"looping never began, yet evaluation loops; train longer, lower ENABLE_LOOPING_AT, or '
+                f'set NUM_LOOPS=0" enable_looping_at:{cfg.enable_looping_at:g}')
     if stop:
         run.log(f"stopping_early: wallclock_cap train_time: {1000 * train_s:.0f}ms step: {steps}/{cfg.iterations}")
-    loop_step, loop_s = loop_on or (steps, train_s)
-    halves = (("loops_off", loop_step, loop_s), ("loops_on", steps - loop_step, train_s - loop_s))
-    run.log("train speed " + "".join(
-        f"{name}_tok_per_s:{count * cfg.train_batch_tokens / seconds:.0f} {name}_step_ms:{1000 * seconds / count:.1f} "
-        for name, count, seconds in halves if count) + f"steps:{steps}")
-    if run.device.type == "cuda":
-        run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated(run.device) >> 20} MiB "
-                f"reserved: {torch.cuda.max_memory_reserved(run.device) >> 20} MiB")
+    log_speed(cfg, run, steps, train_s, loop_on)
     run.log("ema:applying EMA weights")
     average.apply()
     return train_s
@@ -1693,7 +1864,7 @@ GRADIENT_SEQS = 4            # sequences of each calibration batch whose gradien
 def squared_gradients(model: GPT, tokens_BT: Tensor) -> dict[str, Tensor]:
     """Mean squared gradient per matrix, (L,) or (1,): over few tokens all noise, whose variance is the curvature."""
     names = "tok_emb", *MATRIX_NAMES
-    hidden = model(tokens_BT[:, :-1], looping=True, graphs=Graphs()).flatten(0, 1)
+    hidden = model(tokens_BT[:, :-1], looping=True, ops=model.ops.plain()).flatten(0, 1)
     loss = softcap_loss(hidden, model.tok_emb, model.softcap_pos, model.softcap_neg, tokens_BT[:, 1:].flatten())
     grads = torch.autograd.grad(loss, [getattr(model, name) for name in names])
     return {name: g.square().flatten(1).mean(1) if g.ndim == 3 else g.square().mean().view(1)
@@ -1708,16 +1879,11 @@ def collect_hessians(cfg: Config, run: Run, model: GPT, paths: Sequence[Path], n
     widths = {"head": cfg.model_dim} | {f"{kind}.{layer}": cfg.mlp_dim if kind == "down" else cfg.model_dim
                                         for layer in range(cfg.num_layers) for kind in ("qkv", "o", "up", "down")}
     sums = {key: torch.zeros(width, width, device=run.device) for key, width in widths.items()}
-    counts, layer = dict.fromkeys(widths, 0), 0
+    counts = dict.fromkeys(widths, 0)
     grad_sq = {name: torch.zeros(1 if name == "tok_emb" else cfg.num_layers, device=run.device)
                for name in ("tok_emb", *MATRIX_NAMES)} if cfg.rdo_lambda else {}
 
-    def tap(kind: str, x: Tensor) -> None:
-        nonlocal layer
-        if kind == "layer":
-            layer = int(x)
-            return
-        key = kind if kind == "head" else f"{kind}.{layer}"
+    def add(key: str, x: Tensor) -> None:
         x = x.reshape(-1, x.shape[-1])
         sums[key] += torch.mm(x.T, x, out_dtype=torch.float32) if x.is_cuda else x.T @ x
         counts[key] += len(x)
@@ -1726,7 +1892,9 @@ def collect_hessians(cfg: Config, run: Run, model: GPT, paths: Sequence[Path], n
     for index, batch in zip(range(num_batches), batches):
         if index % run.world_size == run.rank:
             tokens = torch.from_numpy(batch).to(run.device)
-            tap("head", model(tokens[:, :-1].contiguous(), looping=True, tap=tap, graphs=Graphs()))
+            hidden = model(tokens[:, :-1].contiguous(), looping=True, ops=model.ops.plain(),
+                           tap=lambda layer, kind, x: add(f"{kind}.{layer}", x))
+            add("head", hidden)
             for name, value in squared_gradients(model, tokens[:GRADIENT_SEQS]).items() if grad_sq else ():
                 grad_sq[name] += value
     if run.world_size > 1:
@@ -2824,7 +2992,7 @@ def score_batch(cfg: Config, run: Run, model: GPT, stream: Stream, docs: Documen
         target = begin + at                                           # target i is token i + 1
         leaves = bank.leaves(first)
         slots, head = bank.adapters(leaves)
-        hidden = model(inputs, looping=True, adapters=slots)
+        hidden = model(inputs, looping=True, adapters=slots, sizes_vary=cfg.compile)
         hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
         answers, hints = stream.tokens[target + 1].long(), stream.hints[target].long()
         nll, log_q = model.score(hidden.flatten(0, 1), answers.flatten(), hints.flatten(), head(hidden).flatten(0, 1))
@@ -2891,7 +3059,7 @@ def adapt_base(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, docs: Docu
             row = torch.from_numpy(joined[at + begin:at + end + 1].astype(np.int64)).to(run.device)
             bounds = torch.from_numpy(segment_bounds(joined[at + begin:at + end], S)).to(run.device)
             # Eager: a hundred short steps take less time than compiling them would.
-            loss = model.loss(row[:-1], row[1:].clone(), bounds, looping=True, segment_cap=S, graphs=Graphs())
+            loss = model.loss(row[:-1], row[1:].clone(), bounds, looping=True, segment_cap=S, ops=model.ops.plain())
             (loss * ((end - begin) / size)).backward()
         for p, grad in zip(trained, run.sum_all([torch.zeros_like(p) if p.grad is None else p.grad for p in trained])):
             p.grad = grad
@@ -2915,7 +3083,6 @@ def rank_share(tokens: np.ndarray, rank: int, world_size: int) -> tuple[int, int
 def warm_up_ttt(cfg: Config, run: Run, model: GPT) -> None:
     """Compile and run, on random tokens, the graphs that test-time training will use."""
     timer = Timer(run)
-    model.sizes_vary = cfg.compile
     if cfg.compile:
         C, E = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
         lengths = np.array([2 * C + 1] * (cfg.ttt_batch_size - 1) + [E + 3 * C])
@@ -2957,7 +3124,6 @@ def make_hints(cfg: Config, run: Run, tokens: np.ndarray, order: np.ndarray, doc
 
 def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset) -> Score:
     """The final score: every target once, in the certified order, with hints and adapters; reads data in its clock."""
-    model.requires_grad_(False)
     warm_up_ttt(cfg, run, model)
     run.barrier()
     timer = Timer(run)
@@ -2979,10 +3145,8 @@ def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset) -> Score:
         if number == 0 and len(phases) > 1:
             run.barrier()
             phase_timer = Timer(run)
-            model.requires_grad_(True)
             chosen = select_prefix(scored, docs, C, prefix)
             steps = adapt_base(cfg, run, model, tokens, docs, chosen)
-            model.requires_grad_(False)
             run.log(f"ttt adapted_base documents:{len(chosen)} sgd_steps:{steps} elapsed_s:{phase_timer.seconds():.1f} "
                     f"eval_time_s:{timer.seconds():.1f}")
     score, seconds = meter.result(), timer.seconds()
@@ -3036,14 +3200,10 @@ def run_pipeline(cfg: Config, run: Run) -> None:
     torch.manual_seed(cfg.seed)
     for source in () if cfg.prequant_only else (CODER_C, NGRAM_C):
         compile_c(source)                                 # a missing compiler must not be found out after training
-    model = GPT(cfg, run.compute_dtype).to(run.device)
+    model = GPT(cfg, run.compute_dtype, choose_ops(run)).to(run.device)
     for p in model.parameters():
         run.broadcast(p.data)                             # replicas start equal to the last bit
     log_start(cfg, run, data, tokenizer, model)
-    if run.device.type == "cuda" and not cfg.allow_slow and not (cfg.compile and triton is not None):
-        raise ConfigError("a GPU run without torch.compile or Triton is several times slower; allow it by ALLOW_SLOW=1")
-    model.attend = choose_attention(run)
-    model.graphs = make_graphs(run)
 
     if not cfg.ttt_eval_only:
         train_s = 0.0
@@ -3265,7 +3425,10 @@ def trellis_round(x: Tensor, limit: Tensor) -> Tensor:
 
 
 # --- 17 compilation -----------------------------------------------------------------------------------------
-# torch.compile of the model's functions, and sizes that may vary.
+# One place that selects and logs every fast path of the model; torch.compile, and sizes that may vary.
+
+RECOMPILE_LIMIT = 64         # variants of one block: with and without skip, gradient and adapters, and their sizes
+
 
 def mark_varying(x: Tensor, *dims: int) -> Tensor:
     """Tell the compiler that these sizes change between calls, so that one graph serves them all."""
@@ -3275,15 +3438,48 @@ def mark_varying(x: Tensor, *dims: int) -> Tensor:
     return x
 
 
-def make_graphs(run: Run) -> Graphs:
-    """Compiled functions; eager ones when COMPILE=0. Sizes are static unless marked with mark_varying.
-    Blocks are compiled one by one and shared by all layers: eleven times less to compile than the whole model.
-    On CPUs plain attention loops over segments in Python, so a graph may break there and only there."""
-    if not run.cfg.compile:
-        return Graphs()
-    # Serial and parallel blocks exist with and without skip, gradient and adapters.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return Graphs(*(torch.compile(fn, fullgraph=run.device.type == "cuda") for fn in Graphs()))
+def choose_ops(run: Run) -> Ops:
+    """The fastest functions that work here, each choice logged with its reason. Raises ConfigError where a fast path
+    is missing on a GPU and ALLOW_SLOW=0."""
+    cfg = run.cfg
+    is_gpu = run.device.type == "cuda"
+    if is_gpu and not cfg.allow_slow and not (cfg.compile and triton is not None):
+        raise ConfigError("a GPU run without torch.compile or Triton is several times slower; allow it by ALLOW_SLOW=1")
+    ops = Ops(attend=choose_attention(run), loss=choose_loss(run))
+    if not cfg.compile:
+        run.log('blocks backend:plain reason:"COMPILE=0"')
+        return ops
+    run.log(f'blocks backend:compiled reason:"COMPILE=1" recompile_limit:{RECOMPILE_LIMIT}')
+    return compile_ops(ops, whole_graphs=is_gpu)
+
+
+def choose_loss(run: Run) -> Callable[..., Tensor]:
+    """The training loss, in one kernel where there is a GPU and Triton; logged with the reason."""
+    if not run.cfg.fused_ce_enabled:
+        refused = "FUSED_CE_ENABLED=0"
+    elif run.device.type != "cuda":
+        refused = "no GPU"
+    elif triton is None:
+        refused = "Triton is not installed"
+    else:
+        run.log('loss backend:fused_triton reason:"first choice"')
+        return FusedSoftcapLoss.apply
+    run.log(f'loss backend:plain reason:"{refused}"')
+    return softcap_loss
+
+
+def compile_ops(ops: Ops, whole_graphs: bool) -> Ops:
+    """`ops` with its blocks, embedding, last norm and scores compiled. Sizes are static unless marked with
+    mark_varying. Blocks are compiled one by one and shared by all layers: eleven times less to compile than the whole
+    model. Without whole_graphs a graph may break, which CPUs need: their attention loops over segments in Python.
+
+    The compiler's limit on variants is a setting of the process (one per function needs torch 2.13); this raises it
+    to RECOMPILE_LIMIT, and nothing else in this file changes the compiler's settings."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    compiled = {}
+    for name in ("embed", "serial", "parallel", "finish", "score"):
+        compiled[name] = torch.compile(getattr(ops, name), fullgraph=whole_graphs)
+    return ops._replace(**compiled)
 
 
 # --- 18 C sources -------------------------------------------------------------------------------------------
