@@ -974,15 +974,22 @@ def score_tokens(hidden_ND: Tensor, tok_emb: Tensor, cap_pos: Tensor, cap_neg: T
     return -picked[:, 0], picked[:, 1]
 
 
-def row_gradients(model: GPT, row: Row, *, looping: bool, segment_cap: int) -> tuple[Tensor, dict[str, Tensor]]:
+def row_gradients(model: GPT, row: Row, *, looping: bool, segment_cap: int,
+                  weights: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean loss in nats of one training row (0-d fp32, detached) and its gradient by parameter name.
 
     The gradients, fp32 in their parameter's shape and contiguous, belong to the caller, who may change them. Frozen
     parameters and those that the loss does not depend on are absent. segment_cap bounds the segments' lengths.
+    weights (T,) fp32: the loss is the sum of the tokens' losses times these, in place of their mean.
     """
     # The number of documents in a row varies; only the attention kernel sees it.
-    loss = model.loss(row.inputs, row.targets, mark_varying(row.cu_seqlens, 0), looping=looping,
-                      segment_cap=segment_cap)
+    segments = mark_varying(row.cu_seqlens, 0)
+    if weights is None:
+        loss = model.loss(row.inputs, row.targets, segments, looping=looping, segment_cap=segment_cap)
+    else:
+        hidden = model(row.inputs[None], looping=looping, segments=(segments, segment_cap), ops=model.ops.plain())[0]
+        nll, _ = score_tokens(hidden, model.tok_emb, model.softcap_pos, model.softcap_neg, row.targets, row.targets)
+        loss = (nll * weights).sum()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     found = {name: grad.contiguous() for name, grad in zip(trained, grads) if grad is not None}
@@ -3809,7 +3816,13 @@ def _softcap_ce_kernel(logits_ptr, targets_ptr, hints_ptr, caps_ptr, nll_ptr, lo
         grad = grad * (1 / total) - tl.where(cols == target, 1.0, 0.0)      # d nll / d capped
         slope = 1 - tanh * tanh                                             # d capped / d logits
         if SUMS:
-            dcap = grad * (tanh - ratio * slope)                            # d nll / d cap
+            # Read again, from the cache: kept in registers since the first time they halve the programs that fit.
+            if PARTIAL:
+                logits = tl.load(logits_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
+            else:
+                logits = tl.load(logits_ptr + cols).to(tl.float32)
+            positive = logits > 0
+            dcap = grad * (tanh - logits * tl.where(positive, 1 / cap_pos, 1 / cap_neg) * slope)    # d nll / d cap
             tl.store(dcaps_ptr + 2 * row, tl.sum(tl.where(positive, dcap, 0.0), 0))
             tl.store(dcaps_ptr + 2 * row + 1, tl.sum(tl.where(positive, 0.0, dcap), 0))
         scale = SCALE
@@ -4504,7 +4517,8 @@ class Kernels(NamedTuple):
         return hidden.view(*tokens_BT.shape, -1)
 
     @torch.no_grad()
-    def row_gradients(self, model: GPT, row: Row, *, looping: bool, segment_cap: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def row_gradients(self, model: GPT, row: Row, *, looping: bool, segment_cap: int,
+                      weights: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """row_gradients of section 4. The scales that kernel_weights folds into matrices get their gradients here:
         for W' = scale * W, d scale is the row sum of dW' * W, and dW is scale * dW'."""
         w = kernel_weights(model)
@@ -4512,19 +4526,71 @@ class Kernels(NamedTuple):
         hidden, tape = forward_pass(model, w, row.inputs, at, looping)
         grads, views = kernel_gradients(model)
         logits = hidden @ w.tok_emb.T
-        nll, _, dcaps = softcap_ce(logits, row.targets, w.caps, dlogits=logits, scale=1 / len(hidden), has_sums=True,
+        if weights is None:
+            weights = torch.full((len(hidden),), 1 / len(hidden), device=hidden.device)
+        nll, _, dcaps = softcap_ce(logits, row.targets, w.caps, dlogits=logits, row_scale=weights, has_sums=True,
                                    approximate=hidden.is_cuda)
         add_product(views.tok_emb, logits, hidden, is_first=True)
         dhidden = logits @ w.tok_emb
         del logits
         backward_pass(model, w, tape, dhidden, at, looping, views)
-        grads["softcap_pos"], grads["softcap_neg"] = dcaps.mean(0, dtype=torch.float64).float().unbind()
+        grads["softcap_pos"], grads["softcap_neg"] = (dcaps.double().T @ weights.double()).float().unbind()
         widths = [model.wq.shape[1], model.wk.shape[1], model.wv.shape[1]]
         grads["wq"], grads["wk"], grads["wv"] = (part.contiguous() for part in grads.pop("qkv").split(widths, 1))
         for name, scale in (("wo", "attn_scale"), ("w_down", "mlp_scale")):
             grads[scale] = (grads[name] * getattr(model, name)).sum(-1)
             grads[name] *= getattr(model, scale)[:, :, None]
-        return nll.mean(), {name: grads[name] for name, p in model.named_parameters() if p.requires_grad}
+        return nll @ weights, {name: grads[name] for name, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def chunk_gradients(self, model: GPT, bank: AdapterBank, tokens_BT: Tensor, at_BC: Tensor, answers_BC: Tensor,
+                        hints_BC: Tensor, learns_B: Tensor, learn: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """chunk_gradients of section 13; logits keep the product's fp32 sums."""
+        B, T = tokens_BT.shape
+        C, w = at_BC.shape[1], kernel_weights(model)
+        cu_seqlens = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=tokens_BT.device)
+        at = self.layout(model, T, cu_seqlens, T)
+        slots, (head_A, head_B) = slot_adapters(bank, bank.low[:B])
+        hidden, tape = forward_pass(model, w, tokens_BT.flatten(), at, True, slots, is_kept=learn)
+        place = (at_BC + T * torch.arange(B, device=at_BC.device)[:, None]).flatten()
+        picked = hidden.index_select(0, place).view(B, C, -1)
+        low, scale = torch.bmm(picked, head_A.transpose(1, 2)), slots[0].scale
+        logits = fp32_product(picked.flatten(0, 1), w.tok_emb)
+        logits.view(B, C, -1).add_(torch.bmm(low, head_B.transpose(1, 2)), alpha=scale)
+        dlogits = torch.empty_like(logits, dtype=hidden.dtype) if learn else None
+        row_scale = (learns_B / C).repeat_interleave(C, output_size=B * C)
+        nll, log_q, _ = softcap_ce(logits, answers_BC.flatten(), w.caps, hints=hints_BC.flatten(), dlogits=dlogits,
+                                   row_scale=row_scale)
+        nll, log_q = nll.view(B, C), log_q.view(B, C)
+        if not learn:
+            return nll, log_q, None
+        grads = torch.empty_like(bank.low[:B])
+        grad_slots, (grad_A, grad_B) = slot_adapters(bank, grads)
+        dlogits_BCV = dlogits.view(B, C, -1)
+        scaled_bmm(dlogits_BCV.transpose(1, 2), low, scale, out=grad_B)
+        dlow = torch.bmm(dlogits_BCV, head_B) * scale
+        torch.bmm(dlow.transpose(1, 2), picked, out=grad_A)
+        dpicked = (dlogits @ w.tok_emb).view(B, C, -1).baddbmm_(dlow, head_A)
+        # Positions repeat only where a document is at its end, and there all gradients are zero.
+        dhidden = torch.zeros_like(hidden).index_copy_(0, place, dpicked.flatten(0, 1))
+        backward_pass(model, w, tape, dhidden, at, True, None, slots, grad_slots)
+        return nll, log_q, grads
+
+
+def slot_adapters(bank: AdapterBank, flat: Tensor) -> tuple[list[SlotAdapters], tuple[Tensor, Tensor]]:
+    """Views of adapters (B, P), or of their gradients, as the kernels read them: of every slot, and A and B of the
+    head. In a bank's rows the A of q, k, v and o of one slot lie one below the other."""
+    parts = bank.parts(flat)
+    kinds = tuple(kind for kind in bank.kinds if kind != "mlp")
+    scale = bank.cfg.ttt_lora_alpha / bank.cfg.ttt_lora_rank
+    slots = []
+    for slot in range(bank.num_slots):
+        first = parts[kinds[0], slot, "A"]
+        rows, R, D = first.shape
+        stacked = first.as_strided((rows, len(kinds) * R, D), first.stride())
+        outputs = {kind: parts[kind, slot, "B"] for kind in kinds}
+        slots.append(SlotAdapters(kinds, stacked, outputs, parts.get(("mlp", slot, "A")), parts.get(("mlp", slot, "B")), scale))
+    return slots, (parts["head", bank.num_slots, "A"], parts["head", bank.num_slots, "B"])
 
 
 if triton is not None:
