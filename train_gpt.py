@@ -3356,13 +3356,18 @@ def choose_attention(run: Run) -> tuple[Attend, AttentionKernel]:
 
 
 # --- 16 Triton kernels --------------------------------------------------------------------------------------
-# The whole model forward and backward, without autograd, and trellis rounding. Streams are flattened to (N, D). First
-# the kernels, each under the plain function that it replaces; then what calls them, in the order of a forward pass.
+# The whole model forward and backward, without autograd, and trellis rounding. Streams are flattened to (N,
+# D). First the kernels, each under the plain function that it replaces; then what calls them, in the order of
+# a forward pass.
 #
-# What this saves is passes over memory: a layer's small functions read and write a stream of N*D values about 80 times
-# when compiled one by one and about 40 times here. Sums over tokens (gradients of gains, scales and gates) are kept in
-# registers while a program walks over its rows and added to memory once, at its end.
+# What this saves is passes over memory: a layer's small functions read and write a stream of N*D values about
+# 80 times when compiled one by one and about 40 times here. Sums over tokens (gradients of gains, scales and
+# gates) are kept in registers while a program walks over its rows and added to memory once, at its end.
 
+# mix_and_norm: z = mix0 * blend(x, skip) + mix1 * x0, n = ln_scale * z / rms(z); and the plain scaled norm of
+# x. Forward, one pass reads x, skip and x0 and writes z and n. Backward, one pass takes the gradients of n
+# and z, adds that of the attention gate's window, adds to the one sum of all gradients of x0, and writes
+# those of x and of the skip. n stands in for z: the backward of a norm needs z / rms(z) = n / ln_scale only.
 @jit
 def _rms_norm_backward(dn, n, rstd, ln_scale, width: tl.constexpr):
     """Gradient of z in n = ln_scale * z * rstd; n / ln_scale is the normed z."""
@@ -3371,9 +3376,10 @@ def _rms_norm_backward(dn, n, rstd, ln_scale, width: tl.constexpr):
 
 
 @jit
-def _mix_norm_forward_kernel(x_ptr, x0_ptr, skip_ptr, mix_ptr, skip_weight_ptr, skip_gate_ptr, scale_ptr, z_ptr, n_ptr,
-                             rstd_ptr, N, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, MIX: tl.constexpr,
-                             SKIP: tl.constexpr, KEEP: tl.constexpr, EPS: tl.constexpr):
+def _mix_norm_forward_kernel(x_ptr, x0_ptr, skip_ptr, mix_ptr, skip_weight_ptr, skip_gate_ptr, scale_ptr,
+                             z_ptr, n_ptr, rstd_ptr, N, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                             ROWS: tl.constexpr, MIX: tl.constexpr, SKIP: tl.constexpr, KEEP: tl.constexpr,
+                             EPS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK_D)
     at = row[:, None].to(tl.int64) * D + col[None]
@@ -3398,13 +3404,13 @@ def _mix_norm_forward_kernel(x_ptr, x0_ptr, skip_ptr, mix_ptr, skip_weight_ptr, 
 
 
 @jit
-def _mix_norm_backward_kernel(dn_ptr, n_ptr, rstd_ptr, scale_ptr, dres_ptr, res_scale_ptr, dextra_ptr, dgate_ptr,
-                              attn_gate_ptr, x_ptr, x0_ptr, skip_ptr, mix_ptr, skip_weight_ptr, skip_gate_ptr, dx_ptr,
-                              dx0_ptr, dskip_ptr, dmix_ptr, dweight_ptr, dskip_gate_ptr, N, D: tl.constexpr,
-                              BLOCK_D: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, WINDOW: tl.constexpr,
-                              MIX: tl.constexpr, RES: tl.constexpr, EXTRA: tl.constexpr,
-                              GATE: tl.constexpr, SKIP: tl.constexpr, SKIP_IS_X: tl.constexpr, ADDS_X0: tl.constexpr,
-                              SUMS: tl.constexpr):
+def _mix_norm_backward_kernel(dn_ptr, n_ptr, rstd_ptr, scale_ptr, dres_ptr, res_scale_ptr, dextra_ptr,
+                              dgate_ptr, attn_gate_ptr, x_ptr, x0_ptr, skip_ptr, mix_ptr, skip_weight_ptr,
+                              skip_gate_ptr, dx_ptr, dx0_ptr, dskip_ptr, dmix_ptr, dweight_ptr,
+                              dskip_gate_ptr, N, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+                              HEADS: tl.constexpr, WINDOW: tl.constexpr, MIX: tl.constexpr, RES: tl.constexpr,
+                              EXTRA: tl.constexpr, GATE: tl.constexpr, SKIP: tl.constexpr,
+                              SKIP_IS_X: tl.constexpr, ADDS_X0: tl.constexpr, SUMS: tl.constexpr):
     col = tl.arange(0, BLOCK_D)
     in_width = col < D
     scale = tl.load(scale_ptr)
@@ -3477,6 +3483,10 @@ def _mix_norm_backward_kernel(dn_ptr, n_ptr, rstd_ptr, scale_ptr, dres_ptr, res_
             tl.atomic_add(dskip_gate_ptr + col, tl.sum(dskip_gate, 0) * slope, mask=in_width)
 
 
+# prepare_qk: per head, u = x / rms(x); out = gain * (u * cos + partner(u) * signed sin). One pass each way;
+# the norm is taken again from the products (N, D + 2*G*K), which are kept in place of normed copies. REPEAT
+# copies keys and values for every query head, and the backward adds the copies' gradients up; values also
+# take that of remove_own_value.
 @jit
 def _rotation(table_ptr, position, POSITIONS, K: tl.constexpr, HALF: tl.constexpr):
     """cos and signed sin of every channel of a head, and the channel each one is paired with."""
@@ -3490,9 +3500,9 @@ def _rotation(table_ptr, position, POSITIONS, K: tl.constexpr, HALF: tl.constexp
 
 
 @jit
-def _prepare_qk_forward_kernel(qkv_ptr, table_ptr, gain_ptr, q_ptr, k_ptr, v_ptr, N, T, POSITIONS, H: tl.constexpr,
-                               G: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-                               REPEAT: tl.constexpr, EPS: tl.constexpr):
+def _prepare_qk_forward_kernel(qkv_ptr, table_ptr, gain_ptr, q_ptr, k_ptr, v_ptr, N, T, POSITIONS,
+                               H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+                               ROWS: tl.constexpr, REPEAT: tl.constexpr, EPS: tl.constexpr):
     row, head = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     channel = tl.arange(0, K)
     inside = (row < N)[:, None]
@@ -3505,8 +3515,8 @@ def _prepare_qk_forward_kernel(qkv_ptr, table_ptr, gain_ptr, q_ptr, k_ptr, v_ptr
         x = (x * cos + other * sin) * rstd
     if head < H:
         x *= tl.load(gain_ptr + head)
-        tl.store(q_ptr + (row[:, None].to(tl.int64) * H + head) * K + channel[None], x.to(q_ptr.dtype.element_ty),
-                 mask=inside)
+        tl.store(q_ptr + (row[:, None].to(tl.int64) * H + head) * K + channel[None],
+                 x.to(q_ptr.dtype.element_ty), mask=inside)
     else:
         group = (head - H) % G
         for copy in tl.static_range(REPEAT):
@@ -3518,9 +3528,10 @@ def _prepare_qk_forward_kernel(qkv_ptr, table_ptr, gain_ptr, q_ptr, k_ptr, v_ptr
 
 
 @jit
-def _prepare_qk_backward_kernel(qkv_ptr, dq_ptr, dk_ptr, dv_ptr, dv_own_ptr, table_ptr, gain_ptr, dqkv_ptr, dgain_ptr,
-                                N, T, POSITIONS, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
-                                ROWS: tl.constexpr, REPEAT: tl.constexpr, SUMS: tl.constexpr, EPS: tl.constexpr):
+def _prepare_qk_backward_kernel(qkv_ptr, dq_ptr, dk_ptr, dv_ptr, dv_own_ptr, table_ptr, gain_ptr, dqkv_ptr,
+                                dgain_ptr, N, T, POSITIONS, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
+                                HALF: tl.constexpr, ROWS: tl.constexpr, REPEAT: tl.constexpr,
+                                SUMS: tl.constexpr, EPS: tl.constexpr):
     head = tl.program_id(1)
     channel = tl.arange(0, K)
     group = (head - H) % G
@@ -3564,16 +3575,21 @@ def _prepare_qk_backward_kernel(qkv_ptr, dq_ptr, dk_ptr, dv_ptr, dv_own_ptr, tab
             tl.atomic_add(dgain_ptr + head, tl.sum(dgain, 0))
 
 
+# remove_own_value: with unit = v / |v| and t = tanh(alpha), y' = y - t * <y, unit> * unit, times the gate
+# sigmoid(gate_scale * <window of n, weight>). One pass each way for all heads; nothing is kept but its
+# inputs.
 @jit
-def _own_value_forward_kernel(y_ptr, v_ptr, v_stride, n_ptr, alpha_ptr, attn_gate_ptr, gated_ptr, gate_scale, N,
-                              D: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr,
-                              BLOCK_W: tl.constexpr, ROWS: tl.constexpr):
+def _own_value_forward_kernel(y_ptr, v_ptr, v_stride, n_ptr, alpha_ptr, attn_gate_ptr, gated_ptr, gate_scale,
+                              N, D: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
+                              WINDOW: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr):
     row, channel, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, K), tl.arange(0, BLOCK_W)
     inside = (row < N)[:, None]
     long_row = row[:, None].to(tl.int64)
-    window = tl.load(n_ptr + long_row * D + col[None], mask=inside & (col < WINDOW)[None], other=0.0).to(tl.float32)
+    window = tl.load(n_ptr + long_row * D + col[None], mask=inside & (col < WINDOW)[None],
+                     other=0.0).to(tl.float32)
     for group in tl.static_range(G):
-        v = tl.load(v_ptr + long_row * v_stride + group * K + channel[None], mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + long_row * v_stride + group * K + channel[None], mask=inside,
+                    other=0.0).to(tl.float32)
         unit = v / tl.maximum(tl.sqrt(tl.sum(v * v, 1)), 1e-12)[:, None]
         for member in tl.static_range(H // G):
             head = group * (H // G) + member
@@ -3588,10 +3604,10 @@ def _own_value_forward_kernel(y_ptr, v_ptr, v_stride, n_ptr, alpha_ptr, attn_gat
 
 
 @jit
-def _own_value_backward_kernel(dgated_ptr, y_ptr, v_ptr, v_stride, n_ptr, alpha_ptr, attn_gate_ptr, dy_ptr, dv_ptr,
-                               dgate_ptr, dalpha_ptr, dattn_gate_ptr, gate_scale, N, D: tl.constexpr, H: tl.constexpr,
-                               G: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr, BLOCK_W: tl.constexpr,
-                               ROWS: tl.constexpr, SUMS: tl.constexpr):
+def _own_value_backward_kernel(dgated_ptr, y_ptr, v_ptr, v_stride, n_ptr, alpha_ptr, attn_gate_ptr, dy_ptr,
+                               dv_ptr, dgate_ptr, dalpha_ptr, dattn_gate_ptr, gate_scale, N, D: tl.constexpr,
+                               H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr,
+                               BLOCK_W: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr):
     channel, col = tl.arange(0, K), tl.arange(0, BLOCK_W)
     group = tl.program_id(1)
     heads = tl.arange(0, H // G)
@@ -3601,8 +3617,10 @@ def _own_value_backward_kernel(dgated_ptr, y_ptr, v_ptr, v_stride, n_ptr, alpha_
         row = first + tl.arange(0, ROWS)
         inside = (row < N)[:, None]
         long_row = row[:, None].to(tl.int64)
-        window = tl.load(n_ptr + long_row * D + col[None], mask=inside & (col < WINDOW)[None], other=0.0).to(tl.float32)
-        v = tl.load(v_ptr + long_row * v_stride + group * K + channel[None], mask=inside, other=0.0).to(tl.float32)
+        window = tl.load(n_ptr + long_row * D + col[None], mask=inside & (col < WINDOW)[None],
+                         other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + long_row * v_stride + group * K + channel[None], mask=inside,
+                    other=0.0).to(tl.float32)
         length = tl.sqrt(tl.sum(v * v, 1))[:, None]
         unit = v / tl.maximum(length, 1e-12)
         dunit = tl.zeros((ROWS, K), tl.float32)
@@ -3628,19 +3646,24 @@ def _own_value_backward_kernel(dgated_ptr, y_ptr, v_ptr, v_stride, n_ptr, alpha_
                 dattn_gate += tl.where((heads == member)[:, None], tl.sum(dlogit * window, 0)[None], 0.0)
         dv = (dunit - unit * tl.sum(dunit * unit, 1)[:, None]) / tl.maximum(length, 1e-12)
         dv = tl.where(length > 1e-12, dv, dunit / 1e-12)
-        tl.store(dv_ptr + long_row * (G * K) + group * K + channel[None], dv.to(dv_ptr.dtype.element_ty), mask=inside)
+        tl.store(dv_ptr + long_row * (G * K) + group * K + channel[None], dv.to(dv_ptr.dtype.element_ty),
+                 mask=inside)
     if SUMS:
         head = group * (H // G) + heads
         tl.atomic_add(dalpha_ptr + head, tl.sum(dalpha, 0))
-        tl.atomic_add(dattn_gate_ptr + head[:, None] * WINDOW + col[None], dattn_gate, mask=(col < WINDOW)[None])
+        tl.atomic_add(dattn_gate_ptr + head[:, None] * WINDOW + col[None], dattn_gate,
+                      mask=(col < WINDOW)[None])
 
 
+# leaky_square: φ(u) = 0.09 u² + 0.91 relu(u)², φ'(u) = 0.18 u + 1.82 relu(u), where the product has no
+# epilogue for it.
 @jit
 def _leaky_square_forward_kernel(u_ptr, out_ptr, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     u = tl.load(u_ptr + at, mask=at < count, other=0.0).to(tl.float32)
     positive = tl.maximum(u, 0.0)
-    tl.store(out_ptr + at, (0.09 * u * u + 0.91 * positive * positive).to(out_ptr.dtype.element_ty), mask=at < count)
+    tl.store(out_ptr + at, (0.09 * u * u + 0.91 * positive * positive).to(out_ptr.dtype.element_ty),
+             mask=at < count)
 
 
 @jit
@@ -3652,9 +3675,11 @@ def _leaky_square_backward_kernel(u_ptr, dout_ptr, du_ptr, count, BLOCK: tl.cons
     tl.store(du_ptr + at, du.to(du_ptr.dtype.element_ty), mask=at < count)
 
 
+# The lanes of parallel_block: out_k = resid_k * lane_k + post_0k * attn + post_1k * mlp. One pass each way;
+# the backward also takes the six sums over all values that are the gradients of resid and post.
 @jit
-def _lanes_forward_kernel(lane0_ptr, lane1_ptr, attn_ptr, mlp_ptr, resid_ptr, post_ptr, out0_ptr, out1_ptr, count,
-                          BLOCK: tl.constexpr):
+def _lanes_forward_kernel(lane0_ptr, lane1_ptr, attn_ptr, mlp_ptr, resid_ptr, post_ptr, out0_ptr, out1_ptr,
+                          count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     attn = tl.load(attn_ptr + at, mask=at < count, other=0.0).to(tl.float32)
     mlp = tl.load(mlp_ptr + at, mask=at < count, other=0.0).to(tl.float32)
@@ -3667,8 +3692,8 @@ def _lanes_forward_kernel(lane0_ptr, lane1_ptr, attn_ptr, mlp_ptr, resid_ptr, po
 
 
 @jit
-def _lanes_backward_kernel(dout0_ptr, dout1_ptr, lane0_ptr, lane1_ptr, attn_ptr, mlp_ptr, post_ptr, dattn_ptr, dmlp_ptr,
-                           dresid_ptr, dpost_ptr, count, BLOCK: tl.constexpr, SUMS: tl.constexpr):
+def _lanes_backward_kernel(dout0_ptr, dout1_ptr, lane0_ptr, lane1_ptr, attn_ptr, mlp_ptr, post_ptr, dattn_ptr,
+                           dmlp_ptr, dresid_ptr, dpost_ptr, count, BLOCK: tl.constexpr, SUMS: tl.constexpr):
     post00, post01 = tl.load(post_ptr), tl.load(post_ptr + 1)
     post10, post11 = tl.load(post_ptr + 2), tl.load(post_ptr + 3)
     resid0 = tl.zeros((BLOCK,), tl.float32)
@@ -3682,7 +3707,8 @@ def _lanes_backward_kernel(dout0_ptr, dout1_ptr, lane0_ptr, lane1_ptr, attn_ptr,
         inside = at < count
         dout0 = tl.load(dout0_ptr + at, mask=inside, other=0.0).to(tl.float32)
         dout1 = tl.load(dout1_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dattn_ptr + at, (post00 * dout0 + post01 * dout1).to(dattn_ptr.dtype.element_ty), mask=inside)
+        tl.store(dattn_ptr + at, (post00 * dout0 + post01 * dout1).to(dattn_ptr.dtype.element_ty),
+                 mask=inside)
         tl.store(dmlp_ptr + at, (post10 * dout0 + post11 * dout1).to(dmlp_ptr.dtype.element_ty), mask=inside)
         if SUMS:
             attn = tl.load(attn_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -3702,6 +3728,7 @@ def _lanes_backward_kernel(dout0_ptr, dout1_ptr, lane0_ptr, lane1_ptr, attn_ptr,
         tl.atomic_add(dpost_ptr + 3, tl.sum(dpost11, 0))
 
 
+# finish: the norm of half the sum of the lanes. Its backward is that of mix_and_norm without a mix.
 @jit
 def _finish_forward_kernel(lane0_ptr, lane1_ptr, out_ptr, rstd_ptr, N, D: tl.constexpr, BLOCK_D: tl.constexpr,
                            ROWS: tl.constexpr, EPS: tl.constexpr):
@@ -3715,17 +3742,21 @@ def _finish_forward_kernel(lane0_ptr, lane1_ptr, out_ptr, rstd_ptr, N, D: tl.con
     tl.store(rstd_ptr + row, rstd, mask=row < N)
 
 
+# embed: e' = e[token] + lambda * sigmoid(<window of e, w>) * e[token before], normed; nothing is added to BOS
+# or to the first token of a row. The backward adds each token's gradient to the rows of both embeddings in
+# memory.
 @jit
-def _embed_forward_kernel(tokens_ptr, emb_ptr, smear_w_ptr, smear_lambda_ptr, x0_ptr, rstd_ptr, N, T, BOS: tl.constexpr,
-                          D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr,
-                          EPS: tl.constexpr):
+def _embed_forward_kernel(tokens_ptr, emb_ptr, smear_w_ptr, smear_lambda_ptr, x0_ptr, rstd_ptr, N, T,
+                          BOS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
+                          ROWS: tl.constexpr, EPS: tl.constexpr):
     row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     inside = (row < N)[:, None] & (col < D)[None]
     token = tl.load(tokens_ptr + row, mask=row < N, other=0)
     smeared = (row < N) & (row % T > 0) & (token != BOS)
     before = tl.load(tokens_ptr + row - 1, mask=smeared, other=0)
     e = tl.load(emb_ptr + token[:, None] * D + col[None], mask=inside, other=0.0).to(tl.float32)
-    previous = tl.load(emb_ptr + before[:, None] * D + col[None], mask=inside & smeared[:, None], other=0.0).to(tl.float32)
+    previous = tl.load(emb_ptr + before[:, None] * D + col[None], mask=inside & smeared[:, None],
+                       other=0.0).to(tl.float32)
     weight = tl.load(smear_w_ptr + col, mask=col < WINDOW, other=0.0)[None]
     gate = tl.load(smear_lambda_ptr) * tl.sigmoid(tl.sum(e * weight, 1))
     e += gate[:, None] * previous
@@ -3736,9 +3767,9 @@ def _embed_forward_kernel(tokens_ptr, emb_ptr, smear_w_ptr, smear_lambda_ptr, x0
 
 
 @jit
-def _embed_backward_kernel(tokens_ptr, emb_ptr, smear_w_ptr, smear_lambda_ptr, x0_ptr, rstd_ptr, dx0_ptr, dx_ptr, demb_ptr,
-                           dsmear_w_ptr, dsmear_lambda_ptr, N, T, BOS: tl.constexpr, D: tl.constexpr,
-                           BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr):
+def _embed_backward_kernel(tokens_ptr, emb_ptr, smear_w_ptr, smear_lambda_ptr, x0_ptr, rstd_ptr, dx0_ptr,
+                           dx_ptr, demb_ptr, dsmear_w_ptr, dsmear_lambda_ptr, N, T, BOS: tl.constexpr,
+                           D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr):
     col = tl.arange(0, BLOCK_D)
     in_width = col < D
     weight = tl.load(smear_w_ptr + col, mask=col < WINDOW, other=0.0)[None]
@@ -3767,23 +3798,27 @@ def _embed_backward_kernel(tokens_ptr, emb_ptr, smear_w_ptr, smear_lambda_ptr, x
         dweight += tl.where((col < WINDOW)[None], dlogit * e, 0.0)
         tl.atomic_add(demb_ptr + before[:, None] * D + col[None], (smear * gate)[:, None] * de,
                       mask=inside & smeared[:, None], sem="relaxed")
-        tl.atomic_add(demb_ptr + token[:, None] * D + col[None], de + dlogit * weight, mask=inside, sem="relaxed")
+        tl.atomic_add(demb_ptr + token[:, None] * D + col[None], de + dlogit * weight, mask=inside,
+                      sem="relaxed")
     tl.atomic_add(dsmear_w_ptr + col, tl.sum(dweight, 0), mask=col < WINDOW)
     tl.atomic_add(dsmear_lambda_ptr, tl.sum(dsmear, 0))
 
 
+# softcap_loss and score_tokens: nll and its gradient in one pass over logits (a program per row), which may
+# be overwritten. A compiled loss reads and writes them several times.
 @jit
 def _tanh(x, APPROXIMATE: tl.constexpr):
     if APPROXIMATE:
-        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32,
+                                         is_pure=True, pack=1)
     return 1 - 2 / (tl.exp(2 * x) + 1)
 
 
 @jit
-def _softcap_ce_kernel(logits_ptr, targets_ptr, hints_ptr, caps_ptr, nll_ptr, log_hint_ptr, dcaps_ptr, dlogits_ptr,
-                       row_scale_ptr, V, BLOCK: tl.constexpr, PARTIAL: tl.constexpr, HINTS: tl.constexpr,
-                       GRAD: tl.constexpr, SUMS: tl.constexpr, ROW_SCALE: tl.constexpr, SCALE: tl.constexpr,
-                       APPROXIMATE: tl.constexpr):
+def _softcap_ce_kernel(logits_ptr, targets_ptr, hints_ptr, caps_ptr, nll_ptr, log_hint_ptr, dcaps_ptr,
+                       dlogits_ptr, row_scale_ptr, V, BLOCK: tl.constexpr, PARTIAL: tl.constexpr,
+                       HINTS: tl.constexpr, GRAD: tl.constexpr, SUMS: tl.constexpr, ROW_SCALE: tl.constexpr,
+                       SCALE: tl.constexpr, APPROXIMATE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     logits_ptr += row * V
@@ -3807,7 +3842,8 @@ def _softcap_ce_kernel(logits_ptr, targets_ptr, hints_ptr, caps_ptr, nll_ptr, lo
     grad = tl.exp(tl.where(positive, cap_pos, cap_neg) * tanh - shift)
     if PARTIAL:
         grad = tl.where(cols < V, grad, 0.0)
-    total = tl.sum(grad, 0)                        # also a barrier: every logit has been read before one is overwritten
+    # also a barrier: every logit has been read before one is overwritten
+    total = tl.sum(grad, 0)
     log_total = tl.log(total) + shift
     tl.store(nll_ptr + row, log_total - target_capped)
     if HINTS:
@@ -3816,13 +3852,15 @@ def _softcap_ce_kernel(logits_ptr, targets_ptr, hints_ptr, caps_ptr, nll_ptr, lo
         grad = grad * (1 / total) - tl.where(cols == target, 1.0, 0.0)      # d nll / d capped
         slope = 1 - tanh * tanh                                             # d capped / d logits
         if SUMS:
-            # Read again, from the cache: kept in registers since the first time they halve the programs that fit.
+            # Read again, from the cache: kept in registers since the first time they halve the programs that
+            # fit.
             if PARTIAL:
                 logits = tl.load(logits_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
             else:
                 logits = tl.load(logits_ptr + cols).to(tl.float32)
             positive = logits > 0
-            dcap = grad * (tanh - logits * tl.where(positive, 1 / cap_pos, 1 / cap_neg) * slope)    # d nll / d cap
+            # d nll / d cap
+            dcap = grad * (tanh - logits * tl.where(positive, 1 / cap_pos, 1 / cap_neg) * slope)
             tl.store(dcaps_ptr + 2 * row, tl.sum(tl.where(positive, dcap, 0.0), 0))
             tl.store(dcaps_ptr + 2 * row + 1, tl.sum(tl.where(positive, 0.0, dcap), 0))
         scale = SCALE
@@ -3836,8 +3874,8 @@ def _softcap_ce_kernel(logits_ptr, targets_ptr, hints_ptr, caps_ptr, nll_ptr, lo
             tl.store(dlogits_ptr + cols, grad)
 
 
-# A program of a kernel that sums over tokens walks over many rows and adds what it has summed at its end; more
-# programs hide more latency. Tiles, warps and programs were tuned on an H100 at 98,304 tokens.
+# A program of a kernel that sums over tokens walks over many rows and adds what it has summed at its end;
+# more programs hide more latency. Tiles, warps and programs were tuned on an H100 at 98,304 tokens.
 NORM_TILE = dict(ROWS=2, num_warps=2)
 HEAD_TILE = dict(ROWS=32, num_warps=4)
 OWN_TILE = dict(ROWS=8, num_warps=2)
@@ -3876,22 +3914,22 @@ class KernelWeights(NamedTuple):
 
 
 class AttentionKernel(NamedTuple):
-    """forward(q, k, v, cu_seqlens, max_seqlen) -> (y, state); backward(dy, q, k, v, y, state, cu_seqlens, max_seqlen)
-    -> (dq, dk, dv). With repeats_kv every query head gets its own copy of its key/value head."""
+    """forward(q, k, v, cu_seqlens, max_seqlen) -> (y, state); backward(dy, q, k, v, y, state, cu_seqlens,
+    max_seqlen) -> (dq, dk, dv). With repeats_kv every query head gets its own copy of its key/value head."""
     forward: Callable[..., tuple[Tensor, Any]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     repeats_kv: bool = False
 
 
 class Products(NamedTuple):
-    """The two products around the MLP's activation: up(n, w_up) -> (Up n, φ(Up n)); down_backward(dout, w_down, up) ->
-    gradient of Up n from that of the MLP's output."""
+    """The two products around the MLP's activation: up(n, w_up) -> (Up n, φ(Up n)); down_backward(dout,
+    w_down, up) -> gradient of Up n from that of the MLP's output."""
     up: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     down_backward: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class Batch2D(NamedTuple):
-    """B rows of T positions, flattened to N = B*T: where attention may look, and the kernels chosen for the run."""
+class Layout(NamedTuple):
+    """B rows of T positions, flattened to N = B*T: where attention may look, and the run's choice of kernels."""
     T: int
     cu_seqlens: Tensor
     max_seqlen: int
@@ -3920,18 +3958,19 @@ def kernel_weights(model: GPT) -> KernelWeights:
     caps = torch.stack([model.softcap_pos, model.softcap_neg])
     banks = {name: getattr(model, name) for name in KernelLayer._fields if name != "qkv"}
     banks |= {"qkv": qkv, "wo": wo, "w_up": model.w_up.to(dtype), "w_down": w_down}
-    return KernelWeights(model.tok_emb.to(dtype), model.smear_w, model.smear_lambda, model.skip_weights, model.skip_gates,
-                         caps, kernel_layers(banks))
+    return KernelWeights(model.tok_emb.to(dtype), model.smear_w, model.smear_lambda, model.skip_weights,
+                         model.skip_gates, caps, kernel_layers(banks))
 
 
 def kernel_layers(banks: Mapping[str, Tensor]) -> list[KernelLayer]:
     views = {name: banks[name].detach().unbind() for name in KernelLayer._fields}
-    return [KernelLayer(**{name: bank[layer] for name, bank in views.items()}) for layer in range(len(banks["qkv"]))]
+    return [KernelLayer(**{name: bank[layer] for name, bank in views.items()}) for layer
+            in range(len(banks["qkv"]))]
 
 
 def kernel_gradients(model: GPT) -> tuple[dict[str, Tensor], KernelWeights]:
-    """(fp32 buffers by name, the same as views in the layout of KernelWeights). Large matrices are left unset: their
-    first product writes them; everything else starts at zero and is added to."""
+    """(fp32 buffers by name, the same as views in the layout of KernelWeights). Large matrices are left
+    unset: their first product writes them; everything else starts at zero and is added to."""
     first_written = {"wo", "w_up", "w_down", "tok_emb"}
     grads = {}
     for name, p in model.named_parameters():
@@ -3941,8 +3980,8 @@ def kernel_gradients(model: GPT) -> tuple[dict[str, Tensor], KernelWeights]:
     grads["qkv"] = model.wq.new_empty(len(model.wq), rows, model.wq.shape[2])
     grads["ln_scale"] = model.ln_scale                     # a constant: nothing reads or writes this entry
     caps = torch.zeros(2, device=model.wq.device)
-    return grads, KernelWeights(grads["tok_emb"], grads["smear_w"], grads["smear_lambda"], grads["skip_weights"],
-                                grads["skip_gates"], caps, kernel_layers(grads))
+    return grads, KernelWeights(grads["tok_emb"], grads["smear_w"], grads["smear_lambda"],
+                                grads["skip_weights"], grads["skip_gates"], caps, kernel_layers(grads))
 
 
 def autograd_attention(attend: Attend) -> AttentionKernel:
@@ -3979,15 +4018,15 @@ PLAIN_PRODUCTS = Products(up_product, down_product_backward)
 
 
 def quack_products() -> Products:
-    """The same with φ and φ' in the products' epilogues, by quack: two passes over (N, F) less each way. Measured on an
-    H100 at N = 98,304, D = 512, F = 2,048: 0.42 ms against 0.58 ms forward, 0.44 ms against 0.71 ms backward.
-    Raises ImportError and what else a half-matching installation raises."""
+    """The same with φ and φ' in the products' epilogues, by quack: two passes over (N, F) less each way.
+    Measured on an H100 at N = 98,304, D = 512, F = 2,048: 0.42 ms against 0.58 ms forward, 0.44 ms against
+    0.71 ms backward. Raises ImportError and what else a half-matching installation raises."""
     import cutlass.cute as cute
     from cutlass import Float32
     from quack.epilogue.frontend import gemm_epilogue
     from quack.gemm_config import GemmConfig
-    tiles = GemmConfig(tile_m=128, tile_n=160, pingpong=True, cluster_m=2, cluster_n=1, is_dynamic_persistent=False,
-                       device_capacity=9)
+    tiles = GemmConfig(tile_m=128, tile_n=160, pingpong=True, cluster_m=2, cluster_n=1,
+                       is_dynamic_persistent=False, device_capacity=9)
 
     @gemm_epilogue(outputs=("act",))
     def with_activation(acc):
@@ -4011,8 +4050,9 @@ def quack_products() -> Products:
 
 
 def add_product(total: Tensor, dout: Tensor, x: Tensor, is_first: bool) -> None:
-    """total (out, in) fp32 (+)= doutᵀ x, the gradient of a weight in x @ weight.T; the first one sets it."""
-    if not dout.is_cuda:                                   # CPUs have no product of low precision with an fp32 result
+    """Add doutᵀ x, the gradient of a weight in x @ weight.T, to total (out, in) fp32; the first one sets it."""
+    # CPUs have no product of low precision with an fp32 result
+    if not dout.is_cuda:
         product = dout.float().T @ x.float()
         total.copy_(product) if is_first else total.add_(product)
     elif is_first:
@@ -4045,53 +4085,55 @@ class NormState(NamedTuple):
 def mix_and_norm_forward(w: KernelWeights, layer: KernelLayer, x: Tensor, x0: Tensor | None = None,
                          skip: Tensor | None = None, skip_row: int | None = None,
                          keep: str = "none") -> tuple[Tensor, NormState]:
-    """mix_and_norm in one pass; (N, D). Also returns, by `keep`, the stream after the "blend" with the skip, after the
-    "mix" with x0, or ("none") the input itself."""
+    """mix_and_norm in one pass; (N, D). Also returns, by `keep`, the stream after the "blend" with the skip,
+    after the "mix" with x0, or ("none") the input itself."""
     N, D = x.shape
     n, rstd = torch.empty_like(x), torch.empty(N, device=x.device)
     kept = x if keep == "none" else torch.empty_like(x)
     row = skip_row or 0
     _mix_norm_forward_kernel[row_grid(NORM_TILE, N)](
-        x, x if x0 is None else x0, x if skip is None else skip, layer.resid_mix, w.skip_weights[row], w.skip_gates[row],
-        layer.ln_scale, kept, n, rstd, N, D=D, BLOCK_D=triton.next_power_of_2(D), MIX=x0 is not None,
-        SKIP=skip is not None, KEEP=keep, EPS=RMS_EPS, **NORM_TILE)
+        x, x if x0 is None else x0, x if skip is None else skip, layer.resid_mix, w.skip_weights[row],
+        w.skip_gates[row], layer.ln_scale, kept, n, rstd, N, D=D, BLOCK_D=triton.next_power_of_2(D),
+        MIX=x0 is not None, SKIP=skip is not None, KEEP=keep, EPS=RMS_EPS, **NORM_TILE)
     return kept, NormState(x, x0, skip, skip_row, n, rstd)
 
 
 class Residual(NamedTuple):
-    """The gradient that reaches a stream past the sub-layer: of the stream after ("mixed") or before ("lane") mixing;
-    in the second case times scale (0-d)."""
+    """The gradient that reaches a stream past the sub-layer: of the stream after ("mixed") or before ("lane")
+    mixing; in the second case times scale (0-d)."""
     dout: Tensor
     kind: str
     scale: Tensor | None = None
 
 
-def mix_and_norm_backward(w: KernelWeights, layer: KernelLayer, s: NormState, dn: Tensor, residual: Residual | None,
-                          grad_layer: KernelLayer | None = None, grads: KernelWeights | None = None,
+def mix_and_norm_backward(w: KernelWeights, layer: KernelLayer, s: NormState, dn: Tensor, residual: Residual
+                          | None, grad_layer: KernelLayer | None = None, grads: KernelWeights | None = None,
                           dx0: Tensor | None = None, adds_dx0: bool = True, extra: Tensor | None = None,
                           dgate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """(gradient of x plus `extra`, gradient of the skip). dx0 (N, D) is added to, or set unless adds_dx0.
-    dgate (N, H) fp32 is the gradient of the attention gate's logits, which read n too; gradients of weights are added
-    to where `grads` is given."""
+    dgate (N, H) fp32 is the gradient of the attention gate's logits, which read n too; gradients of weights
+    are added to where `grads` is given."""
     N, D = dn.shape
     dx = torch.empty_like(dn)
-    skip_is_x = s.skip is s.x                              # the first decoder layer takes the stream's own last value
+    # the first decoder layer takes the stream's own last value
+    skip_is_x = s.skip is s.x
     dskip = None if s.skip is None or skip_is_x else torch.empty_like(dn)
     row = s.skip_row or 0
-    absent = dn                                            # in the place of tensors that the flags say are not read
+    # in the place of tensors that the flags say are not read
+    absent = dn
     if grads is None:
         sums = absent, absent, absent
     else:
         sums = grad_layer.resid_mix, grads.skip_weights[row], grads.skip_gates[row]
     H, window = layer.attn_gate.shape
     _mix_norm_backward_kernel[walking_grid(NORM_TILE, N)](
-        dn, s.n, s.rstd, layer.ln_scale, absent if residual is None else residual.dout,
-        absent if residual is None or residual.scale is None else residual.scale, absent if extra is None else extra,
-        absent if dgate is None else dgate, layer.attn_gate, s.x, absent if s.x0 is None else s.x0,
-        absent if s.skip is None else s.skip, layer.resid_mix, w.skip_weights[row], w.skip_gates[row], dx,
-        absent if dx0 is None else dx0, absent if dskip is None else dskip, *sums, N, D=D,
-        BLOCK_D=triton.next_power_of_2(D), HEADS=H, WINDOW=window, MIX=s.x0 is not None,
-        RES="none" if residual is None else residual.kind, EXTRA=extra is not None, GATE=dgate is not None,
+        dn, s.n, s.rstd, layer.ln_scale, absent if residual is None else residual.dout, absent
+        if residual is None or residual.scale is None else residual.scale, absent if extra is None else extra,
+        absent if dgate is None else dgate, layer.attn_gate, s.x, absent if s.x0 is None else s.x0, absent
+        if s.skip is None else s.skip, layer.resid_mix, w.skip_weights[row], w.skip_gates[row], dx, absent
+        if dx0 is None else dx0, absent if dskip is None else dskip, *sums, N, D=D,
+        BLOCK_D=triton.next_power_of_2(D), HEADS=H, WINDOW=window, MIX=s.x0 is not None, RES="none"
+        if residual is None else residual.kind, EXTRA=extra is not None, GATE=dgate is not None,
         SKIP=s.skip is not None, SKIP_IS_X=skip_is_x, ADDS_X0=adds_dx0, SUMS=grads is not None, **NORM_TILE)
     return dx, dskip
 
@@ -4127,7 +4169,8 @@ def adapter_parts(a: SlotAdapters, layer: KernelLayer) -> Iterator[tuple[str, sl
             yield kind, slice(index * R, (index + 1) * R), columns[kind]
 
 
-def attention_forward(layer: KernelLayer, n: Tensor, at: Batch2D, adapters: SlotAdapters | None) -> AttentionState:
+def attention_forward(layer: KernelLayer, n: Tensor, at: Layout, adapters: SlotAdapters
+                      | None) -> AttentionState:
     N, D = n.shape
     H, G, K = head_sizes(layer)
     qkv, low = n @ layer.qkv.T, None
@@ -4141,23 +4184,24 @@ def attention_forward(layer: KernelLayer, n: Tensor, at: Batch2D, adapters: Slot
     k = torch.empty(N, H if repeats else G, K, dtype=n.dtype, device=n.device)
     own_v = qkv[:, (H + G) * K:]
     v = torch.empty_like(k) if repeats else own_v.view(N, G, K)
-    heads = H + 2 * G if repeats else H + G                # v is read where it lies unless it is to be repeated
+    # v is read where it lies unless it is to be repeated
+    heads = H + 2 * G if repeats else H + G
     _prepare_qk_forward_kernel[(triton.cdiv(N, HEAD_TILE["ROWS"]), heads)](
         qkv, at.rope, layer.q_gain, q, k, v, N, at.T, at.rope.shape[1], H=H, G=G, K=K, HALF=at.rope.shape[-1],
         REPEAT=H // G if repeats else 1, EPS=RMS_EPS, **HEAD_TILE)
     y, state = at.attention.forward(q, k, v, at.cu_seqlens, at.max_seqlen)
     gated, window = torch.empty_like(n), layer.attn_gate.shape[1]
     _own_value_forward_kernel[row_grid(OWN_TILE, N)](
-        y, own_v, own_v.stride(0), n, layer.xsa_alpha, layer.attn_gate, gated, at.gate_scale, N, D=D, H=H, G=G, K=K,
-        WINDOW=window, BLOCK_W=triton.next_power_of_2(window), **OWN_TILE)
+        y, own_v, own_v.stride(0), n, layer.xsa_alpha, layer.attn_gate, gated, at.gate_scale, N, D=D, H=H,
+        G=G, K=K, WINDOW=window, BLOCK_W=triton.next_power_of_2(window), **OWN_TILE)
     return AttentionState(n, qkv, q, k, v, y, state, gated, low)
 
 
-def attention_backward(layer: KernelLayer, s: AttentionState, dgated: Tensor, at: Batch2D, grad: KernelLayer | None,
-                       is_first: bool, adapters: SlotAdapters | None, adapter_grads: SlotAdapters | None,
-                       dlow: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(gradient of n but for the gate's share, gradient of the gate's logits (N, H) fp32). dlow holds the part of the
-    output's adapter and receives the others."""
+def attention_backward(layer: KernelLayer, s: AttentionState, dgated: Tensor, at: Layout, grad: KernelLayer
+                       | None, is_first: bool, adapters: SlotAdapters | None, adapter_grads: SlotAdapters
+                       | None, dlow: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(gradient of n but for the gate's share, gradient of the gate's logits (N, H) fp32). dlow holds the
+    part of the output's adapter and receives the others."""
     N, D = s.n.shape
     H, G, K = head_sizes(layer)
     own_v, window = s.qkv[:, (H + G) * K:], layer.attn_gate.shape[1]
@@ -4166,14 +4210,15 @@ def attention_backward(layer: KernelLayer, s: AttentionState, dgated: Tensor, at
     has_sums = grad is not None
     _own_value_backward_kernel[walking_grid(OWN_TILE, N, G)](
         dgated, s.y, own_v, own_v.stride(0), s.n, layer.xsa_alpha, layer.attn_gate, dy, dv_own, dgate,
-        grad.xsa_alpha if has_sums else dgate, grad.attn_gate if has_sums else dgate, at.gate_scale, N, D=D, H=H, G=G, K=K,
-        WINDOW=window, BLOCK_W=triton.next_power_of_2(window), SUMS=has_sums, **OWN_TILE)
-    dq, dk, dv = at.attention.backward(dy.view(N, H, K), s.q, s.k, s.v, s.y, s.state, at.cu_seqlens, at.max_seqlen)
+        grad.xsa_alpha if has_sums else dgate, grad.attn_gate if has_sums else dgate, at.gate_scale, N, D=D,
+        H=H, G=G, K=K, WINDOW=window, BLOCK_W=triton.next_power_of_2(window), SUMS=has_sums, **OWN_TILE)
+    dq, dk, dv = at.attention.backward(dy.view(N, H, K), s.q, s.k, s.v, s.y, s.state, at.cu_seqlens,
+                                       at.max_seqlen)
     dqkv = torch.empty_like(s.qkv)
     _prepare_qk_backward_kernel[walking_grid(HEAD_TILE, N, H + 2 * G)](
         s.qkv, dq, dk, dv, dv_own, at.rope, layer.q_gain, dqkv, grad.q_gain if has_sums else dgate, N, at.T,
-        at.rope.shape[1], H=H, G=G, K=K, HALF=at.rope.shape[-1], REPEAT=s.k.shape[1] // G, SUMS=has_sums, EPS=RMS_EPS,
-        **HEAD_TILE)
+        at.rope.shape[1], H=H, G=G, K=K, HALF=at.rope.shape[-1], REPEAT=s.k.shape[1] // G, SUMS=has_sums,
+        EPS=RMS_EPS, **HEAD_TILE)
     if has_sums:
         add_product(grad.qkv, dqkv, s.n, is_first)
     dn = dqkv @ layer.qkv
@@ -4198,8 +4243,8 @@ def add_output_adapter(out: Tensor, low: Tensor, B: Tensor, channel_scale: Tenso
     out.view(*low.shape[:2], -1).baddbmm_(low, scaled.transpose(1, 2))
 
 
-def output_adapter_backward(dout: Tensor, low: Tensor, B: Tensor, channel_scale: Tensor, scale: float, dB: Tensor,
-                            dlow: Tensor) -> None:
+def output_adapter_backward(dout: Tensor, low: Tensor, B: Tensor, channel_scale: Tensor, scale: float,
+                            dB: Tensor, dlow: Tensor) -> None:
     """Write the gradients of B and of `low`."""
     factor = (channel_scale * scale)[:, None].to(B.dtype)
     dout = dout.view(*low.shape[:2], -1)
@@ -4225,7 +4270,7 @@ class MlpState(NamedTuple):
     low: Tensor | None      # (B, T, R) what the adapter's A made of n
 
 
-def mlp_forward(layer: KernelLayer, n: Tensor, at: Batch2D, adapters: SlotAdapters | None) -> MlpState:
+def mlp_forward(layer: KernelLayer, n: Tensor, at: Layout, adapters: SlotAdapters | None) -> MlpState:
     """All but the output product, which the blocks add to their stream."""
     low = None
     if adapters is not None and adapters.mlp_A is not None:
@@ -4233,8 +4278,8 @@ def mlp_forward(layer: KernelLayer, n: Tensor, at: Batch2D, adapters: SlotAdapte
     return MlpState(n, *at.products.up(n, layer.w_up), low)
 
 
-def mlp_backward(layer: KernelLayer, s: MlpState, dout: Tensor, at: Batch2D, grad: KernelLayer | None, is_first: bool,
-                 adapters: SlotAdapters | None, adapter_grads: SlotAdapters | None) -> Tensor:
+def mlp_backward(layer: KernelLayer, s: MlpState, dout: Tensor, at: Layout, grad: KernelLayer | None,
+                 is_first: bool, adapters: SlotAdapters | None, adapter_grads: SlotAdapters | None) -> Tensor:
     """Gradient of n from that of the (scaled) output."""
     dup = at.products.down_backward(dout, layer.w_down, s.up)
     if grad is not None:
@@ -4243,7 +4288,8 @@ def mlp_backward(layer: KernelLayer, s: MlpState, dout: Tensor, at: Batch2D, gra
     dn = dup @ layer.w_up
     if s.low is not None:
         dlow = torch.empty_like(s.low)
-        output_adapter_backward(dout, s.low, adapters.mlp_B, layer.mlp_scale, adapters.scale, adapter_grads.mlp_B, dlow)
+        output_adapter_backward(dout, s.low, adapters.mlp_B, layer.mlp_scale, adapters.scale,
+                                adapter_grads.mlp_B, dlow)
         torch.bmm(dlow.transpose(1, 2), s.n.view(-1, at.T, dn.shape[1]), out=adapter_grads.mlp_A)
         dn.view(-1, at.T, dn.shape[1]).baddbmm_(dlow, adapters.mlp_A)
     return dn
@@ -4256,15 +4302,17 @@ class BlockState(NamedTuple):
     attn: AttentionState
     mlp_norm: NormState
     mlp: MlpState
-    lane0: Tensor | None = None         # parallel blocks only: lane 0 after the skip, and what both sub-layers wrote
+    # parallel blocks only: lane 0 after the skip, and what both sub-layers wrote
+    lane0: Tensor | None = None
     attn_out: Tensor | None = None
     mlp_out: Tensor | None = None
 
 
 def serial_forward(w: KernelWeights, layer: KernelLayer, x: Tensor, x0: Tensor, skip: Tensor | None,
-                   skip_row: int | None, at: Batch2D, adapters: SlotAdapters | None = None) -> tuple[Tensor, BlockState]:
-    """serial_block on flattened (N, D) streams. The stream is one buffer, to which both sub-layers add their output in
-    the products that make them."""
+                   skip_row: int | None, at: Layout,
+                   adapters: SlotAdapters | None = None) -> tuple[Tensor, BlockState]:
+    """serial_block on flattened (N, D) streams. The stream is one buffer, to which both sub-layers add their
+    output in the products that make them."""
     z, attn_norm = mix_and_norm_forward(w, layer, x, x0, skip, skip_row, keep="mix")
     attn = attention_forward(layer, attn_norm.n, at, adapters)
     z.addmm_(attn.gated, layer.wo.T)
@@ -4279,47 +4327,49 @@ def serial_forward(w: KernelWeights, layer: KernelLayer, x: Tensor, x0: Tensor, 
     return z, BlockState(attn_norm, attn, mlp_norm, mlp)
 
 
-def attention_side_backward(layer: KernelLayer, s: BlockState, dattn: Tensor, at: Batch2D, grad: KernelLayer | None,
-                            is_first: bool, adapters: SlotAdapters | None,
-                            adapter_grads: SlotAdapters | None) -> tuple[Tensor, Tensor]:
+def attention_side_backward(layer: KernelLayer, s: BlockState, dattn: Tensor, at: Layout, grad: KernelLayer
+                            | None, is_first: bool, adapters: SlotAdapters | None, adapter_grads: SlotAdapters
+                            | None) -> tuple[Tensor, Tensor]:
     """attention_backward from the gradient of the sub-layer's (scaled) output."""
     if grad is not None:
         add_product(grad.wo, dattn, s.attn.gated, is_first)
     dlow = None if adapters is None else torch.empty_like(s.attn.low)
     part = output_part(adapters)
     if part is not None:
-        output_adapter_backward(dattn, s.attn.low[..., part], adapters.B["o"], layer.attn_scale, adapters.scale,
-                                adapter_grads.B["o"], dlow[..., part])
-    return attention_backward(layer, s.attn, dattn @ layer.wo, at, grad, is_first, adapters, adapter_grads, dlow)
+        output_adapter_backward(dattn, s.attn.low[..., part], adapters.B["o"], layer.attn_scale,
+                                adapters.scale, adapter_grads.B["o"], dlow[..., part])
+    return attention_backward(layer, s.attn, dattn @ layer.wo, at, grad, is_first, adapters, adapter_grads,
+                              dlow)
 
 
 class Backward(NamedTuple):
     """What all blocks of one backward pass share."""
     w: KernelWeights
-    at: Batch2D
+    at: Layout
     grads: KernelWeights | None         # of the weights; None leaves them out
     dx0: Tensor                         # (N, D), the sum of all blocks' gradients of x0
 
 
-def serial_backward(b: Backward, index: int, s: BlockState, dout: Tensor, extra: Tensor | None, is_first: bool,
-                    adds_dx0: bool, adapters: SlotAdapters | None = None,
+def serial_backward(b: Backward, index: int, s: BlockState, dout: Tensor, extra: Tensor | None,
+                    is_first: bool, adds_dx0: bool, adapters: SlotAdapters | None = None,
                     adapter_grads: SlotAdapters | None = None) -> tuple[Tensor, Tensor | None]:
-    """(gradient of x plus `extra`, gradient of the skip) of layer `index`. is_first: no later execution of this layer
-    has written its gradients yet."""
+    """(gradient of x plus `extra`, gradient of the skip) of layer `index`. is_first: no later execution of
+    this layer has written its gradients yet."""
     layer = b.w.layers[index]
     grad = None if b.grads is None else b.grads.layers[index]
     dn = mlp_backward(layer, s.mlp, dout, b.at, grad, is_first, adapters, adapter_grads)
     dz, _ = mix_and_norm_backward(b.w, layer, s.mlp_norm, dn, Residual(dout, "mixed"))
     dn, dgate = attention_side_backward(layer, s, dz, b.at, grad, is_first, adapters, adapter_grads)
-    return mix_and_norm_backward(b.w, layer, s.attn_norm, dn, Residual(dz, "mixed"), grad, b.grads, b.dx0, adds_dx0,
-                                 extra, dgate)
+    return mix_and_norm_backward(b.w, layer, s.attn_norm, dn, Residual(dz, "mixed"), grad, b.grads, b.dx0,
+                                 adds_dx0, extra, dgate)
 
 
-def parallel_forward(w: KernelWeights, layer: KernelLayer, lane0: Tensor, lane1: Tensor, x0: Tensor, skip: Tensor | None,
-                     skip_row: int | None, at: Batch2D,
-                     adapters: SlotAdapters | None = None) -> tuple[Tensor, Tensor, BlockState]:
+def parallel_forward(w: KernelWeights, layer: KernelLayer, lane0: Tensor, lane1: Tensor, x0: Tensor,
+                     skip: Tensor | None, skip_row: int | None, at: Layout, adapters: SlotAdapters
+                     | None = None) -> tuple[Tensor, Tensor, BlockState]:
     """parallel_block on flattened (N, D) lanes."""
-    lane0, attn_norm = mix_and_norm_forward(w, layer, lane0, x0, skip, skip_row, keep="none" if skip is None else "blend")
+    lane0, attn_norm = mix_and_norm_forward(w, layer, lane0, x0, skip, skip_row, keep="none" if skip is None
+                                            else "blend")
     attn = attention_forward(layer, attn_norm.n, at, adapters)
     attn_out = attn.gated @ layer.wo.T
     part = output_part(adapters)
@@ -4332,16 +4382,17 @@ def parallel_forward(w: KernelWeights, layer: KernelLayer, lane0: Tensor, lane1:
         add_output_adapter(mlp_out, mlp.low, adapters.mlp_B, layer.mlp_scale, adapters.scale)
     out0, out1 = torch.empty_like(lane0), torch.empty_like(lane0)
     grid = triton.cdiv(out0.numel(), FLAT_TILE["BLOCK"]),
-    _lanes_forward_kernel[grid](lane0, lane1, attn_out, mlp_out, layer.lane_resid, layer.lane_post, out0, out1,
-                                out0.numel(), **FLAT_TILE)
+    _lanes_forward_kernel[grid](lane0, lane1, attn_out, mlp_out, layer.lane_resid, layer.lane_post, out0,
+                                out1, out0.numel(), **FLAT_TILE)
     return out0, out1, BlockState(attn_norm, attn, mlp_norm, mlp, lane0, attn_out, mlp_out)
 
 
 def parallel_backward(b: Backward, index: int, s: BlockState, dout0: Tensor, dout1: Tensor, parts_lanes: bool,
-                      extra: Tensor | None, is_first: bool, adds_dx0: bool, adapters: SlotAdapters | None = None,
-                      adapter_grads: SlotAdapters | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients (of lane 0, of lane 1, of the skip); where the block parts_lanes, both lanes were one stream: (their sum
-    plus `extra`, None, of the skip)."""
+                      extra: Tensor | None, is_first: bool, adds_dx0: bool,
+                      adapters: SlotAdapters | None = None, adapter_grads: SlotAdapters | None = None,
+                      ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients (of lane 0, of lane 1, of the skip); where the block parts_lanes, both lanes were one stream:
+    (their sum plus `extra`, None, of the skip)."""
     layer = b.w.layers[index]
     grad = None if b.grads is None else b.grads.layers[index]
     dattn, dmlp = torch.empty_like(dout0), torch.empty_like(dout0)
@@ -4349,13 +4400,15 @@ def parallel_backward(b: Backward, index: int, s: BlockState, dout0: Tensor, dou
     grid = min(triton.cdiv(dout0.numel(), FLAT_TILE["BLOCK"]), PROGRAMS),
     _lanes_backward_kernel[grid](
         dout0, dout1, s.lane0, s.mlp_norm.x, s.attn_out, s.mlp_out, layer.lane_post, dattn, dmlp,
-        grad.lane_resid if has_sums else dattn, grad.lane_post if has_sums else dattn, dout0.numel(), SUMS=has_sums,
-        **FLAT_TILE)
+        grad.lane_resid if has_sums else dattn, grad.lane_post if has_sums else dattn, dout0.numel(),
+        SUMS=has_sums, **FLAT_TILE)
     dn = mlp_backward(layer, s.mlp, dmlp, b.at, grad, is_first, adapters, adapter_grads)
-    dlane1, _ = mix_and_norm_backward(b.w, layer, s.mlp_norm, dn, Residual(dout1, "lane", layer.lane_resid[1:]),
-                                      extra=extra if parts_lanes else None)
+    dlane1, _ = mix_and_norm_backward(b.w, layer, s.mlp_norm, dn, Residual(dout1, "lane",
+                                                                           layer.lane_resid[1:]), extra=extra
+                                      if parts_lanes else None)
     dn, dgate = attention_side_backward(layer, s, dattn, b.at, grad, is_first, adapters, adapter_grads)
-    dlane0, dskip = mix_and_norm_backward(b.w, layer, s.attn_norm, dn, Residual(dout0, "lane", layer.lane_resid), grad,
+    dlane0, dskip = mix_and_norm_backward(b.w, layer, s.attn_norm, dn, Residual(dout0, "lane",
+                                                                                layer.lane_resid), grad,
                                           b.grads, b.dx0, adds_dx0, dlane1 if parts_lanes else extra, dgate)
     return dlane0, None if parts_lanes else dlane1, dskip
 
@@ -4373,15 +4426,16 @@ class Tape(NamedTuple):
     rstd: Tensor
 
 
-def forward_pass(model: GPT, w: KernelWeights, tokens_N: Tensor, at: Batch2D, looping: bool,
+def forward_pass(model: GPT, w: KernelWeights, tokens_N: Tensor, at: Layout, looping: bool,
                  adapters: Sequence[SlotAdapters] | None = None, is_kept: bool = True) -> tuple[Tensor, Tape]:
-    """GPT.forward: the final normed hidden states (N, D), and the tape for backward_pass (useless unless is_kept)."""
+    """GPT.forward: the final normed hidden states (N, D), and the tape for backward_pass, empty unless is_kept."""
     N, D = len(tokens_N), w.tok_emb.shape[1]
     block_d = triton.next_power_of_2(D)
     x0 = torch.empty(N, D, dtype=w.tok_emb.dtype, device=w.tok_emb.device)
     rstd0, rstd = torch.empty(2, N, device=x0.device)
-    _embed_forward_kernel[row_grid(NORM_TILE, N)](tokens_N, w.tok_emb, w.smear_w, w.smear_lambda, x0, rstd0, N, at.T, BOS=BOS,
-                                                  D=D, BLOCK_D=block_d, WINDOW=len(w.smear_w), EPS=RMS_EPS, **NORM_TILE)
+    _embed_forward_kernel[row_grid(NORM_TILE, N)](tokens_N, w.tok_emb, w.smear_w, w.smear_lambda, x0, rstd0,
+                                                  N, at.T, BOS=BOS, D=D, BLOCK_D=block_d,
+                                                  WINDOW=len(w.smear_w), EPS=RMS_EPS, **NORM_TILE)
     lane0, lane1 = x0, None
     blocks, kept = [], {}
     for slot, run in enumerate(execution_plan(model.cfg, looping)):
@@ -4398,28 +4452,31 @@ def forward_pass(model: GPT, w: KernelWeights, tokens_N: Tensor, at: Batch2D, lo
         if run.is_kept:
             kept[slot] = lane0
     hidden = torch.empty_like(lane0)
-    _finish_forward_kernel[row_grid(NORM_TILE, N)](lane0, lane0 if lane1 is None else lane1, hidden, rstd, N, D=D,
-                                                   BLOCK_D=block_d, EPS=RMS_EPS, **NORM_TILE)
+    _finish_forward_kernel[row_grid(NORM_TILE, N)](lane0, lane0 if lane1 is None else lane1, hidden, rstd, N,
+                                                   D=D, BLOCK_D=block_d, EPS=RMS_EPS, **NORM_TILE)
     return hidden, Tape(tokens_N, x0, rstd0, blocks, lane0, hidden, rstd)
 
 
-def backward_pass(model: GPT, w: KernelWeights, tape: Tape, dhidden: Tensor, at: Batch2D, looping: bool,
+def backward_pass(model: GPT, w: KernelWeights, tape: Tape, dhidden: Tensor, at: Layout, looping: bool,
                   grads: KernelWeights | None, adapters: Sequence[SlotAdapters] | None = None,
                   adapter_grads: Sequence[SlotAdapters] | None = None) -> None:
     """Add the gradients of all weights into `grads`, or write those of all adapters into adapter_grads."""
     plan = execution_plan(model.cfg, looping)
     N, D = dhidden.shape
     b = Backward(w, at, grads, torch.empty_like(dhidden))
-    # finish is a norm too, of half the sum of the lanes; each lane gets half its gradient, one stream all of it.
+    # finish is a norm too, of half the sum of the lanes; each lane gets half its gradient, one stream all of
+    # it.
     unit_layer = w.layers[0]._replace(ln_scale=torch.ones((), device=dhidden.device))
-    d0, _ = mix_and_norm_backward(w, unit_layer, NormState(tape.lane0, None, None, None, tape.hidden, tape.rstd), dhidden,
-                                  None)
+    d0, _ = mix_and_norm_backward(w, unit_layer, NormState(tape.lane0, None, None, None, tape.hidden,
+                                                           tape.rstd), dhidden, None)
     d0 = d1 = d0.mul_(0.5) if plan[-1].is_parallel else d0
-    waiting: dict[int, Tensor] = {}                        # gradients of kept outputs, until their block is reached
+    # gradients of kept outputs, until their block is reached
+    waiting: dict[int, Tensor] = {}
     seen: set[int] = set()
     for slot in reversed(range(len(plan))):
         run, state = plan[slot], tape.blocks.pop()
-        extra = waiting.pop(slot - 1, None)                # reaches the stream between this block and the one before
+        # reaches the stream between this block and the one before
+        extra = waiting.pop(slot - 1, None)
         own = None if adapters is None else (adapters[slot], adapter_grads[slot])
         common = run.layer not in seen, slot < len(plan) - 1, *(own or ())
         if run.is_parallel:
@@ -4432,16 +4489,18 @@ def backward_pass(model: GPT, w: KernelWeights, tape: Tape, dhidden: Tensor, at:
             waiting[run.skip_from] = dskip
     if grads is not None:
         _embed_backward_kernel[walking_grid(NORM_TILE, N)](
-            tape.tokens, w.tok_emb, w.smear_w, w.smear_lambda, tape.x0, tape.rstd0, b.dx0, d0, grads.tok_emb, grads.smear_w,
-            grads.smear_lambda, N, at.T, BOS=BOS, D=D, BLOCK_D=triton.next_power_of_2(D), WINDOW=len(w.smear_w), **NORM_TILE)
+            tape.tokens, w.tok_emb, w.smear_w, w.smear_lambda, tape.x0, tape.rstd0, b.dx0, d0, grads.tok_emb,
+            grads.smear_w, grads.smear_lambda, N, at.T, BOS=BOS, D=D, BLOCK_D=triton.next_power_of_2(D),
+            WINDOW=len(w.smear_w), **NORM_TILE)
 
 
 # softcap_loss, score_tokens, row_gradients.
 
-def softcap_ce(logits: Tensor, targets: Tensor, caps: Tensor, *, hints: Tensor | None = None, dlogits: Tensor | None = None,
-               scale: float = 1.0, row_scale: Tensor | None = None, has_sums: bool = False,
+def softcap_ce(logits: Tensor, targets: Tensor, caps: Tensor, *, hints: Tensor | None = None, dlogits: Tensor
+               | None = None, scale: float = 1.0, row_scale: Tensor | None = None, has_sums: bool = False,
                approximate: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """(nll of targets, log-probability of hints, d nll / d caps (N, 2)) of raw logits (N, V), fp32, in one pass.
+    """(nll of targets, log-probability of hints, d nll / d caps (N, 2)) of raw logits (N, V), fp32, in one
+    pass.
 
     dlogits  receives the gradient of the nll times `scale` or row_scale (N,); may be the logits themselves.
     approximate  takes the GPU's own tanh, whose error of 2**-11 is a quarter of the rounding of bf16 logits.
@@ -4453,23 +4512,23 @@ def softcap_ce(logits: Tensor, targets: Tensor, caps: Tensor, *, hints: Tensor |
     dcaps = torch.empty(N, 2, device=logits.device) if has_sums else nll
     block = triton.next_power_of_2(V)
     _softcap_ce_kernel[(N,)](
-        logits, targets, targets if hints is None else hints, caps, nll, log_hint, dcaps, logits if dlogits is None else dlogits,
-        nll if row_scale is None else row_scale, V, BLOCK=block, PARTIAL=block != V, HINTS=hints is not None,
-        GRAD=dlogits is not None, SUMS=has_sums, ROW_SCALE=row_scale is not None, SCALE=scale, APPROXIMATE=approximate,
-        num_warps=CE_WARPS)
+        logits, targets, targets if hints is None else hints, caps, nll, log_hint, dcaps, logits
+        if dlogits is None else dlogits, nll if row_scale is None else row_scale, V, BLOCK=block,
+        PARTIAL=block != V, HINTS=hints is not None, GRAD=dlogits is not None, SUMS=has_sums,
+        ROW_SCALE=row_scale is not None, SCALE=scale, APPROXIMATE=approximate, num_warps=CE_WARPS)
     return nll, log_hint, dcaps
 
 
 class FusedSoftcapLoss(torch.autograd.Function):
-    """softcap_loss for CUDA: one pass over the logits gives the loss and overwrites them with its gradient."""
+    """softcap_loss for CUDA: one pass over the logits gives the loss and leaves its gradient in their place."""
 
     @staticmethod
     def forward(ctx, hidden_ND: Tensor, tok_emb_VD: Tensor, cap_pos: Tensor, cap_neg: Tensor,
                 targets_N: Tensor) -> Tensor:
         weight = tok_emb_VD.to(hidden_ND.dtype)
         logits_NV = hidden_ND @ weight.T
-        nll_N, _, dcaps_N2 = softcap_ce(logits_NV, targets_N, torch.stack([cap_pos, cap_neg]), dlogits=logits_NV,
-                                        has_sums=True)
+        nll_N, _, dcaps_N2 = softcap_ce(logits_NV, targets_N, torch.stack([cap_pos, cap_neg]),
+                                        dlogits=logits_NV, has_sums=True)
         ctx.save_for_backward(hidden_ND, weight, logits_NV, dcaps_N2)
         return nll_N.mean()
 
@@ -4501,26 +4560,27 @@ def fp32_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Kernels(NamedTuple):
-    """The hand-written path: forward and backward of the whole model, called in place of autograd. choose_kernels(run)
-    makes one; its methods replace the functions of Ops that they are named after."""
+    """The hand-written path: forward and backward of the whole model, called in place of autograd.
+    choose_kernels(run) makes one; its methods replace the functions of Ops that they are named after."""
     attention: AttentionKernel
     products: Products = PLAIN_PRODUCTS
 
-    def layout(self, model: GPT, T: int, cu_seqlens: Tensor, max_seqlen: int) -> Batch2D:
-        return Batch2D(T, cu_seqlens, max_seqlen, model.rope, model.cfg.sparse_attn_gate_scale, *self)
+    def layout(self, model: GPT, T: int, cu_seqlens: Tensor, max_seqlen: int) -> Layout:
+        return Layout(T, cu_seqlens, max_seqlen, model.rope, model.cfg.sparse_attn_gate_scale, *self)
 
     @torch.no_grad()
     def hidden(self, model: GPT, tokens_BT: Tensor, *, looping: bool, segments: tuple[Tensor, int]) -> Tensor:
         """GPT.forward without gradients, (B, T, D)."""
         at = self.layout(model, tokens_BT.shape[1], *segments)
-        hidden, _ = forward_pass(model, kernel_weights(model), tokens_BT.flatten(), at, looping, is_kept=False)
+        hidden, _ = forward_pass(model, kernel_weights(model), tokens_BT.flatten(), at, looping,
+                                 is_kept=False)
         return hidden.view(*tokens_BT.shape, -1)
 
     @torch.no_grad()
     def row_gradients(self, model: GPT, row: Row, *, looping: bool, segment_cap: int,
                       weights: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """row_gradients of section 4. The scales that kernel_weights folds into matrices get their gradients here:
-        for W' = scale * W, d scale is the row sum of dW' * W, and dW is scale * dW'."""
+        """row_gradients of section 4. The scales that kernel_weights folds into matrices get their gradients
+        here: for W' = scale * W, d scale is the row sum of dW' * W, and dW is scale * dW'."""
         w = kernel_weights(model)
         at = self.layout(model, len(row.inputs), row.cu_seqlens, segment_cap)
         hidden, tape = forward_pass(model, w, row.inputs, at, looping)
@@ -4528,23 +4588,25 @@ class Kernels(NamedTuple):
         logits = hidden @ w.tok_emb.T
         if weights is None:
             weights = torch.full((len(hidden),), 1 / len(hidden), device=hidden.device)
-        nll, _, dcaps = softcap_ce(logits, row.targets, w.caps, dlogits=logits, row_scale=weights, has_sums=True,
-                                   approximate=hidden.is_cuda)
+        nll, _, dcaps = softcap_ce(logits, row.targets, w.caps, dlogits=logits, row_scale=weights,
+                                   has_sums=True, approximate=hidden.is_cuda)
         add_product(views.tok_emb, logits, hidden, is_first=True)
         dhidden = logits @ w.tok_emb
         del logits
         backward_pass(model, w, tape, dhidden, at, looping, views)
         grads["softcap_pos"], grads["softcap_neg"] = (dcaps.double().T @ weights.double()).float().unbind()
         widths = [model.wq.shape[1], model.wk.shape[1], model.wv.shape[1]]
-        grads["wq"], grads["wk"], grads["wv"] = (part.contiguous() for part in grads.pop("qkv").split(widths, 1))
+        grads["wq"], grads["wk"], grads["wv"] = (part.contiguous() for part in grads.pop("qkv").split(widths,
+                                                                                                      1))
         for name, scale in (("wo", "attn_scale"), ("w_down", "mlp_scale")):
             grads[scale] = (grads[name] * getattr(model, name)).sum(-1)
             grads[name] *= getattr(model, scale)[:, :, None]
         return nll @ weights, {name: grads[name] for name, p in model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
-    def chunk_gradients(self, model: GPT, bank: AdapterBank, tokens_BT: Tensor, at_BC: Tensor, answers_BC: Tensor,
-                        hints_BC: Tensor, learns_B: Tensor, learn: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def chunk_gradients(self, model: GPT, bank: AdapterBank, tokens_BT: Tensor, at_BC: Tensor,
+                        answers_BC: Tensor, hints_BC: Tensor, learns_B: Tensor,
+                        learn: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """chunk_gradients of section 13; logits keep the product's fp32 sums."""
         B, T = tokens_BT.shape
         C, w = at_BC.shape[1], kernel_weights(model)
@@ -4559,8 +4621,8 @@ class Kernels(NamedTuple):
         logits.view(B, C, -1).add_(torch.bmm(low, head_B.transpose(1, 2)), alpha=scale)
         dlogits = torch.empty_like(logits, dtype=hidden.dtype) if learn else None
         row_scale = (learns_B / C).repeat_interleave(C, output_size=B * C)
-        nll, log_q, _ = softcap_ce(logits, answers_BC.flatten(), w.caps, hints=hints_BC.flatten(), dlogits=dlogits,
-                                   row_scale=row_scale)
+        nll, log_q, _ = softcap_ce(logits, answers_BC.flatten(), w.caps, hints=hints_BC.flatten(),
+                                   dlogits=dlogits, row_scale=row_scale)
         nll, log_q = nll.view(B, C), log_q.view(B, C)
         if not learn:
             return nll, log_q, None
@@ -4578,8 +4640,8 @@ class Kernels(NamedTuple):
 
 
 def slot_adapters(bank: AdapterBank, flat: Tensor) -> tuple[list[SlotAdapters], tuple[Tensor, Tensor]]:
-    """Views of adapters (B, P), or of their gradients, as the kernels read them: of every slot, and A and B of the
-    head. In a bank's rows the A of q, k, v and o of one slot lie one below the other."""
+    """Views of adapters (B, P), or of their gradients, as the kernels read them: of every slot, and A and B
+    of the head. In a bank's rows the A of q, k, v and o of one slot lie one below the other."""
     parts = bank.parts(flat)
     kinds = tuple(kind for kind in bank.kinds if kind != "mlp")
     scale = bank.cfg.ttt_lora_alpha / bank.cfg.ttt_lora_rank
@@ -4589,7 +4651,8 @@ def slot_adapters(bank: AdapterBank, flat: Tensor) -> tuple[list[SlotAdapters], 
         rows, R, D = first.shape
         stacked = first.as_strided((rows, len(kinds) * R, D), first.stride())
         outputs = {kind: parts[kind, slot, "B"] for kind in kinds}
-        slots.append(SlotAdapters(kinds, stacked, outputs, parts.get(("mlp", slot, "A")), parts.get(("mlp", slot, "B")), scale))
+        slots.append(SlotAdapters(kinds, stacked, outputs, parts.get(("mlp", slot, "A")),
+                                  parts.get(("mlp", slot, "B")), scale))
     return slots, (parts["head", bank.num_slots, "A"], parts["head", bank.num_slots, "B"])
 
 
@@ -4616,7 +4679,8 @@ if triton is not None:
         tl.debug_barrier()                           # what one thread has stored all are about to read
         for i in range(N - 1, -1, -1):
             bit = tl.load(took_ptr + i) >> at & 1
-            tl.store(codes_ptr + i, _trellis_point(tl.load(x_ptr + i), (2 * bit + (at >> 5)).to(tl.float32), limit))
+            tl.store(codes_ptr + i, _trellis_point(tl.load(x_ptr + i), (2 * bit + (at >> 5)).to(tl.float32),
+                                                   limit))
             at = 2 * (at ^ 33 * (at >> 5) ^ 10 * bit) + (at >> 5)
 
     @triton.jit
@@ -4630,7 +4694,8 @@ def trellis_round(x: Tensor, limit: Tensor) -> Tensor:
     """plain_trellis_round(x, limit); on a GPU by one kernel, a program per line."""
     if not x.is_cuda or triton is None:
         return plain_trellis_round(x, limit)
-    x, codes, took = x.contiguous(), torch.empty_like(x), torch.empty(x.shape, dtype=torch.int64, device=x.device)
+    x, codes, took = x.contiguous(), torch.empty_like(x), torch.empty(x.shape, dtype=torch.int64,
+                                                                      device=x.device)
     _trellis_kernel[(len(x),)](x, limit, codes, took, N=x.shape[1], STATES=TRELLIS_STATES, num_warps=1)
     return codes
 
