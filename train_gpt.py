@@ -3929,7 +3929,7 @@ class Products(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """B rows of T positions, flattened to N = B*T: where attention may look, and the run's choice of kernels."""
+    """B rows of T positions, flattened to N = B*T: where attention may look, and the kernels to use."""
     T: int
     cu_seqlens: Tensor
     max_seqlen: int
@@ -4050,7 +4050,7 @@ def quack_products() -> Products:
 
 
 def add_product(total: Tensor, dout: Tensor, x: Tensor, is_first: bool) -> None:
-    """Add doutᵀ x, the gradient of a weight in x @ weight.T, to total (out, in) fp32; the first one sets it."""
+    """Add doutᵀ x, the gradient of a weight in x @ weight.T, to total (out, in) fp32; the first sets it."""
     # CPUs have no product of low precision with an fp32 result
     if not dout.is_cuda:
         product = dout.float().T @ x.float()
@@ -4428,7 +4428,7 @@ class Tape(NamedTuple):
 
 def forward_pass(model: GPT, w: KernelWeights, tokens_N: Tensor, at: Layout, looping: bool,
                  adapters: Sequence[SlotAdapters] | None = None, is_kept: bool = True) -> tuple[Tensor, Tape]:
-    """GPT.forward: the final normed hidden states (N, D), and the tape for backward_pass, empty unless is_kept."""
+    """GPT.forward: the final normed hidden states (N, D), and the tape for backward_pass (if is_kept)."""
     N, D = len(tokens_N), w.tok_emb.shape[1]
     block_d = triton.next_power_of_2(D)
     x0 = torch.empty(N, D, dtype=w.tok_emb.dtype, device=w.tok_emb.device)
@@ -4520,7 +4520,7 @@ def softcap_ce(logits: Tensor, targets: Tensor, caps: Tensor, *, hints: Tensor |
 
 
 class FusedSoftcapLoss(torch.autograd.Function):
-    """softcap_loss for CUDA: one pass over the logits gives the loss and leaves its gradient in their place."""
+    """softcap_loss for CUDA: one pass over the logits gives the loss and puts its gradient in their place."""
 
     @staticmethod
     def forward(ctx, hidden_ND: Tensor, tok_emb_VD: Tensor, cap_pos: Tensor, cap_neg: Tensor,
