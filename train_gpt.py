@@ -1125,7 +1125,7 @@ class GPT(nn.Module):
         B, T = tokens_BT.shape
         if T > self.rope.shape[1]:
             raise ValueError(f"expected rows of at most {self.rope.shape[1]:,} tokens, the longest of this "
-                             f"configuration, found {T:,}; raise a setting that Config.longest_row derives from")
+                             f"configuration, found {T:,}; raise a setting behind Config.longest_row")
         if segments is None:
             segments = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=tokens_BT.device), T
         cu_seqlens, max_seqlen = segments
@@ -1449,7 +1449,7 @@ class StepClock:
 
 def plan_step(cfg: Config, step: int, clock_s: float, step_s: float,
               calibration_s: float) -> tuple[float, bool]:
-    """(progress, stop?) before step `step` that begins at clock_s and may last step_s; calibration follows."""
+    """(progress, stop?) before step `step` that begins at clock_s and may last step_s, then calibration."""
     if cfg.max_wallclock_seconds == 0:
         return step / cfg.iterations, False
     progress = clock_s / (cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds)
@@ -1552,7 +1552,7 @@ def log_speed(cfg: Config, run: Run, steps: int, train_s: float, loop_on: tuple[
 
 
 def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
-    """Train until the budget or ITERATIONS ends; leaves the averaged weights in the model. Returns seconds."""
+    """Train to the end of the budget or ITERATIONS; the model keeps the average. Returns seconds."""
     optimizer = Optimizer(cfg, run, model)
     if cfg.max_wallclock_seconds:
         run.log(f"gptq:reserving {cfg.gptq_reserve_seconds:g}s, effective="
@@ -3473,8 +3473,8 @@ def mark_varying(x: Tensor, *dims: int) -> Tensor:
 
 
 def choose_ops(run: Run) -> Ops:
-    """The fastest functions that work here, each choice logged with its reason. Raises ConfigError where a fast
-    path is missing on a GPU and ALLOW_SLOW=0."""
+    """The fastest functions that work here, each choice logged with its reason. Raises ConfigError where a
+    fast path is missing on a GPU and ALLOW_SLOW=0."""
     cfg = run.cfg
     is_gpu = run.device.type == "cuda"
     if is_gpu and not cfg.allow_slow and not (cfg.compile and triton is not None):
@@ -3506,7 +3506,7 @@ def choose_loss(run: Run) -> Callable[..., Tensor]:
 def compile_ops(ops: Ops, whole_graphs: bool) -> Ops:
     """`ops` with its blocks, embedding, last norm and scores compiled. Sizes are static unless marked with
     mark_varying. Blocks are compiled one by one and shared by all layers: eleven times less to compile than
-    the whole model. Without whole_graphs a graph may break, which CPUs need: attention loops over segments there.
+    the whole model. Without whole_graphs a graph may break, as on CPUs, where attention is a loop.
 
     The compiler's limit on variants is a setting of the process (one per function needs torch 2.13); this
     raises it to RECOMPILE_LIMIT, and nothing else in this file changes the compiler's settings."""

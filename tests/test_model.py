@@ -453,7 +453,8 @@ def test_softcap_is_tanh_with_one_cap_for_each_sign():
 def test_both_caps_and_every_used_parameter_receive_gradients():
     model = random_model(tiny_config())
     row, (bounds, cap) = row_of(random_documents(np.random.default_rng(7), 96))
-    _, grads = gpt.row_gradients(model, training_row(row[0], row[0].roll(-1), bounds), looping=True, segment_cap=cap)
+    row = training_row(row[0], row[0].roll(-1), bounds)
+    _, grads = gpt.row_gradients(model, row, looping=True, segment_cap=cap)
     assert grads.keys() == {name for name, _ in model.named_parameters()}
     for name, grad in grads.items():
         assert grad.abs().sum() > 0, name
@@ -534,7 +535,8 @@ def attend_with_mask(q_NHK, k_NGK, v_NGK, cu_seqlens, max_seqlen):
 @pytest.fixture
 def fresh_compiler():
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):      # put back afterwards
+    limit = torch._dynamo.config.recompile_limit
+    with torch._dynamo.config.patch(recompile_limit=limit):            # what choose_ops changes is put back
         yield
     torch._dynamo.reset()
 
