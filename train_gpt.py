@@ -9,10 +9,12 @@ Run it through run.sh (`SEED=42 ./run.sh`), or by hand on any machine:
     torchrun --standalone --nproc_per_node=8 train_gpt.py           the record machine
     python train_gpt.py --help                                      every setting, its default and meaning
 
-Settings are environment variables; nothing else is read from outside. Importing this file has no side effects.
+Settings are environment variables; nothing else is read from outside. Importing this file has no side
+effects.
 
 Dimensions: B documents in a batch, T positions, N = B*T flattened, D model width, H query heads, G key/value
-heads, K head width, F MLP width, V vocabulary, L layers, R adapter rank. Weights are (out, in) like nn.Linear.
+heads, K head width, F MLP width, V vocabulary, L layers, R adapter rank. Weights are (out, in) like
+nn.Linear.
 
 Contents, definitions: 1 configuration   2 runtime   3 data   4 model   5 schedules and EMA   6 optimizers
            7 training   8 quantization   9 weight coder   10 artifact   11 scoring   12 hints and order
@@ -20,15 +22,14 @@ Contents, definitions: 1 configuration   2 runtime   3 data   4 model   5 schedu
 Fast paths, each naming what it replaces: 15 attention kernels   16 Triton kernels   17 compilation
            18 C sources   19 main
 
-References:
-  [GQA]   Ainslie et al. 2023, grouped-query attention          [RoPE]  Su et al. 2021, rotary positions
-  [XSA]   Zhai 2026, exclusive self attention                   [Muon]  Jordan et al. 2024, orthogonalized momentum
-  [PE]    Amsel et al. 2025, Polar Express                      [GPTQ]  Frantar et al. 2022
-  [AWQ]   Lin et al. 2023, activation-aware quantization        [LQER]  Zhang et al. 2024, low-rank error correction
-  [LoRA]  Hu et al. 2021                                        [TTT]   Sun et al. 2020, test-time training
-  [lpaq]  Mahoney 2005, adaptive weighing of context models     [TCQ]   Marcellin & Fischer 1990, trellis-coded q.
-  [REF]   openai/parameter-golf PR #2124, the run whose behaviour and hyperparameters this script follows
-"""
+References: [GQA]   Ainslie et al. 2023, grouped-query attention          [RoPE]  Su et al. 2021, rotary
+positions [XSA]   Zhai 2026, exclusive self attention                   [Muon]  Jordan et al. 2024,
+orthogonalized momentum [PE]    Amsel et al. 2025, Polar Express                      [GPTQ]  Frantar et al.
+2022 [AWQ]   Lin et al. 2023, activation-aware quantization        [LQER]  Zhang et al. 2024, low-rank error
+correction [LoRA]  Hu et al. 2021                                        [TTT]   Sun et al. 2020, test-time
+training [lpaq]  Mahoney 2005, adaptive weighing of context models     [TCQ]   Marcellin & Fischer 1990,
+trellis-coded q. [REF]   openai/parameter-golf PR #2124, the run whose behaviour and hyperparameters this
+script follows """
 from __future__ import annotations
 
 import ctypes
@@ -84,7 +85,8 @@ class ConfigError(ValueError):
 
 def knob(default: Any, doc: str, low: float = -math.inf, high: float = math.inf, choices: tuple = ()) -> Any:
     """A field of Config: its default, what it means, and which values are allowed."""
-    return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices})
+    metadata = {"doc": doc, "low": low, "high": high, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 BELOW_ONE = 1 - 1e-9         # decays of 1 would divide by zero in Adam's bias correction
@@ -99,7 +101,8 @@ FIXED_SETTINGS: dict[str, tuple[str, str]] = {
         ("CASEOPS_ENABLED", "1", "bytes are always counted from the CaseOps sidecar"),
         ("LQER_SCOPE", "all", "every quantized matrix competes"),
         ("LQER_GAIN_SELECT TTT_EVAL_BATCHES FORCE_STOP_STEP ROPE_YARN SKYLIGHT_MUON ATTN_OUT_GATE_ENABLED "
-         "GATED_ATTN_ENABLED GATED_ATTN_QUANT_GATE NGRAM_HINT_PRECOMPUTE_OUTSIDE GLOBAL_TTT_WARMUP_CHUNKS", "0",
+         "GATED_ATTN_ENABLED GATED_ATTN_QUANT_GATE NGRAM_HINT_PRECOMPUTE_OUTSIDE "
+         "GLOBAL_TTT_WARMUP_CHUNKS", "0",
          "the feature does not exist in this script"),
         ("WITHIN_BOOST WORD_BOOST AGREE_ADD_BOOST", "0",
          "that n-gram channel looks at the token being scored before choosing its hint, which is not causal"),
@@ -120,9 +123,10 @@ RETIRED_SETTINGS = {
                      "GLOBAL_TTT_WARMUP_START_LR", "WORD_NORMALIZE"), "it has no effect in the record run"),
 }
 OWNED_PREFIXES = (
-    "TTT_", "LQER_", "MUON_", "GLOBAL_TTT_", "PHASED_TTT_", "NGRAM_", "GPTQ_", "AWQ_LITE_", "XSA_", "SPARSE_ATTN_",
-    "TIED_EMBED_", "LOOP_", "TOKEN_", "WITHIN_", "WORD_", "PARALLEL_", "ROPE_", "TRAIN_", "VAL_", "EVAL_", "MATRIX_",
-    "WARMDOWN_", "WARMUP_", "GATED_", "SKYLIGHT_", "SMEAR_", "LOGIT_", "EMBED_", "ADAM_", "EMA_", "ENABLE_LOOP")
+    "TTT_", "LQER_", "MUON_", "GLOBAL_TTT_", "PHASED_TTT_", "NGRAM_", "GPTQ_", "AWQ_LITE_", "XSA_",
+    "SPARSE_ATTN_", "TIED_EMBED_", "LOOP_", "TOKEN_", "WITHIN_", "WORD_", "PARALLEL_", "ROPE_", "TRAIN_",
+    "VAL_", "EVAL_", "MATRIX_", "WARMDOWN_", "WARMUP_", "GATED_", "SKYLIGHT_", "SMEAR_", "LOGIT_", "EMBED_",
+    "ADAM_", "EMA_", "ENABLE_LOOP")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +135,10 @@ class Config:
     # run
     seed: int = knob(42, "PRNG seed, equal on all ranks", 0, 2**31 - 1)
     run_id: str = knob("", "names log, checkpoint and artifact; default: seed and start time")
-    data_path: str = knob("data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved", "folder of shards")
-    tokenizer_path: str = knob("", "SentencePiece model; default: the one named by the data, else the shipped one")
+    data_path: str = knob("data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved",
+                          "folder of shards")
+    tokenizer_path: str = knob("", "SentencePiece model; default: the one named by the data, "
+                               "else the shipped one")
     compile: bool = knob(True, "0 runs every graph without torch.compile")
     block_kernels: bool = knob(True, "0 runs the blocks through torch.compile also on a Hopper GPU; to compare the two")
     allow_slow: bool = knob(False, "1 lets a CUDA run go on without FlashAttention-3/4 or torch.compile")
@@ -161,7 +167,8 @@ class Config:
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial embedding", 0.0)
     # training
     iterations: int = knob(20000, "step cap; also the schedule's length when MAX_WALLCLOCK_SECONDS=0", 1)
-    max_wallclock_seconds: float = knob(600.0, "training budget, calibration included; 0: schedule by step", 0.0)
+    max_wallclock_seconds: float = knob(600.0, "training budget, calibration included; "
+                                        "0: schedule by step", 0.0)
     gptq_reserve_seconds: float = knob(4.0, "part of the budget kept for calibration", 0.0)
     train_batch_tokens: int = knob(786432, "tokens per optimizer step, always 8 rows", 8)
     train_seq_len: int = knob(2048, "longest attention segment in training; calibration sequence length", 1)
@@ -198,8 +205,8 @@ class Config:
     mlp_clip_sigmas: float = knob(11.5, "MLP: clip range in row standard deviations", 0.1)
     embed_clip_sigmas: float = knob(14.0, "embedding: clip range in row standard deviations", 0.1)
     fill_artifact: bool = knob(False, "1 lowers the clip sigmas until the artifact fills the size limit")
-    rdo_lambda: float = knob(0.0, "0: plain GPTQ; above: trellis rounding, and a share, up to 1, of the way to "
-                             "steps for which a bit buys the same loss in every matrix", 0.0, 1.0)
+    rdo_lambda: float = knob(0.0, "0: plain GPTQ; above: trellis rounding, and a share, up to 1, of the way "
+                             "to steps for which a bit buys the same loss in every matrix", 0.0, 1.0)
     compressor: str = knob("pergroup", "stream layout of the artifact", choices=("pergroup",))
     awq_lite_enabled: bool = knob(True, "protect the most salient column groups [AWQ]")
     awq_lite_bits: int = knob(8, "bits of a protected group", 2, 8)
@@ -238,7 +245,7 @@ class Config:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "Config":
-        """Read every setting from `env`. Raises ConfigError for unknown, misspelt, retired or ill-typed ones."""
+        """Read every setting from `env`; ConfigError for unknown, misspelt, retired or ill-typed ones."""
         kinds = {name.upper(): (name, kind) for name, kind in get_type_hints(cls).items()}
         for key in sorted(env):
             if key in RETIRED_SETTINGS:
@@ -249,7 +256,8 @@ class Config:
                     raise ConfigError(f"{key}={env[key]}: expected {value}, because {reason}; unset it")
             elif key not in kinds:
                 _refuse_misspelt(key, (*kinds, *FIXED_SETTINGS))
-        return cls(**{name: parse_value(key, kind, env[key]) for key, (name, kind) in kinds.items() if key in env})
+        values = {name: parse_value(key, kind, env[key]) for key, (name, kind) in kinds.items() if key in env}
+        return cls(**values)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -258,7 +266,8 @@ class Config:
             if meta["choices"] and value not in meta["choices"]:
                 raise ConfigError(f"{name}={value}: expected one of {list(meta['choices'])}")
             if not isinstance(value, (bool, str)) and not meta["low"] <= value <= meta["high"]:
-                raise ConfigError(f"{name}={value}: expected a value between {meta['low']} and {meta['high']}")
+                raise ConfigError(f"{name}={value}: expected a value between {meta['low']} and "
+                                  f"{meta['high']}")
         self._check_model()
         self._check_lengths()
         self._check_modes()
@@ -278,27 +287,29 @@ class Config:
                       f"ROPE_DIMS must be even and at most the head width {self.head_dim}", "ROPE_DIMS")
         self._require(self.gate_window <= self.model_dim, "GATE_WINDOW must be at most MODEL_DIM",
                       "GATE_WINDOW", "MODEL_DIM")
-        self._require(self.mlp_dim == self.mlp_mult * self.model_dim, "MLP_MULT times MODEL_DIM must be whole",
-                      "MLP_MULT", "MODEL_DIM")
+        self._require(self.mlp_dim == self.mlp_mult * self.model_dim,
+                      "MLP_MULT times MODEL_DIM must be whole", "MLP_MULT", "MODEL_DIM")
         self._require(self.loop_start <= self.loop_end < self.parallel_start_layer <= self.num_layers,
                       "expected LOOP_START <= LOOP_END < PARALLEL_START_LAYER <= NUM_LAYERS",
                       "LOOP_START", "LOOP_END", "PARALLEL_START_LAYER", "NUM_LAYERS")
 
     def _check_lengths(self) -> None:
         self._require(self.train_batch_tokens % (ROWS_PER_STEP * self.train_seq_len) == 0,
-                      f"TRAIN_BATCH_TOKENS must be a multiple of {ROWS_PER_STEP} * TRAIN_SEQ_LEN: one step is "
-                      f"{ROWS_PER_STEP} rows of whole sequences", "TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN")
+                      f"TRAIN_BATCH_TOKENS must be a multiple of {ROWS_PER_STEP} * TRAIN_SEQ_LEN: one step "
+                      f"is {ROWS_PER_STEP} rows of whole sequences", "TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN")
         self._require(self.val_batch_tokens // ROWS_PER_STEP >= self.eval_seq_len,
                       f"VAL_BATCH_TOKENS/{ROWS_PER_STEP} must hold one sequence of EVAL_SEQ_LEN",
                       "VAL_BATCH_TOKENS", "EVAL_SEQ_LEN")
-        self._require(self.ttt_chunk_size < self.ttt_eval_seq_len, "TTT_CHUNK_SIZE must be below TTT_EVAL_SEQ_LEN",
-                      "TTT_CHUNK_SIZE", "TTT_EVAL_SEQ_LEN")
-        self._require(self.phased_ttt_prefix_docs == 0 or self.global_ttt_chunk_tokens >= self.ttt_eval_seq_len,
+        self._require(self.ttt_chunk_size < self.ttt_eval_seq_len,
+                      "TTT_CHUNK_SIZE must be below TTT_EVAL_SEQ_LEN", "TTT_CHUNK_SIZE", "TTT_EVAL_SEQ_LEN")
+        holds_window = self.global_ttt_chunk_tokens >= self.ttt_eval_seq_len
+        self._require(holds_window or self.phased_ttt_prefix_docs == 0,
                       "GLOBAL_TTT_CHUNK_TOKENS must hold one sequence of TTT_EVAL_SEQ_LEN",
                       "GLOBAL_TTT_CHUNK_TOKENS", "TTT_EVAL_SEQ_LEN")
 
     def _check_modes(self) -> None:
-        self._require(self.gptq_reserve_seconds < self.max_wallclock_seconds or self.max_wallclock_seconds == 0,
+        leaves_time = self.gptq_reserve_seconds < self.max_wallclock_seconds
+        self._require(leaves_time or self.max_wallclock_seconds == 0,
                       "GPTQ_RESERVE_SECONDS must be below MAX_WALLCLOCK_SECONDS",
                       "GPTQ_RESERVE_SECONDS", "MAX_WALLCLOCK_SECONDS")
         self._require(self.prequant_only + self.quantize_only + self.ttt_eval_only <= 1,
@@ -316,7 +327,7 @@ class Config:
     row_tokens = property(lambda self: self.train_batch_tokens // ROWS_PER_STEP)
     # Bound on segments in training and plain evaluation; one number, so that both use the same graphs.
     longest_segment = property(lambda self: max(self.train_seq_len, self.eval_seq_len))
-    # Bound on the positions of any row: training and calibration, plain evaluation, test-time training, adaptation.
+    # Bound on the positions of any row: training, plain evaluation, test-time training, base adaptation.
     longest_row = property(lambda self: max(self.row_tokens, self.val_batch_tokens // ROWS_PER_STEP,
                                             self.ttt_eval_seq_len, self.global_ttt_chunk_tokens))
 
@@ -348,7 +359,7 @@ def parse_value(key: str, kind: type, text: str) -> Any:
 
 
 def _refuse_misspelt(key: str, known: Sequence[str]) -> None:
-    """Raise ConfigError if `key`, which names no setting, has a prefix of ours or is nearly one of `known`."""
+    """Raise ConfigError if `key`, which names no setting, has our prefix or is nearly one of `known`."""
     if key.startswith(OWNED_PREFIXES):
         near = difflib.get_close_matches(key, known, 3, 0.6)
         advice = f"; did you mean {' or '.join(near)}?" if near else ""
@@ -755,7 +766,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
 def attend_math(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """Plain causal softmax attention of each segment, query head h reading key/value head h // (H/G); (N, H, K).
+    """Plain causal softmax attention of each segment (N, H, K); query head h reads key/value head h // (H/G).
     cu_seqlens (segments + 1,) int32 ascending from 0 to N; empty segments are allowed."""
     bounds = cu_seqlens.tolist()
     out = []
@@ -775,7 +786,7 @@ def softcap_logits(logits: Tensor, cap_pos: Tensor, cap_neg: Tensor) -> Tensor:
 
 def softcap_loss(hidden_ND: Tensor, tok_emb_VD: Tensor, cap_pos: Tensor, cap_neg: Tensor,
                  targets_N: Tensor) -> Tensor:
-    """Mean nll in nats of the tied, softcapped head; logits and loss fp32. The definition of FusedSoftcapLoss."""
+    """Mean nll in nats of the tied, softcapped head; logits and loss fp32. Defines FusedSoftcapLoss."""
     logits_NV = F.linear(hidden_ND, tok_emb_VD.to(hidden_ND.dtype)).float()
     return F.cross_entropy(softcap_logits(logits_NV, cap_pos, cap_neg), targets_N)
 
@@ -805,7 +816,7 @@ LayerAdapters = namedtuple("LayerAdapters", "q k v o mlp", defaults=[None] * 5)
 
 
 class LayerWeights(NamedTuple):
-    """Views of one layer's parameters, fp32. A field added here is a parameter (L, ...) of GPT of the same name."""
+    """Views of one layer's parameters, fp32. Each field is a parameter (L, ...) of GPT of the same name."""
     wq: Tensor              # (D, D)
     wk: Tensor              # (G*K, D)
     wv: Tensor              # (G*K, D)
@@ -833,9 +844,9 @@ class Packing(NamedTuple):
     gate_scale: float
 
 
-Tap = Callable[[int, str, Tensor], None]                  # (layer, "qkv" | "o" | "up" | "down", that matrix's input)
-LayerTap = Callable[[str, Tensor], None]                  # a Tap that knows its layer
-Skip = tuple[Tensor, Tensor, Tensor] | None               # (kept encoder output, weight, gate)
+Tap = Callable[[int, str, Tensor], None]        # (layer, "qkv" | "o" | "up" | "down", that matrix's input)
+LayerTap = Callable[[str, Tensor], None]        # a Tap that knows its layer
+Skip = tuple[Tensor, Tensor, Tensor] | None     # (kept encoder output, weight, gate)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -860,14 +871,16 @@ def blend_skip(x: Tensor, skip: Skip) -> Tensor:
     return (1 - a) * (weight.to(x.dtype) * saved) + a * x
 
 
-def mix_and_norm(x: Tensor, x0: Tensor, skip: Skip, resid_mix: Tensor, ln_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(z, n): the residual stream after skip blend and mix with x0, and its scaled norm, what a sub-layer reads."""
+def mix_and_norm(x: Tensor, x0: Tensor, skip: Skip, resid_mix: Tensor,
+                 ln_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(z, n): the residual stream after skip blend and mix with x0, and its scaled norm for a sub-layer."""
     mix = resid_mix.to(x.dtype)
     z = mix[0] * blend_skip(x, skip) + mix[1] * x0
     return z, ln_scale.to(x.dtype) * rms_norm(z)
 
 
-def prepare_qk(q_BTHK: Tensor, k_BTGK: Tensor, q_gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def prepare_qk(q_BTHK: Tensor, k_BTGK: Tensor, q_gain: Tensor, cos: Tensor,
+               sin: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys as attention takes them: normed per head, rotated, queries times their head's gain.
     fp32 inside, results in the dtype of the input."""
     q = rotate(rms_norm(q_BTHK.float()), cos, sin) * q_gain[:, None]
@@ -877,8 +890,8 @@ def prepare_qk(q_BTHK: Tensor, k_BTGK: Tensor, q_gain: Tensor, cos: Tensor, sin:
 
 def remove_own_value(y_BTHK: Tensor, v_BTGK: Tensor, n_BTD: Tensor, xsa_alpha: Tensor, attn_gate: Tensor,
                      gate_scale: float) -> Tensor:
-    """What each head saw, without its share along the token's own value [XSA], times the head's sparse gate, which
-    reads the first channels of n. fp32 inside; (B, T, D) in the dtype of n."""
+    """What each head saw, without its share along the token's own value [XSA], times the head's sparse gate,
+    which reads the first channels of n. fp32 inside; (B, T, D) in the dtype of n."""
     B, T, H, K = y_BTHK.shape
     G = v_BTGK.shape[2]
     y = y_BTHK.reshape(B, T, G, H // G, K).float()
@@ -896,7 +909,7 @@ def leaky_square(z: Tensor) -> Tensor:
 
 def attention(n_BTD: Tensor, w: LayerWeights, packing: Packing, adapters: LayerAdapters,
               tap: LayerTap | None) -> Tensor:
-    """Attention sub-layer of a normed and scaled input: GQA with QK norm, gated XSA and a sparse output gate."""
+    """Attention sub-layer of a normed and scaled input: GQA, QK norm, gated XSA and a sparse output gate."""
     B, T, D = n_BTD.shape
     dtype = n_BTD.dtype
     kv_dim, H = w.wk.shape[0], w.q_gain.shape[0]
@@ -925,16 +938,17 @@ def mlp(n_BTD: Tensor, w: LayerWeights, adapters: LayerAdapters, tap: LayerTap |
     return adapted(F.linear(act, w.w_down.to(n_BTD.dtype)), n_BTD, adapters.mlp)
 
 
-def embed(tokens_BT: Tensor, tok_emb: Tensor, smear_w: Tensor, smear_lambda: Tensor, dtype: torch.dtype) -> Tensor:
-    """Normed embedding after SmearGate, which adds a gated copy of the previous token's unless this one is BOS."""
+def embed(tokens_BT: Tensor, tok_emb: Tensor, smear_w: Tensor, smear_lambda: Tensor,
+          dtype: torch.dtype) -> Tensor:
+    """Normed embedding after SmearGate, which adds a gated copy of the previous one unless this is BOS."""
     e = F.embedding(tokens_BT, tok_emb).to(dtype)
     gate = smear_lambda * torch.sigmoid((e[..., :len(smear_w)].float() * smear_w).sum(-1, keepdim=True))
     gate = (gate * (tokens_BT != BOS)[..., None]).to(dtype)
     return rms_norm(e + gate * F.pad(e[:, :-1], (0, 0, 1, 0)))
 
 
-def serial_block(x: Tensor, x0: Tensor, skip: Skip, w: LayerWeights, packing: Packing, adapters: LayerAdapters,
-                 tap: LayerTap | None = None) -> Tensor:
+def serial_block(x: Tensor, x0: Tensor, skip: Skip, w: LayerWeights, packing: Packing,
+                 adapters: LayerAdapters, tap: LayerTap | None = None) -> Tensor:
     """Attention, then MLP, on one residual stream (B, T, D)."""
     dtype = x.dtype
     z, n = mix_and_norm(x, x0, skip, w.resid_mix, w.ln_scale)
@@ -964,8 +978,9 @@ def finish(lane0: Tensor, lane1: Tensor) -> Tensor:
 
 def score_tokens(hidden_ND: Tensor, tok_emb: Tensor, cap_pos: Tensor, cap_neg: Tensor, targets_N: Tensor,
                  hints_N: Tensor, delta_NV: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(nll of the target, log-probability of the hinted token), both (N,) fp32, over the full vocabulary; delta_NV is
-    an adapter's addition to the raw logits. The product rounds to the compute dtype, the rest is fp32."""
+    """(nll of the target, log-probability of the hinted token), both (N,) fp32, over the full vocabulary;
+    delta_NV is an adapter's addition to the raw logits. The product rounds to the compute dtype, the rest is
+    fp32."""
     logits = F.linear(hidden_ND, tok_emb.to(hidden_ND.dtype)).float()
     if delta_NV is not None:
         logits = logits + delta_NV.float()
@@ -978,17 +993,19 @@ def row_gradients(model: GPT, row: Row, *, looping: bool, segment_cap: int,
                   weights: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean loss in nats of one training row (0-d fp32, detached) and its gradient by parameter name.
 
-    The gradients, fp32 in their parameter's shape and contiguous, belong to the caller, who may change them. Frozen
-    parameters and those that the loss does not depend on are absent. segment_cap bounds the segments' lengths.
-    weights (T,) fp32: the loss is the sum of the tokens' losses times these, in place of their mean.
+    The gradients, fp32 in their parameter's shape and contiguous, belong to the caller, who may change them.
+    Frozen parameters and those that the loss does not depend on are absent. segment_cap bounds the segments'
+    lengths. weights (T,) fp32: the loss is the sum of the tokens' losses times these, in place of their mean.
     """
     # The number of documents in a row varies; only the attention kernel sees it.
     segments = mark_varying(row.cu_seqlens, 0)
     if weights is None:
         loss = model.loss(row.inputs, row.targets, segments, looping=looping, segment_cap=segment_cap)
     else:
-        hidden = model(row.inputs[None], looping=looping, segments=(segments, segment_cap), ops=model.ops.plain())[0]
-        nll, _ = score_tokens(hidden, model.tok_emb, model.softcap_pos, model.softcap_neg, row.targets, row.targets)
+        hidden = model(row.inputs[None], looping=looping, segments=(segments, segment_cap),
+                       ops=model.ops.plain())[0]
+        nll, _ = score_tokens(hidden, model.tok_emb, model.softcap_pos, model.softcap_neg, row.targets,
+                              row.targets)
         loss = (nll * weights).sum()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
@@ -1002,9 +1019,9 @@ def hidden_states(model: GPT, tokens_BT: Tensor, *, looping: bool, segments: tup
 
 
 class Ops(NamedTuple):
-    """Everything heavy that the model runs: the plain definitions, unless choose_ops(run) put faster ones in place.
-    GPT.forward, loss and score call these and nothing else that takes time; training takes a row's gradients from
-    row_gradients alone, so that an Ops may replace forward and backward by something that knows no autograd."""
+    """Everything heavy that the model runs: the plain definitions, unless choose_ops(run) found faster ones.
+    GPT.forward, loss and score call these and nothing else that takes time; training takes a row's gradients
+    from row_gradients alone, so that an Ops may replace forward and backward by what knows no autograd."""
     attend: Attend = attend_math
     embed: Callable[..., Tensor] = embed
     serial: Callable[..., Tensor] = serial_block
@@ -1016,12 +1033,12 @@ class Ops(NamedTuple):
     hidden: Callable[..., Tensor] = hidden_states
 
     def plain(self) -> Ops:
-        """The plain functions on the same attention and loss kernels: for taps, and for work too short to compile."""
+        """The plain functions on the same attention and loss: for taps, and for work too short to compile."""
         return Ops(attend=self.attend, loss=self.loss)
 
 
 def execution_order(cfg: Config, looping: bool) -> tuple[list[int], list[int]]:
-    """Layer indices in order of execution, split in encoder (whose outputs are kept) and decoder (which takes them)."""
+    """Layers in order of execution: encoder (whose outputs are kept) and decoder (which takes them)."""
     loop = list(range(cfg.loop_start, cfg.loop_end + 1))
     passes = 1 + cfg.num_loops if looping else 1
     order = [*range(cfg.loop_start), *loop * passes, *range(cfg.loop_end + 1, cfg.num_layers)]
@@ -1039,7 +1056,7 @@ class Execution(NamedTuple):
 
 
 def execution_plan(cfg: Config, looping: bool) -> list[Execution]:
-    """Every execution of a forward pass in order. The decoder takes the encoder's outputs, the last one first."""
+    """Every execution of a forward pass in order. The decoder takes the encoder's outputs, last one first."""
     encoder, decoder = execution_order(cfg, looping)
     last = len(encoder) - 1
     plan = [Execution(layer, layer >= cfg.parallel_start_layer, True, None, None) for layer in encoder]
@@ -1059,8 +1076,8 @@ class GPT(nn.Module):
     """Weights of the model and the order in which the blocks run.
 
     Banks hold one matrix per layer: wq, wo (L, D, D), wk, wv (L, G*K, D), w_up (L, F, D), w_down (L, D, F).
-    All parameters are fp32; `compute_dtype` is the dtype of activations and of every matrix product; `ops` are the
-    functions that every forward pass, loss and score runs on unless it is given others.
+    All parameters are fp32; `compute_dtype` is the dtype of activations and of every matrix product; `ops`
+    are the functions that every forward pass, loss and score runs on unless it is given others.
     """
 
     def __init__(self, cfg: Config, compute_dtype: torch.dtype = torch.float32, ops: Ops = Ops()) -> None:
@@ -1118,8 +1135,8 @@ class GPT(nn.Module):
                 ops: Ops | None = None, sizes_vary: bool = False) -> Tensor:
         """Final normed hidden states (B, T, D) in the compute dtype.
 
-        segments    (cu_seqlens, longest segment) of a flat row (B = 1); None: each row is one causal sequence.
-        adapters    one LayerAdapters per layer execution; with them the weights are constants without gradients.
+        segments    (cu_seqlens, longest segment) of a flat row (B = 1); None: a row is one causal sequence.
+        adapters    one LayerAdapters per layer execution; with them the weights are constants, no gradients.
         tap         called with (layer, "qkv" | "o" | "up" | "down", input of that matrix); needs plain ops.
         ops         functions to run on in place of the model's own.
         sizes_vary  tells the compiler that B and T change from call to call (test-time training).
@@ -1128,13 +1145,14 @@ class GPT(nn.Module):
         B, T = tokens_BT.shape
         if T > self.rope.shape[1]:
             raise ValueError(f"expected rows of at most {self.rope.shape[1]:,} tokens, the longest of this "
-                             f"configuration (Config.longest_row), found {T:,}; build the model for longer rows")
+                             f"configuration, found {T:,}; raise a setting behind Config.longest_row")
         if segments is None:
             segments = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=tokens_BT.device), T
         cu_seqlens, max_seqlen = segments
         vary = mark_varying if sizes_vary else lambda x, *dims: x
         cos, sin = (vary(table[:T], 0) for table in self.rope.unbind())
-        packing = Packing(vary(cu_seqlens, 0), max_seqlen, cos, sin, ops.attend, self.cfg.sparse_attn_gate_scale)
+        gate_scale = self.cfg.sparse_attn_gate_scale
+        packing = Packing(vary(cu_seqlens, 0), max_seqlen, cos, sin, ops.attend, gate_scale)
         banks = {name: p if adapters is None else p.detach() for name, p in self.named_parameters()}
         layers = self.layer_weights(banks)
         skip_weights, skip_gates = banks["skip_weights"].unbind(), banks["skip_gates"].unbind()
@@ -1142,15 +1160,15 @@ class GPT(nn.Module):
 
         x0 = ops.embed(vary(tokens_BT, 0, 1), banks["tok_emb"], banks["smear_w"], banks["smear_lambda"],
                        self.compute_dtype)
-        # A copy: the compiler builds one more variant of a block for arguments that are one tensor or views of one.
+        # A copy: the compiler builds one more variant of a block for arguments that share memory.
         lane0 = x0.clone()
         if adapters is None:
             adapters = [LayerAdapters()] * len(plan)
         else:
-            lane0.requires_grad_()                         # one variant of the first block less: it has a gradient too
+            lane0.requires_grad_()                         # like every later one: one variant to compile
         lane1: Tensor | None = None                        # until the lanes part
         vary(x0, 0, 1)
-        kept: dict[int, Tensor] = {}                       # encoder outputs by slot, until the decoder takes them
+        kept: dict[int, Tensor] = {}                       # encoder outputs by slot, until they are taken
         for slot, execution in enumerate(plan):
             weights = layers[execution.layer]
             layer_tap = None if tap is None else functools.partial(tap, execution.layer)
@@ -1161,7 +1179,8 @@ class GPT(nn.Module):
             vary(lane0, 0, 1)
             if execution.is_parallel:
                 lane1 = vary(lane0.clone() if lane1 is None else lane1, 0, 1)
-                lane0, lane1 = ops.parallel(lane0, lane1, x0, skip, weights, packing, adapters[slot], layer_tap)
+                lane0, lane1 = ops.parallel(lane0, lane1, x0, skip, weights, packing, adapters[slot],
+                                            layer_tap)
             else:
                 lane0 = ops.serial(lane0, x0, skip, weights, packing, adapters[slot], layer_tap)
             if execution.is_kept:
@@ -1178,8 +1197,8 @@ class GPT(nn.Module):
 
     def score(self, hidden_ND: Tensor, targets_N: Tensor, hints_N: Tensor | None = None,
               delta_NV: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(nll of targets, log-probability of hints) of hidden states; without hints the second equals -nll. With an
-        adapter's delta_NV the weights are constants without gradients."""
+        """(nll of targets, log-probability of hints) of hidden states; without hints the second equals -nll.
+        With an adapter's delta_NV the weights are constants without gradients."""
         hints_N = targets_N.clone() if hints_N is None else hints_N
         head = self.tok_emb, self.softcap_pos, self.softcap_neg
         if delta_NV is not None:
@@ -1251,13 +1270,14 @@ def route_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     listed = [name for names in PARAMETER_TABLE.values() for name in names]
     if sorted(listed) != sorted(named):
         raise ValueError(f"PARAMETER_TABLE must list every parameter exactly once; missing "
-                         f"{sorted(named.keys() - set(listed))}, unknown {sorted(set(listed) - named.keys())}, "
+                         f"{sorted(named.keys() - set(listed))}, "
+                         f"unknown {sorted(set(listed) - named.keys())}, "
                          f"repeated {sorted({name for name in listed if listed.count(name) > 1})}")
     return {group: [named[name] for name in names] for group, names in PARAMETER_TABLE.items()}
 
 
 def polar_express(G: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Orthogonalize the matrices in the last two axes: singular values near one, same singular vectors [PE]."""
+    """Orthogonalize the matrices of the last two axes: singular values near one, vectors kept [PE]."""
     X = G.to(dtype)
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X
@@ -1270,17 +1290,17 @@ def polar_express(G: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) ->
 
 class Muon:
     """Momentum, row normalization and orthogonalization of matrix banks, sharded over ranks [Muon].
-    Parameters (L, rows, cols) of one matrix shape form a bank; its matrices are dealt to the ranks in equal shares
-    (padded with zeros), so every rank keeps the momentum of its own share only. Gradients are reduced in fp32,
-    updates gathered in the compute dtype."""
+    Parameters (L, rows, cols) of one matrix shape form a bank; its matrices are dealt to the ranks in equal
+    shares (padded with zeros), so every rank keeps the momentum of its own share only. Gradients are reduced
+    in fp32, updates gathered in the compute dtype."""
 
-    def __init__(self, params: Sequence[nn.Parameter], run: Run, weight_decay: float = 0.0, backend_steps: int = 5,
-                 row_normalize: bool = True) -> None:
+    def __init__(self, params: Sequence[nn.Parameter], run: Run, weight_decay: float = 0.0,
+                 backend_steps: int = 5, row_normalize: bool = True) -> None:
         self.run, self.weight_decay = run, weight_decay
         self.backend_steps, self.row_normalize = backend_steps, row_normalize
         shapes = dict.fromkeys(tuple(p.shape[-2:]) for p in params)
         self.banks = [[p for p in params if tuple(p.shape[-2:]) == shape] for shape in shapes]
-        self.banks.sort(key=lambda bank: -sum(p.numel() for p in bank))      # the largest reduction starts first
+        self.banks.sort(key=lambda bank: -sum(p.numel() for p in bank))    # the largest reduction goes first
         self.momentum_buffers: list[Tensor | None] = [None] * len(self.banks)
 
     def reset(self) -> None:
@@ -1298,7 +1318,9 @@ class Muon:
     def step(self, grads: dict[nn.Parameter, Tensor], lr: float, momentum: float) -> None:
         """Apply one update from this rank's gradients; the average over ranks is taken here."""
         # 1. launch all reductions
-        reductions = [_reduce_scatter_mean(self.run, torch.cat([grads[p] for p in bank])) for bank in self.banks]
+        reductions = []
+        for bank in self.banks:
+            reductions.append(_reduce_scatter_mean(self.run, torch.cat([grads[p] for p in bank])))
         gathers = []
         for index, (shard, wait) in enumerate(reductions):            # 2. update the own share
             wait()
@@ -1316,7 +1338,7 @@ class Muon:
 
 
 def _reduce_scatter_mean(run: Run, full: Tensor) -> tuple[Tensor, Callable[[], Any]]:
-    """This rank's share of the mean of `full` (L, rows, cols) over ranks, and a function to call before reading it."""
+    """This rank's share of the mean over ranks of `full` (L, rows, cols); call the second before reading."""
     if run.world_size == 1:
         return full, lambda: None
     full = F.pad(full, (0, 0, 0, 0, 0, -len(full) % run.world_size)).div_(run.world_size)
@@ -1337,11 +1359,11 @@ def _all_gather(run: Run, shard: Tensor) -> tuple[Tensor, Callable[[], Any]]:
 
 
 class Optimizer:
-    """One optimizer step: every row's gradient is clipped by itself, rows are averaged, then Muon and AdamW run."""
+    """One optimizer step: each row's gradient is clipped by itself, rows are averaged, Muon and AdamW run."""
 
     def __init__(self, cfg: Config, run: Run, model: GPT) -> None:
         self.cfg, self.run, self.model = cfg, run, model
-        # Frozen parameters (the caps, in tests of the reference's symmetric loss) take no part in the norm either.
+        # Frozen parameters (the caps, in tests of the reference's symmetric loss) do not count in the norm.
         groups = {}
         for group, params in route_parameters(model).items():
             groups[group] = [p for p in params if p.requires_grad]
@@ -1354,7 +1376,8 @@ class Optimizer:
         self.base_lr = {"embed": cfg.tied_embed_lr, "scalar": cfg.scalar_lr, "softcap": cfg.scalar_lr}
         weight_decay = {"embed": cfg.embed_wd, "scalar": cfg.adam_wd, "softcap": 0.0}
         self.adamw = torch.optim.AdamW(
-            [{"params": groups[name], "name": name, "weight_decay": weight_decay[name]} for name in self.base_lr],
+            [{"params": groups[name], "name": name, "weight_decay": weight_decay[name]}
+             for name in self.base_lr],
             betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
         self.grad_sum: list[Tensor] = []
         self.num_rows = 0
@@ -1368,13 +1391,14 @@ class Optimizer:
 
     @torch.no_grad()
     def add_row(self, grads: Mapping[str, Tensor]) -> Tensor:
-        """Take over the gradient of one row's mean loss by parameter name, clipped to GRAD_CLIP_NORM (in place).
-        Returns its norm before clipping (0-d tensor). Raises ValueError for a parameter without gradient, unless the
-        model's shape leaves it unused."""
+        """Take over the gradient of one row's mean loss by parameter name, clipped to GRAD_CLIP_NORM (in
+        place). Returns its norm before clipping (0-d tensor). Raises ValueError for a parameter without
+        gradient, unless the model's shape leaves it unused."""
         missing = sorted(set(self.names) - grads.keys() - self.unused)
         if missing:
-            raise ValueError(f"expected a gradient of every trained parameter, found none of {missing}; the loss does "
-                             "not depend on them: use them, remove them, or list them in unused_parameters")
+            raise ValueError(f"expected a gradient of every trained parameter, found none of {missing}; the "
+                             "loss does not depend on them: use them, remove them, or list them in "
+                             "unused_parameters")
         row = []
         for name, p in zip(self.names, self.params):
             row.append(grads[name] if name in grads else torch.zeros_like(p))
@@ -1408,14 +1432,14 @@ class Optimizer:
 # --- 7 training ---------------------------------------------------------------------------------------------
 # Compile warm-up that leaves nothing behind, the step, and a wall-clock stop all ranks agree on.
 
-LOG_FIRST = 5                # steps that are all logged; then every tenth of the first hundred, then every fiftieth
+LOG_FIRST = 5                # steps that are all logged; then every tenth up to LOG_EARLY, then every 50th
 LOG_EVERY_EARLY, LOG_EARLY = 10, 100
 LOG_EVERY = 50
 WARMUP_SEGMENT_PADS = (64, 128, 192, 256)        # padded cu_seqlens lengths of ordinary rows
 
 
 class StepClock:
-    """Rank 0's training clock. The host runs at most one step ahead of the GPU, so reading it stalls nothing."""
+    """Rank 0's training clock. The host runs at most one step ahead of the GPU: reading it stalls nothing."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.timer = run, Timer(run)
@@ -1443,8 +1467,9 @@ class StepClock:
         return last[-1] + len(self.events) * (last[-1] - last[0]) if self.ends else 0.0
 
 
-def plan_step(cfg: Config, step: int, clock_s: float, step_s: float, calibration_s: float) -> tuple[float, bool]:
-    """(progress, stop?) before step `step` that may begin at clock_s, may last step_s, and leaves calibration."""
+def plan_step(cfg: Config, step: int, clock_s: float, step_s: float,
+              calibration_s: float) -> tuple[float, bool]:
+    """(progress, stop?) before step `step` that begins at clock_s and may last step_s, then calibration."""
     if cfg.max_wallclock_seconds == 0:
         return step / cfg.iterations, False
     progress = clock_s / (cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds)
@@ -1453,10 +1478,11 @@ def plan_step(cfg: Config, step: int, clock_s: float, step_s: float, calibration
 
 def train_rows(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, loader: PackingLoader, rows: int,
                looping: bool) -> Tensor:
-    """Add the gradients of this rank's next rows to the optimizer's. Returns the sum of the rows' mean losses."""
+    """Add the gradients of this rank's next rows to the optimizer's. Returns the sum of their mean losses."""
     total = torch.zeros((), device=run.device)
     for _ in range(rows):
-        loss, grads = model.ops.row_gradients(model, next(loader), looping=looping, segment_cap=cfg.longest_segment)
+        loss, grads = model.ops.row_gradients(model, next(loader), looping=looping,
+                                              segment_cap=cfg.longest_segment)
         optimizer.add_row(grads)
         total += loss
     return total
@@ -1482,9 +1508,9 @@ def estimate_calibration(cfg: Config, run: Run, data: Dataset, model: GPT) -> fl
 
 
 def warm_up(cfg: Config, run: Run, data: Dataset, model: GPT, optimizer: Optimizer) -> float:
-    """Compile and run every training graph, then put everything back. Returns the seconds calibration will take."""
+    """Compile and run every training graph, then put everything back. Returns seconds of calibration."""
     timer = Timer(run)
-    before = WeightAverage(model, decay=1.0)              # an average that is never updated: a copy to go back to
+    before = WeightAverage(model, decay=1.0)              # never updated: a copy to go back to
     rng = torch.get_rng_state(), torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None
     loader = make_loader(cfg, run, data)
     for looping, name in ((False, "warmup_step"), (True, "loop_warmup_step")):
@@ -1510,7 +1536,8 @@ def warm_up(cfg: Config, run: Run, data: Dataset, model: GPT, optimizer: Optimiz
 
 
 def make_loader(cfg: Config, run: Run, data: Dataset) -> PackingLoader:
-    return PackingLoader(data.train, cfg.row_tokens, cfg.train_seq_len, run.rank, run.world_size, run.device, run.log)
+    return PackingLoader(data.train, cfg.row_tokens, cfg.train_seq_len, run.rank, run.world_size, run.device,
+                         run.log)
 
 
 def is_logged(cfg: Config, done: int) -> bool:
@@ -1525,15 +1552,16 @@ def log_step(cfg: Config, run: Run, done: int, loss: Tensor, elapsed_s: float) -
     run.log(f"{done}/{cfg.iterations} train_loss: {mean_loss:.4f} train_time: {elapsed_s / 60:.1f}m "
             f"tok/s: {done * cfg.train_batch_tokens / elapsed_s:.0f}")
     if not math.isfinite(mean_loss):
-        raise RuntimeError(f"train_loss is {mean_loss} after step {done}; the run has diverged, lower MATRIX_LR or "
-                           "check the data")
+        raise RuntimeError(f"train_loss is {mean_loss} after step {done}; the run has diverged, lower "
+                           "MATRIX_LR or check the data")
 
 
 def log_speed(cfg: Config, run: Run, steps: int, train_s: float, loop_on: tuple[int, float] | None) -> None:
     """Speed before and after looping began, at (step, second) loop_on, and the peak of GPU memory."""
     loop_step, loop_s = loop_on or (steps, train_s)
     speeds = ""
-    for name, count, seconds in (("loops_off", loop_step, loop_s), ("loops_on", steps - loop_step, train_s - loop_s)):
+    halves = ("loops_off", loop_step, loop_s), ("loops_on", steps - loop_step, train_s - loop_s)
+    for name, count, seconds in halves:
         if count:
             speeds += (f"{name}_tok_per_s:{count * cfg.train_batch_tokens / seconds:.0f} "
                        f"{name}_step_ms:{1000 * seconds / count:.1f} ")
@@ -1544,7 +1572,7 @@ def log_speed(cfg: Config, run: Run, steps: int, train_s: float, loop_on: tuple[
 
 
 def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
-    """Train until the budget or ITERATIONS ends and leave the averaged weights in the model. Returns train seconds."""
+    """Train to the end of the budget or ITERATIONS; the model keeps the average. Returns seconds."""
     optimizer = Optimizer(cfg, run, model)
     if cfg.max_wallclock_seconds:
         run.log(f"gptq:reserving {cfg.gptq_reserve_seconds:g}s, effective="
@@ -1577,15 +1605,17 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
             log_step(cfg, run, step + 1, loss, time.perf_counter() - clock.timer.start)
     steps = step if stop else cfg.iterations
     if not steps:
-        raise ConfigError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} leaves no time for a step beside "
-                          f"{calibration_s:.1f} s of calibration; raise it or lower GPTQ_CALIBRATION_BATCHES")
+        raise ConfigError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} leaves no time for a step "
+                          f"beside {calibration_s:.1f} s of calibration; raise it or lower "
+                          "GPTQ_CALIBRATION_BATCHES")
     train_s = clock.timer.seconds()
     loader.close()
     if cfg.num_loops and loop_on is None:
-        run.log('train warning:"looping never began, yet evaluation loops; train longer, lower ENABLE_LOOPING_AT, or '
-                f'set NUM_LOOPS=0" enable_looping_at:{cfg.enable_looping_at:g}')
+        run.log('train warning:"looping never began, yet evaluation loops; train longer, lower '
+                f'ENABLE_LOOPING_AT, or set NUM_LOOPS=0" enable_looping_at:{cfg.enable_looping_at:g}')
     if stop:
-        run.log(f"stopping_early: wallclock_cap train_time: {1000 * train_s:.0f}ms step: {steps}/{cfg.iterations}")
+        run.log(f"stopping_early: wallclock_cap train_time: {1000 * train_s:.0f}ms "
+                f"step: {steps}/{cfg.iterations}")
     log_speed(cfg, run, steps, train_s, loop_on)
     run.log("ema:applying EMA weights")
     average.apply()
@@ -3275,9 +3305,11 @@ def _load_flash_attention_4() -> Attend:
 
     # Custom ops with fake implementations keep torch.compile from looking inside the kernel library.
     @torch.library.custom_op("golf::fa4_fwd", mutates_args=())
-    def fa4_fwd(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
-        out, lse = _flash_attn_fwd(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
-                                   max_seqlen_k=max_seqlen, causal=True, return_lse=True)[:2]
+    def fa4_fwd(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor,
+                max_seqlen: int) -> tuple[Tensor, Tensor]:
+        out, lse = _flash_attn_fwd(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+                                   max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, causal=True,
+                                   return_lse=True)[:2]
         return out, lse
 
     @fa4_fwd.register_fake
@@ -3288,7 +3320,8 @@ def _load_flash_attention_4() -> Attend:
     def fa4_bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
                 max_seqlen: int) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = _flash_attn_bwd(q, k, v, out, dout, lse, causal=True, cu_seqlens_q=cu_seqlens,
-                                     cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)[:3]
+                                     cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
+                                     max_seqlen_k=max_seqlen)[:3]
         return dq, dk, dv
 
     @fa4_bwd.register_fake
@@ -3311,46 +3344,51 @@ def _load_flash_attention_4() -> Attend:
 
 
 def flash_attention_4_kernel() -> AttentionKernel:
-    """FlashAttention-4 without autograd. Each query head gets its own copy of its key/value head: then the kernel needs
-    neither zeros to add to nor a pass that sums over heads (measured on an H100, 98,304 tokens in segments of at most
-    2,048: 0.48 ms forward, 1.04 ms backward; with grouped heads 0.47 and 1.32)."""
+    """FlashAttention-4 without autograd. Each query head gets its own copy of its key/value head: then the
+    kernel needs neither zeros to add to nor a pass that sums over heads (measured on an H100, 98,304 tokens
+    in segments of at most 2,048: 0.48 ms forward, 1.04 ms backward; with grouped heads 0.47 and 1.32)."""
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
-        y, lse = _flash_attn_fwd(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
-                                 max_seqlen_k=max_seqlen, causal=True, return_lse=True)[:2]
+    def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor,
+                                                                                               Tensor]:
+        y, lse = _flash_attn_fwd(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+                                 max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, causal=True,
+                                 return_lse=True)[:2]
         return y, lse
 
     def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu_seqlens: Tensor,
                  max_seqlen: int) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = _flash_attn_bwd(q, k, v, y, dy, lse, causal=True, cu_seqlens_q=cu_seqlens,
-                                     cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)[:3]
+                                     cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
+                                     max_seqlen_k=max_seqlen)[:3]
         return dq, dk, dv
     return AttentionKernel(forward, backward, repeats_kv=True)
 
 
 def choose_attention(run: Run) -> tuple[Attend, AttentionKernel]:
-    """The fastest backend that works here, logged with the reason, with and without autograd; a slow one on CUDA needs
-    ALLOW_SLOW=1."""
+    """The fastest backend that works here, logged with the reason, with and without autograd; a slow one on
+    CUDA needs ALLOW_SLOW=1."""
     if run.device.type == "cpu":
         run.log('attention backend:math reason:"no GPU"')
         return attend_math, autograd_attention(attend_math)
     capability = torch.cuda.get_device_capability(run.device)
     refused = []
-    for name, load in (("flash_attention_3", _load_flash_attention_3), ("flash_attention_4", _load_flash_attention_4)):
+    backends = {"flash_attention_3": _load_flash_attention_3, "flash_attention_4": _load_flash_attention_4}
+    for name, load in backends.items():
         try:
             if capability < (9, 0) or (load is _load_flash_attention_3 and capability[0] != 9):
                 raise ImportError(f"needs compute capability 9.0, found {capability[0]}.{capability[1]}")
             attend = load()
             kernel = flash_attention_4_kernel() if load is _load_flash_attention_4 else autograd_attention(attend)
-        except (ImportError, OSError, AttributeError, RuntimeError, TypeError) as error:      # half-matching packages
+        except (ImportError, OSError, AttributeError, RuntimeError, TypeError) as error:
+            # Packages whose halves do not match fail in all of these ways.
             refused.append(f"{name}: {error}")
             continue
         run.log(f'attention backend:{name} reason:"{"; ".join(refused) or "first choice"}"')
         return attend, kernel
     if not run.cfg.allow_slow:
-        raise ConfigError(f"no fast attention kernel ({'; '.join(refused)}); install requirements-gpu.txt, or set "
-                          "ALLOW_SLOW=1 to run with torch's FlashAttention-2")
+        raise ConfigError(f"no fast attention kernel ({'; '.join(refused)}); install requirements-gpu.txt, "
+                          "or set ALLOW_SLOW=1 to run with torch's FlashAttention-2")
     run.log(f'attention backend:torch_varlen reason:"{"; ".join(refused)}"')
     return attend_torch_varlen, autograd_attention(attend_torch_varlen)
 
@@ -4703,7 +4741,7 @@ def trellis_round(x: Tensor, limit: Tensor) -> Tensor:
 # --- 17 compilation -----------------------------------------------------------------------------------------
 # One place that selects and logs every fast path of the model; torch.compile, and sizes that may vary.
 
-RECOMPILE_LIMIT = 64         # variants of one block: with and without skip, gradient and adapters, and their sizes
+RECOMPILE_LIMIT = 64         # variants of one block: with and without skip, gradient, adapters; their sizes
 
 
 def mark_varying(x: Tensor, *dims: int) -> Tensor:
@@ -4715,8 +4753,8 @@ def mark_varying(x: Tensor, *dims: int) -> Tensor:
 
 
 def choose_ops(run: Run) -> Ops:
-    """The fastest functions that work here, each choice logged with its reason. Raises ConfigError where a fast path
-    is missing on a GPU and ALLOW_SLOW=0."""
+    """The fastest functions that work here, each choice logged with its reason. Raises ConfigError where a
+    fast path is missing on a GPU and ALLOW_SLOW=0."""
     cfg = run.cfg
     is_gpu = run.device.type == "cuda"
     attend, attention = choose_attention(run)
@@ -4783,11 +4821,11 @@ def choose_loss(run: Run) -> Callable[..., Tensor]:
 
 def compile_ops(ops: Ops, whole_graphs: bool) -> Ops:
     """`ops` with its blocks, embedding, last norm and scores compiled. Sizes are static unless marked with
-    mark_varying. Blocks are compiled one by one and shared by all layers: eleven times less to compile than the whole
-    model. Without whole_graphs a graph may break, which CPUs need: their attention loops over segments in Python.
+    mark_varying. Blocks are compiled one by one and shared by all layers: eleven times less to compile than
+    the whole model. Without whole_graphs a graph may break, as on CPUs, where attention is a loop.
 
-    The compiler's limit on variants is a setting of the process (one per function needs torch 2.13); this raises it
-    to RECOMPILE_LIMIT, and nothing else in this file changes the compiler's settings."""
+    The compiler's limit on variants is a setting of the process (one per function needs torch 2.13); this
+    raises it to RECOMPILE_LIMIT, and nothing else in this file changes the compiler's settings."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     compiled = {}
     for name in ("embed", "serial", "parallel", "finish", "score"):

@@ -60,22 +60,46 @@ def tiny_config(**changes: Any) -> gpt.Config:
     return gpt.Config(**{**TINY, **changes})
 
 
-def archive_config(weights: Mapping[str, np.ndarray], forward: Mapping[str, np.ndarray], **changes: Any) -> gpt.Config:
-    """The configuration of the reduced model, every size from the archives."""
+def archive_config(weights: Mapping[str, np.ndarray], forward: Mapping[str, np.ndarray], longest_row: int = 0,
+                   **changes: Any) -> gpt.Config:
+    """The configuration of the reduced model, every size from the archives; rows may have longest_row tokens."""
+    sequences = -(-max(longest_row, len(forward["tokens_in"])) // TINY["train_seq_len"])
     vocab_size, model_dim = weights["tok_emb"].shape
     sizes = dict(
         vocab_size=vocab_size, model_dim=model_dim, num_layers=len(weights["wq"]), num_heads=int(forward["n_heads"]),
         num_kv_heads=int(forward["n_kv_heads"]), mlp_mult=weights["w_up"].shape[1] / model_dim,
         rope_dims=int(forward["rope_dims"]), gate_window=int(forward["gate_window"]), num_loops=int(forward["n_loops"]),
         loop_start=int(forward["loop_start"]), loop_end=int(forward["loop_end"]),
-        parallel_start_layer=int(forward["parallel_start"]))
+        parallel_start_layer=int(forward["parallel_start"]),
+        train_batch_tokens=gpt.ROWS_PER_STEP * sequences * TINY["train_seq_len"])
     return tiny_config(**{**sizes, **changes})
 
 
-def archive_model(weights: Mapping[str, np.ndarray], cfg: gpt.Config, dtype: torch.dtype = torch.float32) -> gpt.GPT:
+# Parameters that the archives do not know and that start as the identity. Name a new one here.
+ADDED_PARAMETERS: frozenset[str] = frozenset()
+
+
+def archive_model(weights: Mapping[str, np.ndarray], cfg: gpt.Config, dtype: torch.dtype = torch.float32,
+                  added: frozenset[str] = ADDED_PARAMETERS) -> gpt.GPT:
+    """A model with every tensor of the archive. `added` parameters keep their initial value and are frozen, so that
+    norms and steps are those of the archive; any other name that only one side has is an error."""
     model = gpt.GPT(cfg, dtype)
-    model.load_state_dict({name: torch.from_numpy(np.array(weights[name])) for name in weights})
+    named = dict(model.named_parameters())
+    assert named.keys() - weights.keys() == added, "parameters that are not in the archive: see ADDED_PARAMETERS"
+    assert weights.keys() <= named.keys(), "the archive has tensors that the model does not know"
+    with torch.no_grad():
+        for name, p in named.items():
+            if name in added:
+                p.requires_grad_(False)
+            else:
+                assert p.shape == weights[name].shape, name
+                p.copy_(torch.from_numpy(np.array(weights[name])))
     return model
+
+
+def training_row(inputs: torch.Tensor, targets: torch.Tensor, cu_seqlens: torch.Tensor) -> gpt.Row:
+    """A row that comes from no shard."""
+    return gpt.Row(inputs, targets, cu_seqlens, shard=0)
 
 
 def random_model(cfg: gpt.Config, seed: int = 0, **kwargs: Any) -> gpt.GPT:

@@ -1,4 +1,4 @@
-"""Section 4: every attention backend computes causal attention inside segments, as written out here."""
+"""Section 15: every attention backend computes causal attention inside segments, as written out here."""
 import numpy as np
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Sections 5 and 6: kernels and model, against golden vectors and by properties."""
+"""Section 4: the model, against golden vectors and by properties; 16 and 17: the loss kernel and the compiler."""
 import dataclasses
 import functools
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import train_gpt as gpt
 from helpers import (archive_config, archive_model, freeze_caps, logits_of, random_documents, random_model,
-                     tiny_config)
+                     tiny_config, training_row)
 
 LOOPING = pytest.mark.parametrize("looping", [False, True], ids=["off", "on"])
 
@@ -90,7 +90,7 @@ def test_intermediate_values_equal_the_reference(golden, looping, monkeypatch):
         return gpt.finish(lane0, lane1)
 
     monkeypatch.setattr(gpt, "attention", traced_attention)
-    hidden = model(inputs[None], looping=looping, segments=segments, graphs=gpt.Graphs(serial=serial, finish=finish))
+    hidden = model(inputs[None], looping=looping, segments=segments, ops=gpt.Ops(serial=serial, finish=finish))
     keep("final_hidden", hidden)
     names = {key.removeprefix(f"trace_{tag(looping)}_") for key in forward if key.startswith(f"trace_{tag(looping)}_")}
     assert names == traces.keys()
@@ -102,24 +102,24 @@ def test_intermediate_values_equal_the_reference(golden, looping, monkeypatch):
 def test_training_loss_and_gradients_equal_the_reference(golden, looping):
     forward, model, inputs, targets, (cu_seqlens, cap) = golden
     freeze_caps(model, float(forward["train_softcap"]))
-    loss = model.loss(inputs, targets, cu_seqlens, looping=looping, segment_cap=cap)
-    loss.backward()
+    row = training_row(inputs, targets, cu_seqlens)
+    loss, grads = gpt.row_gradients(model, row, looping=looping, segment_cap=cap)
     assert_near(loss, forward[f"loss_train_{tag(looping)}"], 1e-5)
     checked = set()
     for key, expected in forward.items():
         kind, _, rest = key.partition(f"_{tag(looping)}_")
         if kind == "grad":
-            assert_near_in_norm(getattr(model, rest).grad, expected, 1e-4, key)
+            assert_near_in_norm(grads[rest], expected, 1e-4, key)
         elif kind == "gradnorm" and rest == "total":
-            total = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]).norm()
+            total = torch.cat([grad.flatten() for grad in grads.values()]).norm()
             assert abs(total.item() - expected) <= 1e-4 * expected
         elif kind == "gradnorm":
-            grad = getattr(model, rest).grad
+            grad = grads[rest]
             norms = grad.flatten(1).norm(dim=1) if expected.ndim else grad.norm()
             assert (np.abs(norms.numpy() - expected) <= 1e-4 * expected).all(), key
         if kind in ("grad", "gradnorm"):
             checked.add(rest)
-    assert checked == {name for name, p in model.named_parameters() if p.requires_grad} | {"total"}
+    assert checked == grads.keys() | {"total"}
 
 
 @LOOPING
@@ -135,6 +135,18 @@ def test_bf16_activations_stay_close_to_fp32(golden, looping):
     assert abs(nll.mean().item() - forward[f"nll_eval_{tag(looping)}"].mean()) <= 2 * 4e-3
 
 
+def test_an_archive_may_lack_only_parameters_that_are_declared_as_added(load_vectors):
+    weights, forward = dict(load_vectors("model_weights")), load_vectors("model_forward")
+    cfg = archive_config(weights, forward)
+    del weights["xsa_alpha"]
+    with pytest.raises(AssertionError, match="not in the archive"):
+        archive_model(weights, cfg)
+    model = archive_model(weights, cfg, added=frozenset({"xsa_alpha"}))
+    assert torch.equal(model.xsa_alpha, torch.zeros_like(model.xsa_alpha)) and not model.xsa_alpha.requires_grad
+    with pytest.raises(AssertionError, match="does not know"):
+        archive_model(weights | {"pos_emb": weights["tok_emb"]}, cfg, added=frozenset({"xsa_alpha"}))
+
+
 # Golden vectors: adapters
 
 KINDS = ("q", "k", "v", "o", "mlp")
@@ -145,8 +157,8 @@ def golden_lora(load_vectors):
     """(archive, model, bank holding the archive's adapters)."""
     lora, weights = load_vectors("ttt_lora_forward"), load_vectors("model_weights")
     cfg = archive_config(weights, load_vectors("model_forward"), ttt_lora_rank=int(lora["rank"]),
-                         ttt_lora_alpha=float(lora["alpha"]))
-    model = archive_model(weights, cfg).requires_grad_(False)
+                         ttt_lora_alpha=float(lora["alpha"]), longest_row=lora["x"].shape[1])
+    model = archive_model(weights, cfg)
     num_slots, rows = lora["lora_q_A"].shape[:2]
     bank = gpt.AdapterBank(cfg, num_slots, rows, torch.device("cpu"), lambda kind, slot, shape: torch.zeros(shape))
     with torch.no_grad():
@@ -259,7 +271,7 @@ def test_future_tokens_cannot_change_earlier_outputs(looping):
 @LOOPING
 def test_packed_documents_equal_documents_alone(looping):
     """Rotary positions run on through a row, so equality is up to the rounding of relative positions."""
-    model = random_model(tiny_config())
+    model = random_model(tiny_config(global_ttt_chunk_tokens=120))
     tokens = random_documents(np.random.default_rng(3), 120, mean=15)
     row, segments = row_of(tokens, cap=128)
     packed = model(row, looping=looping, segments=segments)[0]
@@ -306,8 +318,7 @@ def test_rms_norm_adds_epsilon_to_the_mean_square_and_keeps_the_dtype():
 
 
 def test_rotation_depends_on_relative_positions_only():
-    model = gpt.GPT(tiny_config(rope_dims=6))
-    model.reserve_positions(500)
+    model = gpt.GPT(tiny_config(rope_dims=6, global_ttt_chunk_tokens=500))
     q, k = torch.randn(2, 1, 1, 1, 8).unbind()
 
     def score(i, j):
@@ -319,11 +330,17 @@ def test_rotation_depends_on_relative_positions_only():
 
 
 def test_rotary_angles_are_exact_in_fp32_far_into_a_row():
-    cfg = tiny_config(rope_dims=4)
-    model = gpt.GPT(cfg)
-    model.reserve_positions(98304)
+    model = gpt.GPT(tiny_config(rope_dims=4, global_ttt_chunk_tokens=98304))
     angle = 98303 * 10000.0 ** (-2 * np.arange(2) / 4)
     np.testing.assert_allclose(model.rope[:, -1, 0].numpy(), [np.cos(angle), np.sin(angle)], atol=1e-7)
+
+
+def test_a_row_longer_than_any_of_the_configuration_is_refused():
+    cfg = tiny_config()
+    tokens = torch.randint(2, 64, (1, cfg.longest_row + 1))
+    with pytest.raises(ValueError, match=f"at most {cfg.longest_row} tokens.*found {cfg.longest_row + 1}"):
+        gpt.GPT(cfg)(tokens, looping=False)
+    assert gpt.GPT(cfg)(tokens[:, 1:], looping=False).shape == (1, cfg.longest_row, cfg.model_dim)
 
 
 def test_smear_gate_reads_the_previous_token_except_at_bos_and_at_the_row_start():
@@ -346,7 +363,7 @@ def test_full_exclusive_attention_leaves_nothing_along_the_own_value():
         model.xsa_alpha.fill_(20.0)                                   # tanh = 1
     seen = {}
 
-    def tap(kind, x):
+    def tap(layer, kind, x):
         seen.setdefault(kind, x)
     tokens = torch.randint(2, 64, (1, 12))
     model(tokens, looping=False, tap=tap)
@@ -358,7 +375,8 @@ def test_full_exclusive_attention_leaves_nothing_along_the_own_value():
 
 
 def test_mlp_squares_a_leaky_relu():
-    w = gpt.LayerWeights(*[torch.empty(0)] * 15)._replace(w_up=torch.eye(2), w_down=torch.eye(2))
+    unused = dict.fromkeys(gpt.LayerWeights._fields, torch.empty(0))
+    w = gpt.LayerWeights(**unused | {"w_up": torch.eye(2), "w_down": torch.eye(2)})
     out = gpt.mlp(torch.tensor([[[2.0, -2.0]]]), w, gpt.LayerAdapters(), None)
     torch.testing.assert_close(out, torch.tensor([[[4.0, 0.36]]]))
 
@@ -369,6 +387,29 @@ def test_execution_order_of_the_record_model():
     assert gpt.execution_order(cfg, True) == ([0, 1, 2, 3, 4, 5, 3, 4], [5, 3, 4, 5, 6, 7, 8, 9, 10])
     without = dataclasses.replace(cfg, num_loops=0)
     assert gpt.execution_order(without, True) == gpt.execution_order(cfg, False)
+
+
+@LOOPING
+@pytest.mark.parametrize("num_layers", [5, 6])
+def test_the_decoder_takes_each_encoder_output_once_and_the_last_one_first(looping, num_layers):
+    cfg = tiny_config(num_layers=num_layers)
+    encoder, decoder = gpt.execution_order(cfg, looping)
+    plan = gpt.execution_plan(cfg, looping)
+    assert [execution.layer for execution in plan] == encoder + decoder
+    assert [execution.is_parallel for execution in plan] == [layer >= 4 for layer in encoder + decoder]
+    skips = [(execution.skip_from, execution.skip_row) for execution in plan if execution.skip_from is not None]
+    assert skips == [(len(encoder) - 1 - row, row) for row in range(len(encoder))]
+    assert all(plan[slot].is_kept == (slot < len(encoder)) for slot in range(len(plan)))
+
+
+def test_a_tap_sees_the_input_of_every_matrix_of_every_execution_with_its_layer():
+    cfg = tiny_config()
+    seen = []
+    tokens = torch.randint(2, 64, (1, 9))
+    gpt.GPT(cfg)(tokens, looping=True, tap=lambda layer, kind, x: seen.append((layer, kind, x.shape[-1])))
+    widths = {"qkv": cfg.model_dim, "o": cfg.model_dim, "up": cfg.model_dim, "down": cfg.mlp_dim}
+    layers = [execution.layer for execution in gpt.execution_plan(cfg, True)]
+    assert seen == [(layer, kind, width) for layer in layers for kind, width in widths.items()]
 
 
 def test_the_record_model_has_the_published_number_of_parameters():
@@ -412,9 +453,48 @@ def test_softcap_is_tanh_with_one_cap_for_each_sign():
 def test_both_caps_and_every_used_parameter_receive_gradients():
     model = random_model(tiny_config())
     row, (bounds, cap) = row_of(random_documents(np.random.default_rng(7), 96))
-    model.loss(row[0], row[0].roll(-1), bounds, looping=True, segment_cap=cap).backward()
+    row = training_row(row[0], row[0].roll(-1), bounds)
+    _, grads = gpt.row_gradients(model, row, looping=True, segment_cap=cap)
+    assert grads.keys() == {name for name, _ in model.named_parameters()}
+    for name, grad in grads.items():
+        assert grad.abs().sum() > 0, name
+
+
+@LOOPING
+def test_row_gradients_are_what_backward_accumulates_to_the_last_bit(looping):
+    model = random_model(tiny_config())
+    row, (bounds, cap) = row_of(random_documents(np.random.default_rng(7), 96))
+    row = training_row(row[0], row[0].roll(-1), bounds)
+    found_loss, found = gpt.row_gradients(model, row, looping=looping, segment_cap=cap)
+    assert all(p.grad is None for p in model.parameters())
+    loss = model.loss(row.inputs, row.targets, row.cu_seqlens, looping=looping, segment_cap=cap)
+    loss.backward()
+    assert torch.equal(found_loss, loss) and not found_loss.requires_grad
     for name, p in model.named_parameters():
-        assert p.grad is not None and p.grad.abs().sum() > 0, name
+        assert torch.equal(found[name], p.grad) and found[name].is_contiguous(), name
+
+
+def test_frozen_parameters_have_no_gradient():
+    model = random_model(tiny_config())
+    freeze_caps(model, 30.0)
+    tokens = torch.randint(2, 64, (32,))
+    row = training_row(tokens, tokens.roll(-1), torch.tensor([0, 32], dtype=torch.int32))
+    _, grads = gpt.row_gradients(model, row, looping=True, segment_cap=32)
+    assert {name for name, _ in model.named_parameters()} - grads.keys() == {"softcap_pos", "softcap_neg"}
+
+
+def test_weights_are_constants_beside_adapters():
+    cfg = tiny_config()
+    model = random_model(cfg)
+    slots = len(gpt.execution_plan(cfg, True))
+    bank = gpt.AdapterBank(cfg, slots, 2, torch.device("cpu"), lambda kind, slot, shape: torch.randn(shape))
+    leaves = bank.leaves(0)
+    adapters, head = bank.adapters(leaves)
+    hidden = model(torch.randint(2, 64, (2, 9)), looping=True, adapters=adapters)
+    nll, _ = model.score(hidden.flatten(0, 1), torch.zeros(18, dtype=torch.long), None, head(hidden).flatten(0, 1))
+    nll.sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert all(leaf.grad is not None for leaf in leaves)
 
 
 def test_training_loss_is_the_mean_of_the_scores():
@@ -440,7 +520,7 @@ def tiny_compiled(num_loops, **changes):
     """The least model with a one-stream and a two-lane block, and skips between them."""
     cfg = tiny_config(num_layers=2, loop_start=0, loop_end=0, parallel_start_layer=1, num_loops=num_loops, compile=True,
                       **changes)
-    return cfg, random_model(cfg), gpt.make_graphs(gpt.Run(cfg))
+    return cfg, random_model(cfg), gpt.choose_ops(gpt.Run(cfg))
 
 
 def attend_with_mask(q_NHK, k_NGK, v_NGK, cu_seqlens, max_seqlen):
@@ -455,19 +535,25 @@ def attend_with_mask(q_NHK, k_NGK, v_NGK, cu_seqlens, max_seqlen):
 @pytest.fixture
 def fresh_compiler():
     torch._dynamo.reset()
-    yield
+    limit = torch._dynamo.config.recompile_limit
+    with torch._dynamo.config.patch(recompile_limit=limit):            # what choose_ops changes is put back
+        yield
     torch._dynamo.reset()
 
 
-def assert_trains_alike(model, graphs_of):
+def with_ops(model, ops):
+    """The same weights on other functions."""
+    twin = gpt.GPT(model.cfg, model.compute_dtype, ops)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def assert_trains_alike(model, *choices):
     row, (bounds, cap) = row_of(random_documents(np.random.default_rng(9), 64))
-    results = []
-    for graphs in graphs_of:
-        model.zero_grad()
-        loss = model.loss(row[0], row[0].roll(-1), bounds, looping=True, segment_cap=cap, graphs=graphs)
-        loss.backward()
-        results.append((loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
-    (loss, grads), (compiled_loss, compiled_grads) = results
+    row = training_row(row[0], row[0].roll(-1), bounds)
+    (loss, grads), (compiled_loss, compiled_grads) = (
+        ops.row_gradients(with_ops(model, ops), row, looping=True, segment_cap=cap) for ops in choices)
+    assert compiled_grads.keys() == grads.keys()
     torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=0)
     for name, grad in grads.items():
         assert (compiled_grads[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-7, name
@@ -478,25 +564,23 @@ def test_a_compiled_block_equals_the_eager_one_in_training(fresh_compiler, monke
     """One function of the five, as scalar C++: compiling all of them would take the suite's whole minute."""
     monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", False)
     _, model, compiled = tiny_compiled(num_loops=0)
-    model.attend = attend_with_mask
     assert compiled.serial is not gpt.serial_block
-    assert_trains_alike(model, (gpt.Graphs(), gpt.Graphs(serial=compiled.serial)))
+    plain = gpt.Ops(attend=attend_with_mask)
+    assert_trains_alike(model, plain, plain._replace(serial=compiled.serial))
 
 
 def test_traced_graphs_equal_eager_ones_in_training(fresh_compiler, monkeypatch):
     """Tracing and differentiation as torch.compile does them, without the C++ compiler."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     _, model, compiled = tiny_compiled(num_loops=1)
-    assert_trains_alike(model, (gpt.Graphs(), compiled))
+    assert_trains_alike(model, gpt.Ops(), compiled)
 
 
 def test_traced_graphs_equal_eager_ones_with_adapters_at_every_size(fresh_compiler, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     cfg, model, compiled = tiny_compiled(num_loops=0, ttt_lora_rank=2)
-    model.requires_grad_(False)
-    eager = gpt.GPT(dataclasses.replace(cfg, compile=False)).requires_grad_(False)
-    eager.load_state_dict(model.state_dict())
-    model.graphs, model.sizes_vary, model.attend = compiled, True, attend_with_mask
+    model = with_ops(model, compiled._replace(attend=attend_with_mask))
+    eager = with_ops(model, gpt.Ops())
     num_slots = sum(map(len, gpt.execution_order(cfg, True)))
     bank = gpt.AdapterBank(cfg, num_slots, 4, torch.device("cpu"), lambda kind, slot, shape: torch.randn(shape))
     for B in bank.params[1::2]:
@@ -507,7 +591,7 @@ def test_traced_graphs_equal_eager_ones_with_adapters_at_every_size(fresh_compil
         for m in (eager, model):
             leaves = bank.leaves(4 - rows)
             slots, head = bank.adapters(leaves)
-            hidden = m(tokens, looping=True, adapters=slots)
+            hidden = m(tokens, looping=True, adapters=slots, sizes_vary=m is model)
             nll, log_q = m.score(hidden.flatten(0, 1), tokens.roll(-1, 1).flatten(), tokens.flatten(),
                                  head(hidden).flatten(0, 1))
             results.append((nll, log_q, *torch.autograd.grad(nll.sum(), leaves)))
@@ -515,8 +599,36 @@ def test_traced_graphs_equal_eager_ones_with_adapters_at_every_size(fresh_compil
             assert (found - expected).norm() <= 1e-4 * expected.norm() + 1e-6
 
 
-def test_without_compile_the_graphs_are_the_plain_functions():
-    assert gpt.make_graphs(gpt.Run(tiny_config(compile=False))) == gpt.Graphs()
+def test_without_compile_the_operations_are_the_plain_functions_and_the_log_says_why(capsys):
+    assert gpt.choose_ops(gpt.Run(tiny_config(compile=False))) == gpt.Ops()
+    assert capsys.readouterr().out.splitlines() == [
+        'attention backend:math reason:"no GPU"', 'loss backend:plain reason:"no GPU"',
+        'blocks backend:plain reason:"COMPILE=0"']
+
+
+def test_compiled_blocks_keep_the_chosen_attention_and_loss(fresh_compiler, capsys):
+    compiled = gpt.choose_ops(gpt.Run(tiny_config(compile=True)))
+    assert compiled.plain() == gpt.Ops()
+    assert compiled.row_gradients is gpt.row_gradients
+    assert 'blocks backend:compiled reason:"COMPILE=1"' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("changes", "reason"), [({"fused_ce_enabled": False}, "FUSED_CE_ENABLED=0"), ({}, "Triton")])
+def test_the_plain_loss_is_chosen_with_a_reason(monkeypatch, capsys, changes, reason):
+    monkeypatch.setattr(gpt, "triton", None)
+    assert gpt.choose_loss(gpt.Run(tiny_config(**changes), device=torch.device("cuda"))) is gpt.softcap_loss
+    assert reason in capsys.readouterr().out
+
+
+def test_a_gpu_with_triton_gets_the_fused_loss(monkeypatch, capsys):
+    monkeypatch.setattr(gpt, "triton", object())
+    assert gpt.choose_loss(gpt.Run(tiny_config(), device=torch.device("cuda"))) == gpt.FusedSoftcapLoss.apply
+    assert capsys.readouterr().out == 'loss backend:fused_triton reason:"first choice"\n'
+
+
+def test_a_gpu_without_compilation_stops_the_run_unless_slowness_is_allowed():
+    with pytest.raises(gpt.ConfigError, match="without torch.compile or Triton .* ALLOW_SLOW=1"):
+        gpt.choose_ops(gpt.Run(tiny_config(compile=False), device=torch.device("cuda")))
 
 
 # GPU
@@ -547,23 +659,21 @@ def test_fused_loss_equals_the_plain_one(N, V):
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_compiled_graphs_equal_eager_ones_on_a_gpu(fresh_compiler):
-    cfg = tiny_config(vocab_size=512, model_dim=256, rope_dims=16, num_layers=4, loop_start=1, loop_end=1,
+    cfg = tiny_config(vocab_size=512, model_dim=256, global_ttt_chunk_tokens=160, rope_dims=16, num_layers=4, loop_start=1, loop_end=1,
                       parallel_start_layer=2, train_seq_len=96, compile=True, allow_slow=True)
     run = gpt.Run(cfg, device=torch.device("cuda"))
     model = random_model(cfg, compute_dtype=torch.bfloat16).cuda()
-    model.attend = gpt.choose_attention(run)
-    compiled = gpt.make_graphs(run)
+    compiled = gpt.choose_ops(run)
     for varies, length in ((False, 96), (True, 96), (True, 160)):
-        model.sizes_vary = varies
         row, (bounds, _) = row_of(random_documents(np.random.default_rng(0), length, 512), 96)
         row, bounds = row.cuda(), bounds.cuda()
         for looping in (False, True):
             results = []
-            for graphs in (gpt.Graphs(), compiled):
-                model.zero_grad()
-                loss = model.loss(row[0], row[0].roll(-1), bounds, looping=looping, segment_cap=96, graphs=graphs)
-                loss.backward()
-                results.append((loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+            for ops in (compiled.plain(), compiled):
+                hidden = model(row, looping=looping, segments=(bounds, 96), ops=ops, sizes_vary=varies)[0]
+                loss = ops.loss(hidden, model.tok_emb, model.softcap_pos, model.softcap_neg, row[0].roll(-1))
+                grads = torch.autograd.grad(loss, list(model.parameters()))
+                results.append((loss.detach(), torch.cat([grad.flatten() for grad in grads])))
             (loss, grad), (compiled_loss, compiled_grad) = results
             # Compiled code keeps fp32 where eager code rounds between operations to bf16: differences of that size.
             torch.testing.assert_close(compiled_loss, loss, rtol=0.01, atol=0)

@@ -1,4 +1,4 @@
-"""Sections 7 and 8: Muon, AdamW groups, the row-defined step, schedules and the weight average."""
+"""Sections 5 and 6: Muon, AdamW groups, the row-defined step, schedules and the weight average."""
 import re
 
 import numpy as np
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import train_gpt as gpt
-from helpers import archive_config, archive_model, freeze_caps, random_model, tiny_config
+from helpers import archive_config, archive_model, freeze_caps, random_model, tiny_config, training_row
 
 
 def run_with(dtype):
@@ -127,10 +127,9 @@ def test_adamw_groups_have_the_rates_and_decays_of_their_settings():
 
 # The step
 
-def fill_gradients(model, scale=1.0, seed=0):
+def random_gradients(model, scale=1.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        p.grad = scale * torch.randn(p.shape, generator=generator)
+    return {name: scale * torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
 
 
 def total_norm(tensors):
@@ -143,14 +142,13 @@ def test_each_row_is_clipped_by_itself_and_rows_are_averaged():
     optimizer = gpt.Optimizer(cfg, gpt.Run(cfg), model)
     expected = None
     for seed, scale in enumerate((1.0, 1e-4, 100.0)):
-        fill_gradients(model, scale, seed)
-        grads = [p.grad.clone() for p in optimizer.params]
+        row = random_gradients(model, scale, seed)
+        grads = [row[name].clone() for name in optimizer.names]
         norm = total_norm(grads)
-        assert abs(optimizer.add_row() / norm - 1) < 1e-5                      # the norm before clipping
+        assert abs(optimizer.add_row(row) / norm - 1) < 1e-5                   # the norm before clipping
         factor = min(1.0, cfg.grad_clip_norm / (norm + 1e-6))
         clipped = [factor * g for g in grads]
         expected = clipped if expected is None else [a + b for a, b in zip(expected, clipped)]
-        assert all(p.grad is None for p in model.parameters())
     for found, wanted in zip(optimizer.grad_sum, expected):
         torch.testing.assert_close(found, wanted)
     seen = {}
@@ -166,9 +164,9 @@ def test_the_first_adam_step_moves_against_the_gradient_by_the_learning_rate():
     model = random_model(cfg)
     optimizer = gpt.Optimizer(cfg, gpt.Run(cfg), model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    fill_gradients(model)
-    sign = {name: p.grad.sign() for name, p in model.named_parameters()}
-    optimizer.add_row()
+    grads = random_gradients(model)
+    sign = {name: grad.sign() for name, grad in grads.items()}
+    optimizer.add_row(grads)
     optimizer.step(0, 0.5)
     for group, lr, decay in (("embed", cfg.tied_embed_lr, cfg.embed_wd), ("scalar", cfg.scalar_lr, cfg.adam_wd),
                              ("softcap", cfg.scalar_lr, 0.0)):
@@ -184,9 +182,7 @@ def test_caps_never_fall_below_one():
     with torch.no_grad():
         model.softcap_pos.fill_(1.5)
     optimizer = gpt.Optimizer(cfg, gpt.Run(cfg), model)
-    for p in model.parameters():
-        p.grad = torch.full_like(p, 0.01)
-    optimizer.add_row()
+    optimizer.add_row({name: torch.full_like(p, 0.01) for name, p in model.named_parameters()})
     optimizer.step(0, 1.0)
     assert model.softcap_pos.item() == 1.0 and 1.0 < model.softcap_neg.item() < 12.0
 
@@ -196,10 +192,9 @@ def test_frozen_caps_are_left_out_of_the_norm_and_stay():
     model = gpt.GPT(cfg)
     freeze_caps(model, 30.0)
     optimizer = gpt.Optimizer(cfg, gpt.Run(cfg), model)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p) if p.requires_grad else None
+    grads = {name: torch.ones_like(p) for name, p in model.named_parameters() if p.requires_grad}
     count = sum(p.numel() for p in model.parameters()) - 2
-    assert abs(optimizer.add_row().item() / count ** 0.5 - 1) < 1e-5
+    assert abs(optimizer.add_row(grads).item() / count ** 0.5 - 1) < 1e-5
     optimizer.step(0, 1.0)
     assert model.softcap_pos.item() == model.softcap_neg.item() == 30.0
 
@@ -208,25 +203,59 @@ def test_reset_forgets_every_buffer():
     cfg = tiny_config()
     models = [random_model(cfg), random_model(cfg)]
     optimizers = [gpt.Optimizer(cfg, gpt.Run(cfg), model) for model in models]
-    fill_gradients(models[0], seed=5)
-    optimizers[0].add_row()
+    optimizers[0].add_row(random_gradients(models[0], seed=5))
     optimizers[0].step(0, 1.0)
     models[0].load_state_dict(models[1].state_dict())
-    fill_gradients(models[0], seed=6)
-    optimizers[0].add_row()                                    # a half-finished step is forgotten too
+    optimizers[0].add_row(random_gradients(models[0], seed=6))       # a half-finished step is forgotten too
     optimizers[0].reset()
     for model, optimizer in zip(models, optimizers):
         for step in range(2):
-            fill_gradients(model, seed=step)
-            optimizer.add_row()
+            optimizer.add_row(random_gradients(model, seed=step))
             optimizer.step(step, 1.0)
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models)))
+
+
+def test_a_parameter_without_gradient_stops_training_and_is_named():
+    cfg = tiny_config()
+    model = gpt.GPT(cfg)
+    optimizer = gpt.Optimizer(cfg, gpt.Run(cfg), model)
+    grads = random_gradients(model)
+    del grads["xsa_alpha"], grads["w_up"]
+    with pytest.raises(ValueError, match=r"found none of \['w_up', 'xsa_alpha'\]"):
+        optimizer.add_row(grads)
+    assert optimizer.num_rows == 0
+
+
+def test_parameters_that_the_shape_leaves_unused_get_no_gradient_and_no_error():
+    cfg = tiny_config(parallel_start_layer=5)                  # of five layers: no lanes
+    model = random_model(cfg)
+    tokens = torch.randint(2, 64, (32,))
+    row = training_row(tokens, tokens.roll(-1), torch.tensor([0, 32], dtype=torch.int32))
+    optimizer = gpt.Optimizer(cfg, gpt.Run(cfg), model)
+    for looping in (False, True):
+        _, grads = gpt.row_gradients(model, row, looping=looping, segment_cap=32)
+        assert optimizer.names and set(optimizer.names) - grads.keys() == {"lane_post", "lane_resid"}
+        optimizer.add_row(grads)
+    assert gpt.unused_parameters(tiny_config()) == set()
+
+
+@pytest.mark.parametrize("shape", [{"num_loops": 0}, {"num_layers": 2, "loop_start": 0, "loop_end": 0,
+                                                      "parallel_start_layer": 1}, {"parallel_start_layer": 3}])
+@pytest.mark.parametrize("looping", [False, True])
+def test_every_shape_uses_all_parameters_that_it_claims_to_use(shape, looping):
+    cfg = tiny_config(**shape)
+    model = random_model(cfg)
+    tokens = torch.randint(2, 64, (32,))
+    row = training_row(tokens, tokens.roll(-1), torch.tensor([0, 32], dtype=torch.int32))
+    _, grads = gpt.row_gradients(model, row, looping=looping, segment_cap=32)
+    assert {name for name, _ in model.named_parameters()} - grads.keys() == gpt.unused_parameters(cfg)
 
 
 def test_four_training_steps_equal_the_reference(load_vectors):
     steps, weights = load_vectors("train_steps"), load_vectors("model_weights")
     forward = load_vectors("model_forward")
-    cfg = archive_config(weights, forward)
+    longest = max(len(steps[key]) for key in steps if key.endswith("_tokens"))
+    cfg = archive_config(weights, forward, longest_row=longest)
     model = archive_model(weights, cfg)
     freeze_caps(model, float(forward["train_softcap"]))
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -242,10 +271,10 @@ def test_four_training_steps_equal_the_reference(load_vectors):
         for row in range(rows):
             tokens = steps[f"step{step}_micro{row}_tokens"].astype(np.int64)
             bounds = torch.from_numpy(gpt.segment_bounds(tokens[:-1], cap))
-            loss = model.loss(torch.from_numpy(tokens[:-1]), torch.from_numpy(tokens[1:]), bounds,
-                              looping=bool(steps["looping"][step]), segment_cap=cap)
-            loss.backward()
-            norm = optimizer.add_row().item()
+            inputs, targets = torch.from_numpy(tokens[:-1]), torch.from_numpy(tokens[1:])
+            loss, grads = gpt.row_gradients(model, training_row(inputs, targets, bounds),
+                                            looping=bool(steps["looping"][step]), segment_cap=cap)
+            norm = optimizer.add_row(grads).item()
             assert abs(norm - steps["grad_norm_before_clip"][step, row]) <= 1e-4 * max(1, norm)
             losses.append(loss.item())
         assert abs(np.mean(losses) - steps["loss"][step]) <= 1e-4

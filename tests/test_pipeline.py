@@ -137,8 +137,8 @@ def test_log_file_has_the_lines_of_stdout_and_the_source_once(whole):
 
 def test_new_log_lines_follow_the_grammar(whole):
     """An event word (or two), then key:value pairs."""
-    for event in ("versions", "run", "attention", "warmup done", "train speed", "train clock_s", "quantize", "artifact",
-                  "ttt batch", "ttt adapted_base", "audit"):
+    for event in ("versions", "run", "attention", "loss", "blocks", "warmup elapsed_s", "train speed",
+                  "train clock_s", "quantize", "artifact", "ttt batch", "ttt adapted_base", "audit"):
         found = [line for line in whole.lines if line.startswith(event)]
         assert found, event
         for line in found:

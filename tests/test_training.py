@@ -1,4 +1,4 @@
-"""Section 9: training as a whole, the wall clock, compile warm-up, and two processes that equal one."""
+"""Section 7: training as a whole, the wall clock, compile warm-up, and two processes that equal one."""
 import os
 import re
 import subprocess
@@ -109,7 +109,8 @@ def test_training_stops_while_one_more_step_and_calibration_still_fit():
     assert gpt.plan_step(cfg, 7, 580.0, 5.1, 15.0)[1] and gpt.plan_step(cfg, 7, 580.0, 5.0, 15.1)[1]
 
 
-def test_a_tiny_budget_stops_early_and_says_so(train_tiny):
+def test_a_tiny_budget_stops_early_and_says_so(train_tiny, monkeypatch):
+    monkeypatch.setattr(gpt, "estimate_calibration", lambda *args: 0.001)     # a busy machine would leave no time
     _, lines = train_tiny(iterations=100_000, max_wallclock_seconds=0.05, gptq_reserve_seconds=0.01)
     assert "gptq:reserving 0.01s, effective=40ms" in lines
     assert any(re.fullmatch(r"stopping_early: wallclock_cap train_time: \d+ms step: \d+/100000", line) for line in lines)
@@ -130,6 +131,23 @@ def test_the_clock_knows_the_longest_recent_step_and_the_steps_still_queued():
 def test_a_run_that_diverges_stops_with_advice(train_tiny):
     with pytest.raises(RuntimeError, match="train_loss is nan after step 1; the run has diverged, lower MATRIX_LR"):
         train_tiny(tied_embed_init_std=1e38)
+
+
+def test_a_parameter_that_the_loss_does_not_depend_on_stops_the_training(train_tiny, monkeypatch):
+    monkeypatch.setattr(gpt, "remove_own_value", lambda y, v, n, *rest: y.reshape(n.shape))
+    with pytest.raises(ValueError, match=r"found none of \['attn_gate', 'xsa_alpha'\]"):
+        train_tiny(warmup_steps=1)
+
+
+def test_steps_are_logged_often_at_first_and_the_last_one_always():
+    cfg = tiny_config(iterations=217)
+    logged = [done for done in range(1, 218) if gpt.is_logged(cfg, done)]
+    assert logged == [1, 2, 3, 4, 5, *range(10, 101, 10), 150, 200, 217]
+
+
+def test_looping_that_never_begins_is_a_warning(train_tiny):
+    _, lines = train_tiny(enable_looping_at=1.0)
+    assert any(re.fullmatch(r'train warning:"looping never began,[^"]*" enable_looping_at:1', line) for line in lines)
 
 
 def test_log_lines_have_the_wording_that_people_grep(train_tiny):
