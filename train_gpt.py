@@ -3426,8 +3426,8 @@ def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset, artifact_load
     tokens, byte_counts = data.load_validation()
     docs, C = find_documents(tokens), cfg.ttt_chunk_size
     prefix = min(cfg.phased_ttt_prefix_docs, len(docs.start))
-    phases = plan_batches(docs, batch_size=cfg.ttt_batch_size, max_tokens=BATCH_TOKENS, prefix_docs=prefix, chunk=C,
-                          window=cfg.ttt_eval_seq_len)
+    phases = plan_batches(docs, batch_size=cfg.ttt_batch_size, lanes=LANES, max_tokens=BATCH_TOKENS,
+                          prefix_docs=prefix, chunk=C, window=cfg.ttt_eval_seq_len)
     scored = certified_order(phases, docs, C)
     scorer.load(tokens, byte_counts)
     scorer.follow(docs, scored, HintFeed(cfg, run, tokens, docs, scored) if cfg.ngram_tilt_enabled else None)

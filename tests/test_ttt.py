@@ -1,6 +1,9 @@
 """Section 13: planner, certified order, adapters, score-first phases, adaptation of the base."""
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -228,7 +231,7 @@ def test_plan_holds_every_document_once(lengths, batch_size, lanes, max_tokens, 
 
 @settings(max_examples=80)
 @given(**plan_settings)
-def test_first_phase_ends_with_the_batch_that_reaches_the_prefix(lengths, batch_size, lanes, split_tokens, prefix_docs,
+def test_first_phase_ends_with_the_batch_that_reaches_the_prefix(lengths, batch_size, lanes, max_tokens, prefix_docs,
                                                                  chunk):
     _, docs, phases = make_plan(lengths, batch_size, lanes, max_tokens, prefix_docs, chunk)
     total = len(docs.start)
@@ -697,7 +700,8 @@ def test_base_adaptation_knows_only_the_chosen_documents(setup):
 def evaluate(setup: Setup, cfg: gpt.Config, tmp_path, tokens: np.ndarray | None = None) -> tuple[gpt.Score, gpt.GPT]:
     torch.manual_seed(0)
     model = random_model(cfg)
-    data = SimpleNamespace(load_validation=lambda: (setup.tokens if tokens is None else tokens, setup.byte_counts))
+    data = SimpleNamespace(load_validation=lambda: (setup.tokens if tokens is None else tokens, setup.byte_counts),
+                           val_tokens=len(setup.tokens))
     run = gpt.Run(cfg, log_path=tmp_path / "run.txt")
     return gpt.evaluate_ttt(cfg, run, model, data), model
 
@@ -719,51 +723,349 @@ def test_evaluation_without_prefix_leaves_the_base_unchanged(setup, tmp_path, ca
     assert not all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters()))
 
 
-def test_hints_are_counted_in_the_certified_order_inside_documents(setup):
+def test_hints_are_counted_in_the_certified_order_inside_documents(setup, monkeypatch):
+    """In slices much shorter than the stream, and never read further than asked by more than a slice."""
+    monkeypatch.setattr(gpt, "HINT_SLICE", 3)
     tokens = np.append(np.tile(setup.tokens % 4 + np.where(setup.tokens == gpt.BOS, 0, 20), 2), gpt.BOS).astype(np.uint16)
     docs, cfg = gpt.find_documents(tokens), setup.cfg
-    phases = gpt.plan_batches(docs, batch_size=3, chunk=cfg.ttt_chunk_size, window=cfg.ttt_eval_seq_len)
-    order = gpt.targets_in_order(gpt.certified_order(phases, docs, cfg.ttt_chunk_size), docs, cfg.ttt_chunk_size)
+    C, n = cfg.ttt_chunk_size, len(tokens) - 1
+    phases = gpt.plan_batches(docs, batch_size=3, chunk=C, window=cfg.ttt_eval_seq_len, max_tokens=64)
+    scored = gpt.certified_order(phases, docs, C)
+    order = gpt.targets_in_order(scored, docs, C)
     doc_start = np.repeat(docs.start, docs.length - 1)
-    hints = gpt.make_hints(cfg, gpt.Run(cfg), tokens, order, docs)
-    arguments = doc_start, cfg.token_order - 1, cfg.token_threshold
-    for got, want in zip(hints, gpt.twin_ngram_hints(tokens, order, *arguments)):
-        assert np.array_equal(got, want)
-    assert not np.array_equal(hints.gate, gpt.twin_ngram_hints(tokens, np.sort(order), *arguments).gate)
-    assert gpt.make_hints(dataclasses.replace(cfg, ngram_tilt_enabled=False), gpt.Run(cfg), tokens, order, docs) is None
+    want = gpt.twin_ngram_hints(tokens, order, doc_start, cfg.token_order - 1, cfg.token_threshold)
+    assert want.gate.any()
+    scorer = gpt.Scorer(cfg, gpt.Run(cfg), setup.model, len(tokens))
+    feed = gpt.HintFeed(cfg, scorer.run, tokens, docs, scored)
+    for count in range(0, n, 40):
+        feed.load(scorer.stream, count)
+        assert count <= feed.loaded <= count + 3 * C
+        assert np.array_equal(scorer.stream.hints[:feed.loaded].numpy(), want.hint[order][:feed.loaded])
+        assert np.array_equal(scorer.stream.boost[:feed.loaded].numpy() > 0, want.gate[order][:feed.loaded])
+        assert not scorer.stream.boost[feed.loaded:].any()
+    feed.close(scorer.stream)
+    assert feed.loaded == n and feed.gated == want.gate.sum()
+    assert set(scorer.stream.boost.tolist()) == {0.0, cfg.token_boost}
+    assert not np.array_equal(want.gate, gpt.twin_ngram_hints(tokens, np.sort(order), doc_start, cfg.token_order - 1,
+                                                              cfg.token_threshold).gate)
 
 
-def test_future_tokens_cannot_change_the_score_of_a_whole_evaluation(setup, tmp_path, monkeypatch):
-    """Hints, carried adapters and the adapted base together: only what comes earlier in the certified order counts."""
-    kept = []
-    score_phase = gpt.score_phase
-    monkeypatch.setattr(gpt, "score_phase", lambda *args: score_phase(*args, nll_by_target=kept[-1]))
+def test_an_error_while_hints_are_made_reaches_the_scoring(setup, monkeypatch):
+    def fail(*args):
+        raise MemoryError("no memory for n-grams")
+    monkeypatch.setattr(gpt.NgramTable, "feed", fail)
+    phases = setup.plan()
+    scored = gpt.certified_order(phases, setup.docs, setup.cfg.ttt_chunk_size)
+    scorer = gpt.Scorer(setup.cfg, gpt.Run(setup.cfg), setup.model, len(setup.tokens))
+    feed = gpt.HintFeed(setup.cfg, scorer.run, setup.tokens, setup.docs, scored)
+    with pytest.raises(MemoryError, match="n-grams"):
+        feed.load(scorer.stream, 1)
+
+
+class Kept:
+    """Scores of whole evaluations, by target, and their log lines."""
+
+    def __init__(self, setup: Setup, tmp_path, monkeypatch, capsys) -> None:
+        self.setup, self.tmp_path, self.capsys, self.scorers = setup, tmp_path, capsys, []
+        made = gpt.Scorer
+
+        def keeping(*args, **kwargs):
+            self.scorers.append(made(*args, **{**kwargs, "keep_log": True}))
+            return self.scorers[-1]
+        monkeypatch.setattr(gpt, "Scorer", keeping)
+
+    def __call__(self, cfg: gpt.Config, tokens: np.ndarray | None = None) -> np.ndarray:
+        evaluate(self.setup, cfg, self.tmp_path, tokens)
+        self.lines = self.capsys.readouterr().out.splitlines()
+        return banked_nll(self.scorers[-1], len(self.setup.tokens) - 1)
+
+
+@pytest.fixture
+def kept(setup, tmp_path, monkeypatch, capsys) -> Kept:
+    monkeypatch.setattr(gpt, "LANES", 2)                            # so that lanes have several batches
+    monkeypatch.setattr(gpt, "BATCH_TOKENS", 64)                    # two rows of the longest window
+    return Kept(setup, tmp_path, monkeypatch, capsys)
+
+
+def test_future_tokens_cannot_change_the_score_of_a_whole_evaluation(setup, kept):
+    """Hints, carried adapters and the adapted base together: only what comes earlier in the certified order counts.
+    Documents are batched by tokens, and some batches go on from the adapters of the one before."""
     cfg = dataclasses.replace(setup.cfg, token_threshold=0.5)
-
-    def scores(tokens: np.ndarray) -> np.ndarray:
-        kept.append(torch.full((len(tokens) - 1,), float("nan"), dtype=torch.float64))
-        evaluate(setup, cfg, tmp_path, tokens)
-        return kept[-1].numpy()
-    before = scores(setup.tokens)
-    phases = setup.plan(prefix_docs=cfg.phased_ttt_prefix_docs)
+    before = kept(cfg)
+    phases = gpt.plan_batches(setup.docs, batch_size=cfg.ttt_batch_size, lanes=2, max_tokens=64, prefix_docs=4,
+                              chunk=cfg.ttt_chunk_size, window=cfg.ttt_eval_seq_len)
+    batches = [batch for phase in phases for lane in phase for batch in lane]
+    assert len(phases) == 2 and any(batch.carries for batch in batches)
+    assert {len(batch.docs) for batch in batches} >= {1, 2}         # bounded by tokens below the batch size
     order = setup.order(phases)
-    assert len(phases) == 2 and np.isfinite(before).all()
+    assert np.isfinite(before).all()
     for cut in np.linspace(1, len(order) - 20, 6).astype(int):
-        after = scores(change_tokens(setup.tokens, order[cut:] + 1, cfg.vocab_size))
+        after = kept(cfg, change_tokens(setup.tokens, order[cut:] + 1, cfg.vocab_size))
         assert np.array_equal(before[order[:cut]], after[order[:cut]]), cut
         assert (before[order[cut:]] != after[order[cut:]]).any()
 
 
-def test_audit_writes_the_order_and_refuses_one_with_gaps(setup, tmp_path):
+def test_a_budget_that_is_too_small_stops_adaptation_and_the_log_says_how_to_repeat_it(setup, kept):
+    full = kept(setup.cfg)
+    assert not any("adaptation_stopped" in line for line in kept.lines)
+    stopped = kept(dataclasses.replace(setup.cfg, eval_wallclock_seconds=1e-3))
+    assert np.isfinite(stopped).all()
+    line = next(line for line in kept.lines if "adaptation_stopped" in line)
+    document, chunk = map(int, line.split("replay:TTT_STOP_AFTER=")[1].split(":"))
+    scored, order = kept_order(setup)
+    k = int(np.flatnonzero((scored.doc == document) & (scored.chunk == chunk))[0])
+    learnt = int(gpt.chunk_sizes(scored, setup.docs, setup.cfg.ttt_chunk_size)[:k + 1].sum())
+    assert 0 < learnt < len(order)
+    assert np.array_equal(full[order[:learnt]], stopped[order[:learnt]])
+    assert not np.array_equal(full[order[learnt:]], stopped[order[learnt:]])
+    replayed = kept(dataclasses.replace(setup.cfg, ttt_stop_after=f"{document}:{chunk}"))
+    assert np.array_equal(stopped, replayed)
+    assert not any("adapted_base" in line for line in kept.lines)
+
+
+def kept_order(setup: Setup) -> tuple[gpt.ScoredChunks, np.ndarray]:
+    cfg = setup.cfg
+    phases = gpt.plan_batches(setup.docs, batch_size=cfg.ttt_batch_size, lanes=2, max_tokens=64,
+                              prefix_docs=cfg.phased_ttt_prefix_docs, chunk=cfg.ttt_chunk_size,
+                              window=cfg.ttt_eval_seq_len)
+    scored = gpt.certified_order(phases, setup.docs, cfg.ttt_chunk_size)
+    return scored, gpt.targets_in_order(scored, setup.docs, cfg.ttt_chunk_size)
+
+
+def test_adaptation_can_be_stopped_anywhere_and_no_score_before_that_changes(setup, kept):
+    full = kept(setup.cfg)
+    scored, order = kept_order(setup)
+    sizes = gpt.chunk_sizes(scored, setup.docs, setup.cfg.ttt_chunk_size)
+    first_of_second_phase = int((scored.phase == 0).sum())
+    for k in (0, first_of_second_phase // 2, first_of_second_phase - 1, first_of_second_phase, len(sizes) - 1):
+        cfg = dataclasses.replace(setup.cfg, ttt_stop_after=f"{scored.doc[k]}:{scored.chunk[k]}")
+        scores, learnt = kept(cfg), int(sizes[:k + 1].sum())
+        assert np.array_equal(full[order[:learnt]], scores[order[:learnt]])
+        assert np.array_equal(full, scores) == (k == len(sizes) - 1)
+        assert any("adapted_base" in line for line in kept.lines) == (k >= first_of_second_phase)
+    with pytest.raises(gpt.ConfigError, match="copy it from the log"):
+        kept(dataclasses.replace(setup.cfg, ttt_stop_after="999:0"))
+
+
+class Clock:
+    """A timer and a rank whose seconds the test sets."""
+    world_size, now = 1, 0.0
+
+    def __init__(self, cfg: gpt.Config, rank: int = 0, world_size: int = 1) -> None:
+        self.cfg, self.rank, self.world_size, self.lines = cfg, rank, world_size, []
+
+    def seconds(self) -> float:
+        return self.now
+
+    def log(self, line: str) -> None:
+        self.lines.append(line)
+
+    max_later = gpt.Run.max_later
+
+
+@settings(max_examples=40)
+@given(slowdown=st.floats(0.05, 400.0), lengths=st.lists(st.integers(20, 400), min_size=8, max_size=40))
+def test_a_run_whose_steps_cost_what_they_cost_ends_in_time_if_scoring_alone_would(slowdown, lengths):
+    """One process runs eight lanes whose steps take `slowdown` times what was planned, in two phases."""
+    cfg = tiny_config(eval_wallclock_seconds=10.0)
+    lengths = np.array(lengths)
+    docs = gpt.Documents(np.cumsum(lengths) - lengths, lengths)
+    phases = gpt.plan_batches(docs, batch_size=4, max_tokens=64, prefix_docs=6, chunk=8, window=32)
+    clock = Clock(cfg)
+    limit = gpt.LearningLimit(cfg, clock, phases, gpt.certified_order(phases, docs, 8), clock)
+    learnt_s = total_s = 0.0
+    for number, phase in enumerate(phases):
+        limit.begin_phase(number)
+        for lane, batches in enumerate(phase):
+            for batch in batches:
+                for start_us, cost_us in zip(batch.steps.start_us.tolist(), batch.steps.cost_us.tolist()):
+                    learns = limit.may_learn(lane, start_us)
+                    clock.now += slowdown * cost_us / 1e6 * (1 if learns else gpt.FORWARD_SHARE)
+                    learnt_s += slowdown * cost_us / 1e6 * learns
+                    total_s += slowdown * cost_us / 1e6
+            limit.pass_checkpoints(float("inf"))
+    if total_s < 0.9 * cfg.eval_wallclock_seconds:
+        assert learnt_s == pytest.approx(total_s) and not clock.lines
+    if total_s > cfg.eval_wallclock_seconds:
+        assert len(clock.lines) == 1 and learnt_s < total_s
+    # The first decision takes effect an eighth of the first phase later, in all lanes.
+    first_s = slowdown * 8 * max(lane[-1].end_us for lane in phases[0] if lane) / 1e6
+    if gpt.FORWARD_SHARE * total_s + 0.2 * first_s < 0.9 * cfg.eval_wallclock_seconds:
+        assert clock.now <= cfg.eval_wallclock_seconds
+
+
+def test_audit_writes_the_order_in_which_targets_were_banked(setup, tmp_path):
     cfg = dataclasses.replace(setup.cfg, audit=True)
     evaluate(setup, cfg, tmp_path)
     order = np.fromfile(tmp_path / "run.order.bin", "<i8")
     C = cfg.ttt_chunk_size
     phases = gpt.plan_batches(setup.docs, batch_size=cfg.ttt_batch_size, prefix_docs=cfg.phased_ttt_prefix_docs, chunk=C,
-                              window=cfg.ttt_eval_seq_len)
+                              max_tokens=gpt.BATCH_TOKENS, window=cfg.ttt_eval_seq_len)
     assert np.array_equal(order, gpt.targets_in_order(gpt.certified_order(phases, setup.docs, C), setup.docs, C))
-    run = gpt.Run(cfg, log_path=tmp_path / "bad.txt")
-    for bad in (order[1:], np.append(order, 0), np.where(order == 3, 4, order)):
-        with pytest.raises(RuntimeError, match="every target exactly once"):
-            gpt.audit_order(run, bad, len(setup.tokens) - 1)
+
+
+def test_audit_refuses_targets_that_were_banked_twice_never_or_out_of_order(setup, tmp_path):
+    phases = setup.plan()
+    scored = gpt.certified_order(phases, setup.docs, setup.cfg.ttt_chunk_size)
+    scorer = setup.scorer(phases=phases)
+    for phase in phases:
+        gpt.score_phase(scorer, phase, [gpt.lane_draws(setup.cfg, scorer.run, lane) for lane in range(gpt.LANES)])
+    run, good, size = gpt.Run(setup.cfg, log_path=tmp_path / "bad.txt"), scorer.log_target.clone(), int(scorer.log_size)
+
+    def swapped(log, a, b):
+        log[[a, b]] = log[[b, a]]
+
+    def repeated(log, a, b):
+        log[a] = log[b]
+    for change, change_size in ((swapped, 0), (repeated, 0), (swapped, -1), (lambda *_: None, -1), (lambda *_: None, 1)):
+        scorer.log_target.copy_(good)
+        change(scorer.log_target, 3, 40)
+        scorer.log_size.fill_(size + change_size)
+        with pytest.raises(RuntimeError, match="not banked once and in the certified order"):
+            gpt.audit_order(run, scorer, phases, scored)
     assert not (tmp_path / "bad.order.bin").exists()
+    scorer.log_target.copy_(good)
+    scorer.log_size.fill_(size)
+    gpt.audit_order(run, scorer, phases, scored)
+
+
+def test_no_score_line_before_the_coverage_check(setup, tmp_path, monkeypatch, capsys):
+    add = gpt.BpbMeter.add
+    monkeypatch.setattr(gpt.BpbMeter, "add", lambda meter, nll, counts, scored: add(meter, nll[1:], counts[1:], scored[1:]))
+    with pytest.raises(RuntimeError, match="every target must count once"):
+        evaluate(setup, setup.cfg, tmp_path)
+    assert "val_bpb" not in capsys.readouterr().out
+
+
+def test_clocks_are_logged_in_milliseconds_with_their_sum(setup, tmp_path, capsys):
+    evaluate(setup, setup.cfg, tmp_path)
+    line, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("eval clock_ms:"))
+    clock, warmup, load, total = (int(pair.split(":")[1]) for pair in line.split()[1:])
+    assert load == 0 and clock > 0 and abs(clock + warmup - total) <= 1
+
+
+# --- padded and captured steps ------------------------------------------------------------------------------
+
+BUCKETS = gpt.Buckets(rows=(2, 3), windows=(16, 32))
+
+
+def all_scores_and_adapters(setup: Setup, buckets: gpt.Buckets | None, phases) -> tuple[np.ndarray, torch.Tensor]:
+    scorer = setup.scorer(phases=phases, buckets=buckets, hints=setup.hints(setup.tokens, phases))
+    gpt.score_phase(scorer, phases[0], [gpt.lane_draws(setup.cfg, scorer.run, 0)])
+    return banked_nll(scorer, len(setup.tokens) - 1), scorer.bank.params
+
+
+def test_padded_steps_give_the_same_scores_and_adapters_as_exact_ones(setup):
+    """Several batches on one lane that carry their A; documents end inside the buckets of rows and windows."""
+    phases = setup.plan(lanes=1)
+    assert sum(batch.carries for batch in phases[0][0]) >= 2
+    exact, padded = (all_scores_and_adapters(setup, buckets, phases) for buckets in (None, BUCKETS))
+    np.testing.assert_allclose(padded[0], exact[0], rtol=0, atol=2e-5)
+    assert torch.isfinite(padded[1]).all()
+    difference = (padded[1] - exact[1]).abs()
+    # A gradient next to zero may change its sign with the order of additions, and AdamW's step with it.
+    assert difference.max() <= 2 * setup.cfg.ttt_lora_lr and difference.mean() < 1e-3 * setup.cfg.ttt_lora_lr
+
+
+def test_padded_rows_and_positions_hold_nothing_that_counts(setup, monkeypatch):
+    """Whatever stands in padded positions and finished rows, scores and adapters stay the same to the last bit."""
+    phases = setup.plan(lanes=1)
+    before = all_scores_and_adapters(setup, BUCKETS, phases)
+    chunk_gradients = gpt.chunk_gradients
+    widths = []
+
+    def spoiled(model, bank, tokens, at, answers, hints, learns, learn):
+        used = torch.arange(tokens.shape[1]) <= at.max(1, keepdim=True).values      # a window ends with its chunk
+        widths.append((len(tokens), tokens.shape[1], int(used.sum())))
+        return chunk_gradients(model, bank, torch.where(used, tokens, 63), at, answers, hints, learns, learn)
+    monkeypatch.setattr(gpt, "chunk_gradients", spoiled)
+    after = all_scores_and_adapters(setup, BUCKETS, phases)
+    assert {(rows, width) for rows, width, _ in widths} == {(2, 16), (3, 16), (2, 32), (3, 32)}
+    assert any(used < rows * width for rows, width, used in widths)
+    assert np.array_equal(before[0], after[0]) and torch.equal(before[1], after[1])
+
+
+def test_steps_that_learn_nothing_leave_the_adapters_alone(setup):
+    phases = setup.plan(lanes=1)
+    scorer = setup.scorer(phases=phases)
+    batch = max(phases[0][0], key=lambda batch: len(batch.steps.rows))
+    scorer.score_batch(batch, gpt.lane_draws(setup.cfg, scorer.run, 0), lambda start_us: False)
+    assert not letter_of(scorer.bank, "B").any() and not scorer.bank.exp_avg_sq.any() and int(scorer.bank.steps) == 0
+
+
+def test_long_batches_fetch_their_places_in_parts(setup, monkeypatch):
+    whole = setup.score()
+    monkeypatch.setattr(gpt, "TABLE_STEPS", 2)
+    assert np.array_equal(whole, setup.score())
+
+
+ADAMW_SHAPES = [(3, 5000, torch.float32), (4, 4097, torch.bfloat16), (1, 7, torch.bfloat16)]
+
+
+def adamw_arguments(rows: int, P: int, dtype: torch.dtype, device: str = "cpu") -> list:
+    generator = torch.Generator().manual_seed(rows)
+    params, grads = (torch.randn(rows, P, generator=generator).to(device) for _ in range(2))
+    second = torch.rand(rows, P, generator=generator).to(device) ** 4
+    grads[:, ::3] = 0
+    low = params if dtype == torch.float32 else params.to(dtype)
+    learns = torch.arange(rows, device=device) % 3 != 1
+    return [params, low, second, grads.to(dtype), learns.long(), torch.tensor([31.6], device=device), 1e-2, 2.0, 0.999, 1e-10]
+
+
+INTERPRETED = """
+import torch, train_gpt as gpt
+from test_ttt import ADAMW_SHAPES, adamw_arguments
+for shape in ADAMW_SHAPES:
+    plain, fast = adamw_arguments(*shape), adamw_arguments(*shape)
+    gpt.plain_adapter_adamw(*plain)
+    gpt.launch_adapter_adamw(*fast)
+    for a, b in zip(plain[:3], fast[:3]):
+        torch.testing.assert_close(a.float(), b.float(), rtol=1e-2 if a.dtype == torch.bfloat16 else 1e-6, atol=1e-7)
+print("equal")
+"""
+
+
+def test_adapter_kernel_equals_the_plain_step_under_the_interpreter(repo):
+    """In a process of its own: Triton decides when it is imported whether it interprets."""
+    pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "",
+           "PYTHONPATH": f"{repo}{os.pathsep}{repo / 'tests'}"}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.endswith("equal\n"), done.stdout + done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", ADAMW_SHAPES)
+def test_adapter_kernel_equals_the_plain_step(shape):
+    plain, fast = adamw_arguments(*shape, "cuda"), adamw_arguments(*shape, "cuda")
+    gpt.plain_adapter_adamw(*plain)
+    gpt.adapter_adamw(*fast)
+    for a, b in zip(plain[:3], fast[:3]):
+        torch.testing.assert_close(a.float(), b.float(), rtol=1e-2 if a.dtype == torch.bfloat16 else 1e-6, atol=1e-7)
+
+
+@pytest.mark.gpu
+def test_captured_steps_equal_eager_ones(setup):
+    """Every score and every adapter after several batches, and nothing left behind by capturing."""
+    run = gpt.Run(setup.cfg, device=torch.device("cuda"))
+    torch.manual_seed(0)
+    model = random_model(setup.cfg, compute_dtype=torch.bfloat16).requires_grad_(False).cuda()
+    model.attend = gpt.attend_torch_varlen
+    phases = setup.plan(lanes=1)
+    scored = gpt.certified_order(phases, setup.docs, setup.cfg.ttt_chunk_size)
+    results = []
+    for is_captured in (False, True):
+        scorer = gpt.Scorer(setup.cfg, run, model, len(setup.tokens), keep_log=True, buckets=BUCKETS)
+        if is_captured:
+            keys = sorted(gpt.step_keys(setup.cfg, BUCKETS), key=lambda key: -key[0] * key[1])
+            scorer.steps = gpt.CapturedSteps(run, scorer.step, keys)
+            assert scorer.steps.captures == len(keys)
+            scorer.clear()
+        scorer.load(setup.tokens, setup.byte_counts)
+        scorer.follow(setup.docs, scored)
+        for phase in phases:
+            gpt.score_phase(scorer, phase, [gpt.lane_draws(setup.cfg, run, 0)])
+        results.append((scorer.log_target.cpu(), scorer.log_nll.cpu(), scorer.bank.params.cpu(), scorer.meter.result()))
+        assert getattr(scorer.steps, "missed", 0) == 0
+    for eager, captured in zip(*results):
+        assert eager == captured if isinstance(eager, gpt.Score) else torch.equal(eager, captured)
