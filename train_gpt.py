@@ -37,6 +37,7 @@ import dataclasses
 import datetime
 import difflib
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -49,6 +50,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from collections import namedtuple
@@ -111,6 +113,7 @@ FIXED_SETTINGS: dict[str, tuple[str, str]] = {
         ("TILT_MODE", "fixed", "no other mode exists yet"),
         ("MATRIX_CLIP_SIGMAS", "12.85", "no tensor falls in that class"),
         ("TTT_OPTIMIZER", "adam", "adapters are trained with AdamW"),
+        ("TTT_BETA1", "0", "adapters have no first moment"),
         ("TTT_GRAD_STEPS PHASED_TTT_NUM_PHASES GLOBAL_TTT_EPOCHS GLOBAL_TTT_RESPECT_DOC_BOUNDARIES "
          "TEMPERATURE_SCALE VAL_DOC_FRACTION", "1", "no other value is implemented"))
     for name in names.split()}
@@ -225,10 +228,10 @@ class Config:
     ttt_lora_rank: int = knob(80, "rank of each per-document adapter [LoRA]", 1)
     ttt_lora_alpha: float = knob(144.0, "adapter scale times rank")
     ttt_lora_lr: float = knob(1e-4, "adapter learning rate", 0.0)
-    ttt_beta1: float = knob(0.0, "adapter AdamW first-moment decay", 0.0, BELOW_ONE)
     ttt_beta2: float = knob(0.999, "adapter AdamW second-moment decay", 0.0, BELOW_ONE)
     ttt_weight_decay: float = knob(2.0, "adapter AdamW weight decay", 0.0)
-    ttt_warm_start_a: bool = knob(True, "keep A between full batches of one lane; 0 draws it anew")
+    ttt_warm_start_a: bool = knob(True, "keep A between batches of one lane that have as many rows; 0 draws it anew")
+    ttt_stop_after: str = knob("", "document:chunk after which nothing learns any more; repeats a run that stopped there")
     ttt_k_lora: bool = knob(True, "adapters on the key projection")
     ttt_o_lora: bool = knob(True, "adapters on the attention output")
     ttt_mlp_lora: bool = knob(True, "adapters on the MLP")
@@ -318,6 +321,8 @@ class Config:
         self._require(bool(self.run_id) or not (self.quantize_only or self.ttt_eval_only),
                       "QUANTIZE_ONLY and TTT_EVAL_ONLY need RUN_ID, the run to go on from",
                       "QUANTIZE_ONLY", "TTT_EVAL_ONLY", "RUN_ID")
+        self._require(re.fullmatch(r"(\d+:\d+)?", self.ttt_stop_after) is not None,
+                      "TTT_STOP_AFTER must be document:chunk, two whole numbers", "TTT_STOP_AFTER")
         self._require(re.fullmatch(r"[\w.+-]*", self.run_id) is not None,
                       "RUN_ID may hold letters, digits and . _ + - only", "RUN_ID")
 
@@ -487,6 +492,14 @@ class Run:
         box = torch.tensor(list(values), dtype=torch.float64)
         dist.broadcast(box, src=0, group=self._host_group)
         return box.tolist()
+
+    def max_later(self, value: float) -> Callable[[], float]:
+        """Start finding the largest `value` of all ranks, through the host; the result waits for it."""
+        box = torch.tensor(value, dtype=torch.float64)
+        if self.world_size == 1:
+            return box.item
+        work = dist.all_reduce(box, dist.ReduceOp.MAX, group=self._host_group, async_op=True)
+        return lambda: (work.wait(), box.item())[1]
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -1031,6 +1044,7 @@ class Ops(NamedTuple):
     loss: Callable[..., Tensor] = softcap_loss
     row_gradients: Callable[..., tuple[Tensor, dict[str, Tensor]]] = row_gradients
     hidden: Callable[..., Tensor] = hidden_states
+    chunk_gradients: Callable[..., tuple] | None = None    # None: chunk_gradients of section 13
 
     def plain(self) -> Ops:
         """The plain functions on the same attention and loss: for taps, and for work too short to compile."""
@@ -2806,21 +2820,53 @@ def twin_ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarra
     return hints
 
 
+class NgramTable:
+    """twin_ngram_hints in C for targets that come in slices: what one slice has counted, the next one knows."""
+
+    def __init__(self, tokens: np.ndarray, num_targets: int, context: int, threshold: float) -> None:
+        """Room for `num_targets` targets of the stream `tokens` (N,) uint16; MemoryError when there is none."""
+        self.tokens, self.num_targets = np.ascontiguousarray(tokens, np.uint16), num_targets
+        self.library = compile_c(NGRAM_C)
+        self.library.ngram_open.restype = ctypes.c_void_p
+        self.state = ctypes.c_void_p(self.library.ngram_open(
+            ctypes.c_void_p(self.tokens.ctypes.data), ctypes.c_int64(num_targets), ctypes.c_int(context),
+            ctypes.c_float(threshold)))
+        if not self.state:
+            self._no_memory()
+
+    def _no_memory(self) -> None:
+        raise MemoryError(f"no memory for n-grams of {self.num_targets:,} targets; "
+                          f"free about {self.num_targets * 27 >> 20} MiB")
+
+    def feed(self, order: np.ndarray, doc_start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Look up and count the targets `order`, whose documents begin at doc_start; both int64 (n,).
+        Returns hinted tokens, -1 where closed, int32, and confidences fp32; both (n,)."""
+        order, doc_start = (np.ascontiguousarray(x, np.int64) for x in (order, doc_start))
+        hint, confidence = np.empty(len(order), np.int32), np.empty(len(order), np.float32)
+        arrays = (ctypes.c_void_p(x.ctypes.data) for x in (order, doc_start, hint, confidence))
+        if self.library.ngram_feed(self.state, ctypes.c_int64(len(order)), *arrays):
+            self._no_memory()
+        return hint, confidence
+
+    def close(self) -> None:
+        self.library.ngram_close(self.state)
+        self.state = None
+
+
 def ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarray, context: int,
                 threshold: float) -> Hints:
-    """twin_ngram_hints in C, exactly; raises MemoryError when the table does not fit."""
-    tokens, order, doc_start = (np.ascontiguousarray(x, dtype) for x, dtype in (
-        (tokens, np.uint16), (order, np.int64), (doc_start, np.int64)))
+    """twin_ngram_hints in C, in one slice; raises MemoryError when the table does not fit."""
     n = len(tokens) - 1
     if len(doc_start) != n or (len(order) and not 0 <= order.min() <= order.max() < n):
         raise ValueError(f"ngram_hints: expected doc_start of {n} targets and order within them, found "
                          f"{len(doc_start)} and {order.min()}..{order.max()}")
+    table = NgramTable(tokens, len(order), context, threshold)
+    try:
+        found, confidence = table.feed(order, doc_start[order])
+    finally:
+        table.close()
     hints = closed_hints(n)
-    pointer = lambda x: ctypes.c_void_p(x.ctypes.data)                       # noqa: E731
-    if compile_c(NGRAM_C).ngram_hints(
-            pointer(tokens), pointer(order), ctypes.c_int64(len(order)), pointer(doc_start), ctypes.c_int(context),
-            ctypes.c_float(threshold), *map(pointer, hints)):
-        raise MemoryError(f"no memory for n-grams of {len(order):,} targets; free about {len(order) * 45 >> 20} MiB")
+    hints.hint[order], hints.gate[order], hints.confidence[order] = np.maximum(found, 0), found >= 0, confidence
     return hints
 
 
@@ -2830,8 +2876,22 @@ def tilt(nll: Tensor, log_q_hint: Tensor, is_hit: Tensor, boost: Tensor) -> Tens
 
 
 LANES = 8                    # independent sequences of batches; R ranks run 8/R lanes each
-SPLIT_TOKENS = 1920          # a batch with a longer document is dealt to all lanes, which bounds the memory of a step
-STEP_COST_TOKENS = 8000      # launch overhead of one chunk step in tokens of forward and backward; balances lanes
+BATCH_TOKENS = 82_000        # most rows x window tokens of a chunk step; bounds its memory
+BATCH_CHUNKS = 16_000        # most rows x chunks of the longest document; bounds a batch's time, so that lanes balance
+# Chunk steps are padded on the right to these sizes, so that few shapes exist. Chosen by planned cost on the record's
+# document lengths: 54 windows would be 4 % faster, and four times as many graphs to capture.
+ROW_BUCKETS = (2, 4, 8, 16, 32, 48, 64)
+WINDOW_BUCKETS = (96, 192, 288, 384, 528, 672, 864, 1056, 1248, 1680, 2112, 2560)
+# Milliseconds of a learning chunk step by rows, at each of STEP_WINDOWS; balances lanes and orders their steps.
+# Estimated for one H100 (3 ms + 0.93 us per token, at least 5); `benchmarks/evaluation.py` prints a measured table.
+STEP_WINDOWS = (96, 384, 864, 1248, 1680, 2112, 2560)
+STEP_MS = {
+    2: (5.0, 5.0, 5.0, 5.3, 6.1, 6.9, 7.8),
+    8: (5.0, 5.9, 9.4, 12.3, 15.5, 18.7, 22.0),
+    16: (5.0, 8.7, 15.9, 21.6, 28.0, 34.4, 41.1),
+    32: (5.9, 14.4, 28.7, 40.1, 53.0, 65.9, 79.2),
+    48: (7.3, 20.1, 41.6, 58.7, 78.0, 97.3, 117.3),
+    64: (8.7, 25.9, 54.4, 77.3, 103.0, 128.7, 155.4)}
 
 
 class Documents(NamedTuple):
@@ -2847,50 +2907,121 @@ def find_documents(tokens: np.ndarray) -> Documents:
     return Documents(starts[lengths >= 2], lengths[lengths >= 2])
 
 
-class Batch(NamedTuple):
-    """Documents scored together, shortest first; `index` counts batches of equal size by ascending length."""
-    index: int
-    docs: tuple[int, ...]
-    is_full: bool            # full batches of a lane reuse its adapters; others get fresh ones
-
-
-Phase = list[list[Batch]]    # batches of each lane, in order
-
-
-def plan_batches(docs: Documents, *, batch_size: int, lanes: int = LANES, split_tokens: int = SPLIT_TOKENS,
-                 prefix_docs: int = 0, chunk: int = 48, window: int = 2560) -> list[Phase]:
-    """Deal all documents to lanes, in one or two phases. Depends on document lengths and settings only.
-    Batches of documents of similar length are queued longest first; each goes to the lane with the least work.
-    The first phase ends with the batch that brings the number of documents to prefix_docs (0: a single phase)."""
-    by_length = np.argsort(docs.length, kind="stable")
-    batches = [by_length[at:at + batch_size] for at in range(0, len(by_length), batch_size)]
-    phases: list[Phase] = [[[] for _ in range(lanes)]]
-    loads, seen, boundary = np.zeros(lanes), 0, min(prefix_docs, len(by_length))
-    for b in sorted(range(len(batches)), key=lambda b: -docs.length[batches[b]].max()):
-        if 0 < boundary <= seen and len(phases) == 1:
-            phases.append([[] for _ in range(lanes)])
-            loads[:] = 0
-        members = batches[b]
-        parts = lanes if docs.length[members].max() > split_tokens else 1
-        for part in range(min(parts, len(members))):
-            share = members[part::parts]
-            lane = int(loads.argmin())
-            phases[-1][lane].append(Batch(b, tuple(share.tolist()), parts == 1 and len(share) == batch_size))
-            loads[lane] += batch_cost(docs.length[share], chunk, window)
-        seen += len(members)
-    return phases
-
-
 def num_chunks(length: np.ndarray, chunk: int) -> np.ndarray:
     """Chunks of documents with `length` tokens, that is length - 1 targets."""
     return -(-(length - 1) // chunk)
 
 
-def batch_cost(lengths: np.ndarray, chunk: int, window: int) -> float:
-    """Work of a batch in tokens: each chunk recomputes the window of every unfinished document."""
-    steps = np.arange(num_chunks(lengths, chunk).max())
-    active = (num_chunks(lengths, chunk)[None] > steps[:, None]).sum(1)
-    return float((active * np.minimum(chunk * (steps + 1), window) + STEP_COST_TOKENS).sum())
+class Buckets(NamedTuple):
+    """The sizes chunk steps are padded to; ascending, the last one holds any step."""
+    rows: tuple[int, ...]
+    windows: tuple[int, ...]
+
+
+def step_buckets(batch_size: int, window: int) -> Buckets:
+    return Buckets(*((*(size for size in sizes if size < last), last)
+                     for sizes, last in ((ROW_BUCKETS, batch_size), (WINDOW_BUCKETS, window))))
+
+
+def pad_to(sizes: Sequence[int], x: np.ndarray) -> np.ndarray:
+    """The smallest of the ascending `sizes` that is at least x."""
+    return np.asarray(sizes)[np.searchsorted(sizes, x)]
+
+
+class Steps(NamedTuple):
+    """The chunk steps of a batch; int64 (steps,) each."""
+    rows: np.ndarray         # unfinished documents
+    width: np.ndarray        # longest window
+    start_us: np.ndarray     # planned start within the phase, microseconds
+    cost_us: np.ndarray      # planned duration if adapters learn
+
+
+def batch_steps(lengths: np.ndarray, chunk: int, window: int, buckets: Buckets) -> Steps:
+    """Steps of a batch that starts at 0; lengths descending. Step k scores chunk k of every unfinished document."""
+    counts = num_chunks(lengths, chunk)
+    index = np.arange(counts[0])
+    rows = np.searchsorted(-counts, -index, side="left")
+    width = np.minimum(chunk * (index + 1), window)
+    cost_us = step_cost_us(pad_to(buckets.rows, rows), pad_to(buckets.windows, width))
+    return Steps(rows, width, np.cumsum(cost_us) - cost_us, cost_us)
+
+
+def step_cost_us(rows: np.ndarray, width: np.ndarray, step_ms: Mapping[int, Sequence[float]] = STEP_MS) -> np.ndarray:
+    """A table of milliseconds between its entries, and beyond its last rows, by straight lines; whole microseconds, at
+    least 1."""
+    table = np.stack([np.interp(width, STEP_WINDOWS, ms) for ms in step_ms.values()])
+    known = np.array(list(step_ms))
+    low = np.clip(np.searchsorted(known, rows, side="right") - 1, 0, len(known) - 2)
+    share = np.maximum(rows - known[low], 0) / (known[low + 1] - known[low])
+    column = np.arange(len(rows))
+    ms = table[low, column] * (1 - share) + table[low + 1, column] * share
+    return np.maximum(np.rint(1000 * ms), 1).astype(np.int64)
+
+
+class Batch(NamedTuple):
+    """Documents scored together, longest first, so that the unfinished ones are always the first rows."""
+    index: int               # counts batches by ascending length
+    docs: tuple[int, ...]
+    carries: bool            # A of the lane's previous batch goes on; else it is drawn anew
+    steps: Steps
+
+    @property
+    def end_us(self) -> int:
+        return int(self.steps.start_us[-1] + self.steps.cost_us[-1])
+
+
+Phase = list[list[Batch]]    # batches of each lane, in order
+
+
+def plan_batches(docs: Documents, *, batch_size: int, lanes: int = LANES, max_tokens: float = math.inf,
+                 max_chunks: float = math.inf, prefix_docs: int = 0, chunk: int = 48,
+                 window: int = 2560) -> list[Phase]:
+    """Deal all documents to lanes, in one or two phases. Depends on document lengths and settings only.
+
+    Batches of documents of similar length have at most batch_size rows, max_tokens of rows x longest window and
+    max_chunks of rows x longest document's chunks. They are queued longest first; each goes to the lane with the least
+    planned time. Where a bound makes a batch smaller it gets one of ROW_BUCKETS rows. With max_tokens the longest
+    document is a batch of its own and starts first: its chunks are the longest chain of steps.
+    The first phase ends with the batch that brings the number of documents to prefix_docs (0: a single phase).
+
+    A batch carries A of the lane's previous batch of the phase if that one had as many rows. Without bounds only the
+    batch of the longest documents may have fewer than batch_size rows; it comes first, so the rule says what the
+    reference does: full batches hand one set of adapters on, and the odd one has its own.
+    """
+    by_length = np.argsort(docs.length, kind="stable")
+    chunks = num_chunks(docs.length[by_length], chunk)
+    is_bounded = max_tokens < math.inf
+    left = len(by_length) - is_bounded
+    cuts = [0]
+    while cuts[-1] < left:
+        size = min(batch_size, left - cuts[-1])
+        while size > 1:
+            longest = int(chunks[cuts[-1] + size - 1])
+            if size * min(chunk * longest, window) <= max_tokens and size * longest <= max_chunks:
+                break
+            size = max([rows for rows in ROW_BUCKETS if rows < size], default=1)
+        cuts.append(cuts[-1] + size)
+    if is_bounded:
+        cuts.append(len(by_length))
+    buckets = step_buckets(batch_size, window)
+    phases: list[Phase] = [[[] for _ in range(lanes)]]
+    loads, seen, boundary = [0] * lanes, 0, min(prefix_docs, len(by_length))
+    batches = [by_length[begin:end][::-1] for begin, end in zip(cuts, cuts[1:])]
+    alone = len(batches) - 1 if is_bounded else -1
+    for index in sorted(range(len(batches)), key=lambda k: (k != alone, -docs.length[batches[k][0]])):
+        if 0 < boundary <= seen and len(phases) == 1:
+            phases.append([[] for _ in range(lanes)])
+            loads = [0] * lanes
+        members = batches[index]
+        lane = loads.index(min(loads))
+        steps = batch_steps(docs.length[members], chunk, window, buckets)
+        steps = steps._replace(start_us=steps.start_us + loads[lane])
+        before = phases[-1][lane]
+        carries = bool(before) and len(before[-1].docs) == len(members)
+        before.append(Batch(index, tuple(members.tolist()), carries, steps))
+        loads[lane] = before[-1].end_us
+        seen += len(members)
+    return phases
 
 
 class ScoredChunks(NamedTuple):
@@ -2898,32 +3029,51 @@ class ScoredChunks(NamedTuple):
     doc: np.ndarray
     chunk: np.ndarray
     phase: np.ndarray
+    start_us: np.ndarray     # planned start of its step within the phase
+    lane: np.ndarray
 
 
 def certified_order(phases: Sequence[Phase], docs: Documents, chunk: int) -> ScoredChunks:
-    """The one total order in which chunks count as scored: by phase, step of the lane, lane, row. Every prediction
-    depends only on tokens before it in this order, whatever the number of ranks and their speed."""
+    """The one total order in which chunks count as scored: by phase, planned start of the step, lane, row. Every
+    prediction depends only on tokens before it in this order, whatever the number of ranks and their speed. Planned
+    times, not numbers of steps, keep lanes together that take steps of unequal cost."""
     tables = []
     for phase, lanes in enumerate(phases):
         for lane, batches in enumerate(lanes):
-            first_step = 0
             for batch in batches:
                 counts = num_chunks(docs.length[list(batch.docs)], chunk)
                 row = np.repeat(np.arange(len(counts)), counts)
                 index = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
                 doc = np.asarray(batch.docs)[row]
-                tables.append(np.stack(np.broadcast_arrays(phase, first_step + index, lane, row, doc, index)))
-                first_step += int(counts.max())
-    phase, step, lane, row, doc, chunk_index = np.concatenate(tables, axis=1)
-    order = np.lexsort((row, lane, step, phase))
-    return ScoredChunks(doc[order], chunk_index[order], phase[order])
+                start_us = batch.steps.start_us[index]
+                tables.append(np.stack(np.broadcast_arrays(doc, index, phase, start_us, lane, row)))
+    doc, chunk_index, phase, start_us, lane, row = np.concatenate(tables, axis=1)
+    # One key, equal to sorting by the four in turn but several times faster.
+    key = np.ravel_multi_index((phase, start_us, lane, row), [int(x.max()) + 1 for x in (phase, start_us, lane, row)])
+    order = np.argsort(key, kind="stable")
+    return ScoredChunks(doc[order], chunk_index[order], phase[order], start_us[order], lane[order])
+
+
+def chunk_sizes(scored: ScoredChunks, docs: Documents, chunk: int) -> np.ndarray:
+    """Targets of each scored chunk."""
+    return np.minimum(chunk, docs.length[scored.doc] - 1 - chunk * scored.chunk)
 
 
 def targets_in_order(scored: ScoredChunks, docs: Documents, chunk: int) -> np.ndarray:
     """Target indices (target i is token i + 1) in the certified order, int64."""
     first = docs.start[scored.doc] + chunk * scored.chunk
-    counts = np.minimum(chunk, docs.length[scored.doc] - 1 - chunk * scored.chunk)
+    counts = chunk_sizes(scored, docs, chunk)
     return np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+
+
+def chunk_places(scored: ScoredChunks, docs: Documents, chunk: int) -> np.ndarray:
+    """How many targets come before chunk k of document d in the certified order, at [first_chunk[d] + k], where
+    first_chunk counts the chunks of all documents before d; int64."""
+    counts = num_chunks(docs.length, chunk)
+    sizes = chunk_sizes(scored, docs, chunk)
+    places = np.empty(len(sizes), np.int64)
+    places[(np.cumsum(counts) - counts)[scored.doc] + scored.chunk] = np.cumsum(sizes) - sizes
+    return places
 
 
 def select_prefix(scored: ScoredChunks, docs: Documents, chunk: int, prefix_docs: int) -> np.ndarray:
@@ -2931,6 +3081,85 @@ def select_prefix(scored: ScoredChunks, docs: Documents, chunk: int, prefix_docs
     is_last = (scored.phase == 0) & (scored.chunk == num_chunks(docs.length[scored.doc], chunk) - 1)
     chosen = scored.doc[is_last][:prefix_docs]
     return chosen[np.lexsort((chosen, docs.length[chosen]))]          # a stable sort of all documents by length
+
+
+HINT_SLICE = 8192            # chunks whose hints are made, written and read at one time
+
+
+class HintFeed:
+    """Hints of every target in the certified order, made by one process per node beside the scoring. It appends them
+    (int32, -1 where closed) to an unnamed file, from which each rank reads what its next step needs."""
+
+    def __init__(self, cfg: Config, run: Run, tokens: np.ndarray, docs: Documents, scored: ScoredChunks) -> None:
+        self.cfg, self.run, self.tokens, self.docs, self.scored = cfg, run, tokens, docs, scored
+        self.loaded = self.gated = 0
+        self.waited_s = self.made_s = 0.0
+        self.error: BaseException | None = None
+        stamp, = run.agree([time.time_ns() // 1000])
+        path, self.maker = Path(tempfile.gettempdir()) / f"train_gpt_hints_{stamp:.0f}", None
+        for is_my_turn in (run.rank == 0, run.rank > 0):                # on its node rank 0 is the maker
+            if is_my_turn:
+                try:
+                    self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+                    self.maker = threading.Thread(target=self._make, daemon=True)
+                except FileExistsError:
+                    self.file = os.open(path, os.O_RDONLY)
+            run.barrier()
+        if self.maker:
+            path.unlink()
+            self.maker.start()
+
+    def _make(self) -> None:
+        start = time.perf_counter()
+        try:
+            C = self.cfg.ttt_chunk_size
+            table = NgramTable(self.tokens, len(self.tokens) - 1, self.cfg.token_order - 1, self.cfg.token_threshold)
+            for at in range(0, len(self.scored.doc), HINT_SLICE):
+                part = ScoredChunks(*(x[at:at + HINT_SLICE] for x in self.scored))
+                doc_start = np.repeat(self.docs.start[part.doc], chunk_sizes(part, self.docs, C))
+                unwritten = table.feed(targets_in_order(part, self.docs, C), doc_start)[0].tobytes()
+                while unwritten:
+                    unwritten = unwritten[os.write(self.file, unwritten):]
+            table.close()
+        except BaseException as error:                                  # for the thread that waits
+            self.error = error
+        self.made_s = time.perf_counter() - start
+
+    def load(self, stream: Stream, count: int) -> None:
+        """Put the hints of at least the first `count` targets of the certified order where the steps read them."""
+        start = time.perf_counter()
+        while self.loaded < count:
+            data = os.pread(self.file, 4 * HINT_SLICE * self.cfg.ttt_chunk_size, 4 * self.loaded)
+            hint = np.frombuffer(data, np.int32, len(data) // 4)
+            if not len(hint):
+                if self.error:
+                    raise self.error
+                time.sleep(0.0005)
+                continue
+            self.gated += int((hint >= 0).sum())
+            end = self.loaded + len(hint)
+            hint_on_device = to_device(self.run, hint)
+            stream.hints[self.loaded:end] = hint_on_device.clamp_min(0)
+            stream.boost[self.loaded:end] = (hint_on_device >= 0) * self.cfg.token_boost
+            self.loaded = end
+        self.waited_s += time.perf_counter() - start
+
+    def close(self, stream: Stream) -> None:
+        """Read what is left and log the totals."""
+        total = len(self.tokens) - 1
+        self.load(stream, total)
+        os.close(self.file)
+        if self.maker:
+            self.maker.join()
+        self.run.log(f"ngram_tilt:hints total={total} gated={self.gated} token_gate={self.gated} within_gate=0 "
+                     "word_gate=0 agree2plus=0")
+        self.run.log(f"ngram_tilt:precompute_done elapsed={self.made_s:.2f}s total_targets={total}")
+
+
+def to_device(run: Run, x: np.ndarray) -> Tensor:
+    """A copy on the run's device that waits for nothing: the source is pinned, and freed once it has been read."""
+    copy = torch.from_numpy(x.copy())
+    return copy.pin_memory().to(run.device, non_blocking=True) if run.device.type == "cuda" else copy
 
 
 # --- 13 test-time training ----------------------------------------------------------------------------------
@@ -2955,106 +3184,249 @@ DrawA = Callable[[str, int, tuple[int, ...]], Tensor]     # (kind, slot, shape) 
 
 
 class AdapterBank:
-    """Adapters and optimizer state of one batch; documents are rows and never mix. `params` holds A (rows, R, in) and
-    B (rows, out, R) of every slot and kind, fp32, A before B."""
+    """Adapters of the documents of one batch and their optimizer state; documents are rows and never mix.
 
-    def __init__(self, cfg: Config, num_slots: int, rows: int, device: torch.device, draw: DrawA) -> None:
-        self.cfg, self.rows, self.draw = cfg, rows, draw
-        kinds = {"q": cfg.model_dim, "k": cfg.kv_dim, "v": cfg.kv_dim, "o": cfg.model_dim, "mlp": cfg.model_dim}
-        self.kinds = [kind for kind in kinds if getattr(cfg, f"ttt_{kind}_lora", True)]
-        self.names = [(kind, slot) for slot in range(num_slots) for kind in self.kinds] + [("head", num_slots)]
+    A document's values are one row of P, so that one kernel updates them all. For each execution slot: A of q, k, v and
+    o, which read the same input, one below the other as (kinds * R, D); B of each, (out, R); A and B of the MLP. Last A
+    and B of the head.
+
+    params      (rows, P) fp32
+    low         (rows, P) their copy in the compute dtype, which the model reads; the same tensor where that is fp32
+    exp_avg_sq  (rows, P) fp32, AdamW's second moment; its first is the gradient itself, because TTT_BETA1 is 0
+    steps       (1,) int64, AdamW steps of this batch
+    """
+
+    def __init__(self, cfg: Config, num_slots: int, rows: int, device: torch.device | str = "cpu",
+                 dtype: torch.dtype = torch.float32) -> None:
+        self.cfg, self.num_slots = cfg, num_slots
         R, D = cfg.ttt_lora_rank, cfg.model_dim
-        self.params: list[Tensor] = []
-        for kind, slot in self.names:
-            out = kinds.get(kind, cfg.vocab_size)
-            self.params += [draw(kind, slot, (rows, R, D)), torch.zeros(rows, out, R, device=device)]
-        self.exp_avg, self.exp_avg_sq = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
-        self.steps = [torch.zeros((), device=device) for _ in self.params]
+        out = {"q": D, "k": cfg.kv_dim, "v": cfg.kv_dim, "o": D, "mlp": D, "head": cfg.vocab_size}
+        self.kinds = [kind for kind in ("q", "k", "v", "o", "mlp") if getattr(cfg, f"ttt_{kind}_lora", True)]
+        attention_kinds = [kind for kind in self.kinds if kind != "mlp"]
+        slot_layout = [*((kind, "A") for kind in attention_kinds), *((kind, "B") for kind in attention_kinds)]
+        slot_layout += [("mlp", "A"), ("mlp", "B")] if "mlp" in self.kinds else []
+        # (kind, slot, letter) of every matrix in the order of its place in a row, and its shape.
+        self.layout = {(kind, slot, letter): (R, D) if letter == "A" else (out[kind], R)
+                       for slot in range(num_slots) for kind, letter in slot_layout}
+        self.layout |= {("head", num_slots, "A"): (R, D), ("head", num_slots, "B"): (out["head"], R)}
+        self.sizes = [math.prod(shape) for shape in self.layout.values()]
+        self.params = torch.zeros(rows, sum(self.sizes), device=device)
+        self.low = self.params if dtype == torch.float32 else torch.zeros_like(self.params, dtype=dtype)
+        self.exp_avg_sq = torch.zeros_like(self.params)
+        self.steps = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def reset(self) -> None:
-        """For a new batch: B and all optimizer state to zero; A stays unless TTT_WARM_START_A=0."""
-        for tensors in (self.params[1::2], self.exp_avg, self.exp_avg_sq, self.steps):
-            torch._foreach_zero_(tensors)
-        if not self.cfg.ttt_warm_start_a:
-            for (kind, slot), A in zip(self.names, self.params[::2]):
-                A.copy_(self.draw(kind, slot, tuple(A.shape)))
+    def parts(self, flat: Tensor) -> dict[tuple[str, int, str], Tensor]:
+        """Views of (rows, P): every matrix as (rows, *shape) by kind, slot and letter. The split is differentiated as
+        one concatenation."""
+        return {key: part.unflatten(1, shape)
+                for (key, shape), part in zip(self.layout.items(), flat.split(self.sizes, 1))}
 
-    def leaves(self, first: int) -> list[Tensor]:
-        """The parameters of documents first, first + 1, ..., ready to be differentiated."""
-        return [mark_varying(p[first:].detach().requires_grad_(), 0) for p in self.params]
+    def adapters(self, flat: Tensor) -> tuple[list[LayerAdapters], LowRank]:
+        """The adapters of every slot and of the head, over (rows, P)."""
+        parts, scale = self.parts(flat), self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank
 
-    def adapters(self, leaves: Sequence[Tensor]) -> tuple[list[LayerAdapters], LowRank]:
-        """The adapters of every slot and of the head, over `leaves`."""
-        scale = self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank
-        made = [LowRank(A, B, scale) for A, B in zip(leaves[::2], leaves[1::2])]
-        n = len(self.kinds)
-        slots = [LayerAdapters(**dict(zip(self.kinds, made[at:at + n]))) for at in range(0, len(made) - 1, n)]
-        return slots, made[-1]
+        def made(kind: str, slot: int) -> LowRank:
+            A, B = (mark_varying(parts[kind, slot, letter], 0) for letter in "AB")
+            return LowRank(A, B, scale)
+
+        slots = [LayerAdapters(**{kind: made(kind, slot) for kind in self.kinds}) for slot in range(self.num_slots)]
+        return slots, made("head", self.num_slots)
 
     @torch.no_grad()
-    def step(self, grads: Sequence[Tensor], first: int) -> None:
-        """One AdamW step of documents first, first + 1, ... from gradients of exactly these rows."""
-        from torch.optim.adamw import adamw
-        cfg = self.cfg
-        # The fused kernel reads gradients in the parameters' layout without asking.
-        adamw([p[first:] for p in self.params], [grad.contiguous() for grad in grads], [m[first:] for m in self.exp_avg],
-              [v[first:] for v in self.exp_avg_sq], [], self.steps, fused=True, amsgrad=False, maximize=False,
-              beta1=cfg.ttt_beta1, beta2=cfg.ttt_beta2, lr=cfg.ttt_lora_lr, weight_decay=cfg.ttt_weight_decay, eps=1e-10)
+    def start(self, rows: int, draw: DrawA | None) -> None:
+        """Begin a batch of `rows` documents: B and all optimizer state zero, A drawn, or kept where draw is None."""
+        self.steps.zero_()
+        self.exp_avg_sq[:rows].zero_()
+        for (kind, slot, letter), part in self.parts(self.params[:rows]).items():
+            if letter == "B":
+                part.zero_()
+        if draw is not None:
+            parts = self.parts(self.params[:rows])
+            for slot in range(self.num_slots + 1):
+                for kind in self.kinds if slot < self.num_slots else ("head",):
+                    A = parts[kind, slot, "A"]
+                    A.copy_(draw(kind, slot, tuple(A.shape)))
+        self.low[:rows].copy_(self.params[:rows])
+
+    @torch.no_grad()
+    def update(self, grads: Tensor, learns: Tensor) -> None:
+        """One AdamW step of the first rows from their gradients (rows, P); those with learns (rows,) 0 stay as they
+        are, until `settle`."""
+        cfg, rows = self.cfg, len(grads)
+        self.steps += 1
+        unbias = (1 - cfg.ttt_beta2 ** self.steps.double()).rsqrt().float()
+        adapter_adamw(self.params[:rows], self.low[:rows], self.exp_avg_sq[:rows], grads, learns, unbias,
+                      cfg.ttt_lora_lr, cfg.ttt_weight_decay, cfg.ttt_beta2, ADAPTER_EPS)
 
     @torch.no_grad()
     def settle(self, missed_steps: Tensor) -> None:
-        """Give each document (rows,) the weight decay of the steps the batch took after it was finished."""
+        """Give the first documents (rows,) the weight decay of the steps the batch took after they were finished."""
         factor = (1 - self.cfg.ttt_lora_lr * self.cfg.ttt_weight_decay) ** missed_steps.double()
-        for A in self.params[::2]:
-            A.mul_(factor.float()[:, None, None])
+        for (kind, slot, letter), part in self.parts(self.params[:len(missed_steps)]).items():
+            if letter == "A":                                         # B ends with its batch
+                part.mul_(factor.float()[:, None, None])
+
+
+ADAPTER_EPS = 1e-10
+
+
+def plain_adapter_adamw(params: Tensor, low: Tensor, exp_avg_sq: Tensor, grads: Tensor, learns: Tensor, unbias: Tensor,
+                        lr: float, weight_decay: float, beta2: float, eps: float) -> None:
+    """The definition of adapter_adamw: AdamW with beta1 = 0 in place on rows with learns != 0. All (rows, P): params
+    and exp_avg_sq fp32, low and grads in the compute dtype. unbias (1,) fp32 = 1 / sqrt(1 - beta2 ** step)."""
+    is_learning = (learns != 0)[:, None]
+    grads = grads.float()
+    second = exp_avg_sq * beta2 + grads * grads * (1 - beta2)
+    stepped = params * (1 - lr * weight_decay) - lr * grads / (second.sqrt() * unbias + eps)
+    exp_avg_sq.copy_(torch.where(is_learning, second, exp_avg_sq))
+    params.copy_(torch.where(is_learning, stepped, params))
+    low.copy_(params)
 
 
 class Stream(NamedTuple):
     """The validation split on the device, and what is known of each target before it is scored."""
     tokens: Tensor           # (N,) int32
     byte_counts: Tensor      # (N,) int32, by token position
-    hints: Tensor            # (N - 1,) int32, by target
-    boost: Tensor            # (N - 1,) fp32; 0 where no hint is used
+    hints: Tensor            # (N - 1,) int32, in the certified order
+    boost: Tensor            # (N - 1,) fp32, in the certified order; 0 where no hint is used
 
 
-def score_batch(cfg: Config, run: Run, model: GPT, stream: Stream, docs: Documents, batch: Batch, bank: AdapterBank,
-                meter: BpbMeter, nll_by_target: Tensor | None = None) -> None:
-    """Score all chunks of a batch, each before anything has learnt from it; adapters learn after every chunk.
-    Documents are sorted by length, so the unfinished ones are always the last rows. nll_by_target (N - 1,) fp64
-    receives every scored (tilted) nll when given."""
-    C, E = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
-    start, length = docs.start[list(batch.docs)], docs.length[list(batch.docs)]
-    counts = num_chunks(length, C)
-    within = torch.arange(C, device=run.device)
-    to_device = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(run.device, non_blocking=True)   # noqa: E731
-    for index in range(int(counts.max())):
-        first, first_learning = (int(np.searchsorted(counts, index + k, side="right")) for k in (0, 1))
-        if cfg.compile:                                   # a lone row would need graphs of its own
-            first = max(0, min(first, len(counts) - 2))
-        w = chunk_window(length[first:] - 1, index, C, E)
-        width = min(C * (index + 1), E)
-        begin, size, offset, count = to_device(np.stack([start[first:] + w.start, w.length, w.offset, w.count]))[..., None]
-        position = torch.arange(width, device=run.device)
-        inputs = torch.where(position < size, stream.tokens[begin + torch.minimum(position, size - 1)], 0).long()
-        at = torch.minimum(offset + within, size - 1)                 # (documents, C) positions in the window
-        scored = within < count
-        target = begin + at                                           # target i is token i + 1
-        leaves = bank.leaves(first)
-        slots, head = bank.adapters(leaves)
-        hidden = model(inputs, looping=True, adapters=slots, sizes_vary=cfg.compile)
-        hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
-        answers, hints = stream.tokens[target + 1].long(), stream.hints[target].long()
-        nll, log_q = model.score(hidden.flatten(0, 1), answers.flatten(), hints.flatten(), head(hidden).flatten(0, 1))
-        nll, log_q = nll.view_as(target), log_q.view_as(target)       # 1. scored by weights that never saw the chunk
-        tilted = tilt(nll.detach(), log_q.detach(), answers == hints, stream.boost[target])
-        meter.add(tilted, stream.byte_counts[target + 1], scored)     # 2. banked; it is never revised
-        if nll_by_target is not None:
-            nll_by_target[target[scored]] = tilted[scored].double()
-        if first_learning < len(batch.docs):                          # 3. only then learn from it
-            learning = first_learning - first
-            grads = torch.autograd.grad(nll[learning:].mean(1).sum(), leaves)
-            bank.step([grad[learning:] for grad in grads], first_learning)
-    bank.settle(to_device(counts.max() - counts))
+def chunk_gradients(model: GPT, bank: AdapterBank, tokens_BT: Tensor, at_BC: Tensor, answers_BC: Tensor,
+                    hints_BC: Tensor, learns_B: Tensor, learn: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Forward, score and gradient of one chunk of each document, with the adapters in the first B rows of the bank.
+
+    tokens_BT   windows, int64, padded on the right; every row is one causal sequence
+    at_BC       positions of the chunk in its window, int64; only there are logits made
+    answers_BC  targets, int64; hints_BC hinted tokens, int64
+    learns_B    1 where the document has a later chunk, else 0
+    Returns nll and log-probability of the hints, (B, C) fp32, detached, and (B, P) in the compute dtype the gradient of
+    the sum over learning documents of their mean nll; None unless `learn`.
+    """
+    B, C = at_BC.shape
+    leaf = mark_varying(bank.low[:B].detach().requires_grad_(), 0)
+    # With compiled graphs also a forward pass alone keeps gradients on: then it needs no graphs of its own.
+    with torch.set_grad_enabled(learn or bank.cfg.compile):
+        slots, head = bank.adapters(leaf)
+        hidden = model(tokens_BT, looping=True, adapters=slots, sizes_vary=bank.cfg.compile)
+        hidden = hidden.gather(1, at_BC[..., None].expand(-1, -1, hidden.shape[-1]))
+        nll, log_q = model.score(hidden.flatten(0, 1), answers_BC.flatten(), hints_BC.flatten(),
+                                 head(hidden).flatten(0, 1))
+        nll = nll.view(B, C)
+        grads = torch.autograd.grad((nll.mean(1) * learns_B).sum(), leaf)[0] if learn else None
+    return nll.detach(), log_q.detach().view(B, C), grads
+
+
+TABLE_STEPS = 256            # chunk steps of a batch whose places are on the device at one time
+# Columns of that table, per step and row; int64. `place` counts the targets scored before the chunk.
+ChunkTable = namedtuple("ChunkTable", "begin size offset count place learns")
+
+
+class Scorer:
+    """All that a chunk step reads and writes, at fixed addresses: a step is a function of (rows, width, learn) alone,
+    and the host reads nothing back. `steps` runs a step, here the definition itself."""
+
+    def __init__(self, cfg: Config, run: Run, model: GPT, num_tokens: int, *, keep_log: bool = False,
+                 buckets: Buckets | None = None) -> None:
+        """Room for a stream of num_tokens. Steps are padded to `buckets`, or not at all. keep_log keeps every banked
+        score in the order of banking: `log_target` int64, `log_nll` fp64, of which `log_size` (1,) are taken."""
+        self.cfg, self.run, self.model, self.buckets = cfg, run, model, buckets
+        zeros = functools.partial(torch.zeros, device=run.device)
+        self.stream = Stream(zeros(num_tokens, dtype=torch.int32), zeros(num_tokens, dtype=torch.int32),
+                             zeros(num_tokens, dtype=torch.int32), zeros(num_tokens))
+        self.slots = sum(map(len, execution_order(cfg, True)))
+        self.bank = AdapterBank(cfg, self.slots, cfg.ttt_batch_size, run.device, model.compute_dtype)
+        self.meter = BpbMeter(run)
+        self.table = zeros(TABLE_STEPS, len(ChunkTable._fields), cfg.ttt_batch_size, dtype=torch.int64)
+        self.index = zeros(1, dtype=torch.int64)                      # chunk of the batch's documents scored next
+        log_room = num_tokens if keep_log else 0                      # the last entry takes what is not scored
+        self.log_target, self.log_nll = zeros(log_room, dtype=torch.int64), zeros(log_room, dtype=torch.float64)
+        self.log_size = zeros(1, dtype=torch.int64)
+        self.steps: Callable[[int, int, bool], None] = self.step
+
+    def load(self, tokens: np.ndarray, byte_counts: np.ndarray) -> None:
+        for buffer, values in zip(self.stream, (tokens, byte_counts)):
+            buffer[:len(values)] = to_device(self.run, values.astype(np.int32))
+
+    def clear(self) -> None:
+        """Forget all that has been scored and learnt."""
+        for tensor in (self.bank.params, self.bank.low, self.bank.exp_avg_sq, self.bank.steps, self.meter.sums,
+                       self.table, self.index, self.log_target, self.log_nll, self.log_size):
+            tensor.zero_()
+
+    def step(self, rows: int, width: int, learn: bool) -> None:
+        """Score one chunk of each of the first `rows` documents, then learn from it. Rows that are finished, or beyond
+        the batch, count nothing and learn nothing."""
+        stream, C = self.stream, self.cfg.ttt_chunk_size
+        row = ChunkTable(*self.table.index_select(0, self.index % TABLE_STEPS)[0, :, :rows, None].unbind())
+        last = (row.size - 1).clamp_min(0)
+        position = torch.arange(width, device=self.run.device)
+        inputs = torch.where(position < row.size, stream.tokens[row.begin + torch.minimum(position, last)], 0).long()
+        within = torch.arange(C, device=self.run.device)
+        at = torch.minimum(row.offset + within, last)                 # (rows, C) positions in the window
+        scored = within < row.count
+        place = row.place + torch.minimum(within, (row.count - 1).clamp_min(0))
+        target = row.begin + at                                       # target i is token i + 1
+        answers, hints = stream.tokens[target + 1].long(), stream.hints[place].long()
+        learns = row.learns[:, 0]
+        # 1. scored by weights that never saw the chunk
+        gradients = self.model.ops.chunk_gradients or chunk_gradients
+        nll, log_q, grads = gradients(self.model, self.bank, inputs, at, answers, hints, learns, learn)
+        with torch.no_grad():
+            tilted = tilt(nll, log_q, answers == hints, stream.boost[place])
+            self.meter.add(tilted, stream.byte_counts[target + 1], scored)            # 2. banked; never revised
+            if len(self.log_target):
+                self.add_to_log(target, tilted, scored)
+            if grads is not None:
+                self.bank.update(grads, learns)                       # 3. only then learn from it
+            self.index += 1
+
+    def add_to_log(self, target: Tensor, nll: Tensor, scored: Tensor) -> None:
+        scored = scored.flatten()
+        spot = torch.where(scored, self.log_size + scored.cumsum(0) - 1, len(self.log_target) - 1)
+        self.log_target[spot] = target.flatten()
+        self.log_nll[spot] = nll.flatten().double()
+        self.log_size += scored.sum()
+
+    def follow(self, docs: Documents, scored: ScoredChunks, hints: HintFeed | None = None) -> None:
+        """The documents of the stream, the certified order of their chunks, and who brings the hints."""
+        counts = num_chunks(docs.length, self.cfg.ttt_chunk_size)
+        self.docs, self.hints, self.first_chunk = docs, hints, np.cumsum(counts) - counts
+        self.places = chunk_places(scored, docs, self.cfg.ttt_chunk_size)
+
+    def upload_table(self, members: Sequence[int], first: int) -> np.ndarray:
+        """Bring the places of the next chunks of a batch to the device. Returns the number of targets, in the certified
+        order, whose hints each step needs."""
+        C, pred_len = self.cfg.ttt_chunk_size, self.docs.length[members] - 1
+        counts = num_chunks(pred_len + 1, C)
+        index = np.arange(first, min(first + TABLE_STEPS, counts.max()))[:, None]
+        w = chunk_window(pred_len, index, C, self.cfg.ttt_eval_seq_len)
+        count = np.maximum(w.count, 0)                                # finished documents have none
+        place = self.places[self.first_chunk[members] + np.minimum(index, counts - 1)]
+        columns = ChunkTable(self.docs.start[members] + w.start, w.length, w.offset, count, place,
+                             C * (index + 1) < pred_len)
+        table = np.zeros((len(index), *self.table.shape[1:]), np.int64)
+        table[:, :, :len(members)] = np.stack(np.broadcast_arrays(*columns), axis=1)
+        self.table[:len(index)] = to_device(self.run, table)
+        return (place + count).max(axis=1)
+
+    def score_batch(self, batch: Batch, draw: DrawA | None,
+                    may_learn: Callable[[int], bool] = lambda start_us: True) -> None:
+        """Score all chunks of a batch, each before anything has learnt from it; adapters learn after every chunk while
+        may_learn(planned start of the step). draw gives the initial A; None goes on from the batch before."""
+        members, steps = list(batch.docs), batch.steps
+        self.bank.start(len(members), draw)
+        self.index.zero_()
+        for step, (rows, width, start_us) in enumerate(zip(*(x.tolist() for x in steps[:3]))):
+            if step % TABLE_STEPS == 0:
+                needed = self.upload_table(members, step)
+            if self.hints is not None:
+                self.hints.load(self.stream, int(needed[step % TABLE_STEPS]))
+            if self.buckets is not None:
+                rows, width = (int(pad_to(*pair)) for pair in zip(self.buckets, (rows, width)))
+            has_next = step + 1 < len(steps.rows)
+            self.steps(rows, width, may_learn(start_us) and has_next)
+        counts = num_chunks(self.docs.length[members], self.cfg.ttt_chunk_size)
+        self.bank.settle(to_device(self.run, counts.max() - counts))
 
 
 def lane_draws(cfg: Config, run: Run, lane: int) -> DrawA:
@@ -3064,161 +3436,324 @@ def lane_draws(cfg: Config, run: Run, lane: int) -> DrawA:
         -1 / math.sqrt(shape[-1]), 1 / math.sqrt(shape[-1]), generator=generator)
 
 
-def score_phase(cfg: Config, run: Run, model: GPT, stream: Stream, docs: Documents, phase: Phase, meter: BpbMeter,
-                draws: Sequence[DrawA], label: str = "", nll_by_target: Tensor | None = None) -> None:
-    """Run this rank's lanes of one phase, one lane after the other."""
-    slots = sum(map(len, execution_order(cfg, True)))
+FORWARD_SHARE = 0.45         # cost of a chunk step that only scores, relative to one that learns
+CHECKPOINTS = 16             # times in a phase at which ranks agree whether adaptation must stop
+BUDGET_SHARE = 0.97          # part of the evaluation budget that a prediction may fill
+
+
+class LearningLimit:
+    """Up to which step adapters and base learn, so that the evaluation ends within EVAL_WALLCLOCK_SECONDS. `last` is
+    (phase, planned start, lane) of the last learning step: steps before it in the certified order learn, later ones only
+    score. TTT_STOP_AFTER gives it beforehand and so repeats a run that was cut short.
+
+    At checkpoint k of a phase each rank predicts when it would end if adaptation stopped at checkpoint k + 2, the next
+    but one. At checkpoint k + 1 all know the latest of these predictions; if that is too late, adaptation stops there.
+    So nobody waits for a rank that is less than a checkpoint behind. A rank with several lanes decides in its first one.
+    """
+
+    def __init__(self, cfg: Config, run: Run, phases: Sequence[Phase], scored: ScoredChunks, timer: Timer) -> None:
+        self.cfg, self.run, self.scored, self.timer = cfg, run, scored, timer
+        # Planned time of every rank's lanes in each phase; a rank's lanes run one after the other.
+        self.lanes_us = [[lane[-1].end_us if lane else 0 for lane in phase] for phase in phases]
+        self.slowdown, self.last, self.phase = 1.0, (math.inf,), 0
+        self.is_open = not cfg.ttt_stop_after and cfg.eval_wallclock_seconds > 0
+        if cfg.ttt_stop_after:
+            doc, chunk = map(int, cfg.ttt_stop_after.split(":"))
+            found = np.flatnonzero((scored.doc == doc) & (scored.chunk == chunk))
+            if not len(found):
+                raise ConfigError(f"TTT_STOP_AFTER={cfg.ttt_stop_after}: expected document:chunk of the validation "
+                                  f"split, which has {scored.doc.max() + 1} documents; copy it from the log to repeat")
+            self.last = tuple(int(x[found[0]]) for x in (scored.phase, scored.start_us, scored.lane))
+
+    def begin_phase(self, phase: int) -> None:
+        self.phase, self.checkpoint, self.at_us = phase, 0, 0
+        self.interval_us = -(-max(self.lanes_us[phase]) // CHECKPOINTS)
+        self.latest: Callable[[], float] = lambda: 0.0
+        self.phase_start_s = self.timer.seconds()
+
+    def may_learn(self, lane: int, start_us: int) -> bool:
+        self.pass_checkpoints(start_us)
+        return (self.phase, start_us, lane) <= self.last
+
+    def base_may_learn(self) -> bool:
+        """After the current phase."""
+        return (self.phase + 1,) <= self.last
+
+    def pass_checkpoints(self, at_us: float) -> None:
+        """Everything this rank's first lane planned before at_us has been queued; infinite: the lane has ended."""
+        self.at_us = max(self.at_us, min(at_us, self.lanes_us[self.phase][self.run.rank]))
+        while self.is_open and self.checkpoint <= CHECKPOINTS and self.checkpoint * self.interval_us <= at_us:
+            latest = self.latest()
+            if latest > BUDGET_SHARE * self.cfg.eval_wallclock_seconds:
+                self.stop(self.checkpoint * self.interval_us, latest)
+            elif self.checkpoint < CHECKPOINTS:
+                self.latest = self.run.max_later(self.predict_s((self.checkpoint + 2) * self.interval_us))
+            self.checkpoint += 1
+
+    def predict_s(self, stop_us: int) -> float:
+        """When this rank would end if adaptation stopped at planned time stop_us of this phase."""
+        elapsed_s = self.timer.seconds() - self.phase_start_s
+        if self.at_us > 0:
+            self.slowdown = 1e6 * elapsed_s / self.at_us
+        ranks = self.run.world_size
+        learning_us = scoring_us = 0
+        for lane_us in self.lanes_us[self.phase][self.run.rank::ranks]:
+            learning_us += min(lane_us, stop_us)
+            scoring_us += max(lane_us - stop_us, 0)
+        for lanes_us in self.lanes_us[self.phase + 1:]:
+            scoring_us += max(sum(lanes_us[rank::ranks]) for rank in range(ranks))
+        return self.phase_start_s + self.slowdown * (learning_us + FORWARD_SHARE * scoring_us) / 1e6
+
+    def stop(self, at_us: int, predicted_s: float) -> None:
+        self.is_open, self.last = False, (self.phase, at_us - 1, math.inf)
+        is_before = (self.scored.phase < self.phase) | (self.scored.phase == self.phase) & (self.scored.start_us < at_us)
+        k = int(is_before.sum()) - 1
+        self.run.log(f"ttt adaptation_stopped after:{self.scored.doc[k]}:{self.scored.chunk[k]} phase:{self.phase + 1} "
+                     f"chunks:{k + 1}/{len(is_before)} predicted_s:{predicted_s:.1f} "
+                     f"budget_s:{self.cfg.eval_wallclock_seconds:g} "
+                     f"replay:TTT_STOP_AFTER={self.scored.doc[k]}:{self.scored.chunk[k]}")
+
+
+def score_phase(scorer: Scorer, phase: Phase, draws: Sequence[DrawA], label: str = "",
+                limit: LearningLimit | None = None) -> None:
+    """Run this rank's lanes of one phase, one lane after the other; draws of each lane, and a label for the log."""
+    run, docs = scorer.run, scorer.docs
     mine = range(run.rank, len(phase), run.world_size)
     total, done = sum(len(phase[lane]) for lane in mine), 0
     for lane in mine:
-        reusable = None
+        may_learn = functools.partial(limit.may_learn, lane) if limit else lambda start_us: True
         for batch in phase[lane]:
-            if batch.is_full and reusable is not None:
-                bank = reusable
-                bank.reset()
-            else:
-                bank = AdapterBank(cfg, slots, len(batch.docs), run.device, draws[lane])
-                reusable = bank if batch.is_full else reusable
-            score_batch(cfg, run, model, stream, docs, batch, bank, meter, nll_by_target)
-            del bank
+            keeps_a = batch.carries and scorer.cfg.ttt_warm_start_a
+            scorer.score_batch(batch, None if keeps_a else draws[lane], may_learn)
             done += 1
             if label and run.rank == 0:
-                nats, _, num_bytes = meter.sums.tolist()
+                nats, _, num_bytes = scorer.meter.sums.tolist()
                 lengths = docs.length[list(batch.docs)]
                 run.log(f"ttt batch:{done}/{total} bpb:{nats / math.log(2) / max(num_bytes, 1):.6f} "
                         f"documents:{len(lengths)} doc_len:{lengths.min()}-{lengths.max()} lane:{lane} phase:{label}")
+        if limit:
+            limit.pass_checkpoints(math.inf)
 
 
-def adapt_base(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, docs: Documents, chosen: np.ndarray) -> int:
-    """Train all base weights with SGD on documents that have been scored. Returns the number of steps.
-    The documents are joined in the given order and cut in chunks; the last chunk is skipped. Ranks take contiguous
-    runs of whole documents of a chunk; gradients are weighted by tokens, so the split does not matter."""
-    joined = np.concatenate([tokens[s:s + n] for s, n in zip(docs.start[chosen], docs.length[chosen])])
-    C, S = cfg.global_ttt_chunk_tokens, cfg.ttt_eval_seq_len
-    num = -(-(len(joined) - 1) // C)
-    steps = [(chunk, first) for chunk in range(num - 1) for first in range(0, C // S, cfg.global_ttt_batch_seqs)]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    sgd = torch.optim.SGD(trained, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
-    for chunk, first in steps:
-        sgd.param_groups[0]["lr"] = global_sgd_lr(cfg.global_ttt_lr, num, chunk)
-        at, size = chunk * C + first * S, min(cfg.global_ttt_batch_seqs, C // S - first) * S
-        begin, end = rank_share(joined[at:at + size], run.rank, run.world_size)
-        model.zero_grad(set_to_none=True)
-        if end > begin:
-            row = torch.from_numpy(joined[at + begin:at + end + 1].astype(np.int64)).to(run.device)
-            bounds = torch.from_numpy(segment_bounds(joined[at + begin:at + end], S)).to(run.device)
-            # Eager: a hundred short steps take less time than compiling them would.
-            loss = model.loss(row[:-1], row[1:].clone(), bounds, looping=True, segment_cap=S, ops=model.ops.plain())
-            (loss * ((end - begin) / size)).backward()
-        for p, grad in zip(trained, run.sum_all([torch.zeros_like(p) if p.grad is None else p.grad for p in trained])):
-            p.grad = grad
-        torch.nn.utils.clip_grad_norm_(trained, cfg.global_ttt_grad_clip)
-        sgd.step()
-        with torch.no_grad():
-            torch._foreach_clamp_min_([model.softcap_pos, model.softcap_neg], 1.0)
-    model.zero_grad(set_to_none=True)
-    return len(steps)
-
-
-def rank_share(tokens: np.ndarray, rank: int, world_size: int) -> tuple[int, int]:
-    """[begin, end) of this rank's part of a row, cut only where documents begin, in nearly equal lengths."""
-    starts = np.concatenate([[0], np.flatnonzero(tokens == BOS), [len(tokens)]])
-    ideal = np.arange(world_size + 1) * len(tokens) / world_size
-    cuts = starts[np.abs(starts[:, None] - ideal).argmin(0)]
-    cuts[0], cuts[-1] = 0, len(tokens)
+def rank_share(bounds: np.ndarray, rank: int, world_size: int) -> tuple[int, int]:
+    """[begin, end) of this rank's part of a row, cut only at the segment bounds [0, ..., tokens], in nearly equal
+    lengths: no part is longer than an even one and a segment."""
+    ideal = np.arange(world_size + 1) * bounds[-1] / world_size
+    cuts = bounds[np.abs(bounds[:, None] - ideal).argmin(0)]
     return int(cuts[rank]), int(cuts[rank + 1])
 
 
-def warm_up_ttt(cfg: Config, run: Run, model: GPT) -> None:
-    """Compile and run, on random tokens, the graphs that test-time training will use."""
+BASE_SEGMENTS = 512          # segments of a rank's share that fixed shapes have room for
+
+
+class BaseAdaptation:
+    """The gradient of a rank's share of one SGD step over all base weights, at fixed addresses and shapes.
+
+    inputs, targets  (length,) int64: the token before the share where there is one, which SmearGate looks at and nobody
+                     else, then the share, then padding
+    weights          (length,) fp32: 1 / tokens of the whole row on the share, 0 elsewhere
+    bounds           (BASE_SEGMENTS,) int32 cu_seqlens, the last one repeated
+    flat             (parameters,) fp32 gradient of every trained parameter, one after the other
+    """
+
+    def __init__(self, cfg: Config, run: Run, model: GPT) -> None:
+        self.cfg, self.run, self.model = cfg, run, model
+        S = cfg.ttt_eval_seq_len
+        row_tokens = min(cfg.global_ttt_batch_seqs, cfg.global_ttt_chunk_tokens // S) * S
+        length = 1 + min(row_tokens, -(-row_tokens // run.world_size) + S)
+        zeros = functools.partial(torch.zeros, device=run.device)
+        self.inputs, self.targets = (zeros(length, dtype=torch.int64) for _ in range(2))
+        self.weights, self.bounds = zeros(length), zeros(BASE_SEGMENTS, dtype=torch.int32)
+        self.names, self.trained = zip(*model.named_parameters())
+        self.flat, self.momentum = (zeros(sum(p.numel() for p in self.trained)) for _ in range(2))
+        self.replay: Callable[[], None] | None = None                 # a captured `gradient`
+
+    def load(self, row: np.ndarray) -> None:
+        """Take this rank's share of a row of tokens (length + 1,)."""
+        S, length = self.cfg.ttt_eval_seq_len, len(self.inputs)
+        bounds = segment_bounds(row[:-1], S, pad=1)
+        begin, end = rank_share(bounds, self.run.rank, self.run.world_size)
+        lead = int(begin > 0)
+        size = end - begin + lead
+        tokens, weights = np.zeros((2, length), np.int64), np.zeros(length, np.float32)
+        tokens[:, :size] = row[begin - lead:end], row[begin - lead + 1:end + 1]
+        weights[lead:size] = 1 / (len(row) - 1)
+        inside = bounds[(bounds > begin) & (bounds < end)] - begin + lead
+        local = np.concatenate([np.arange(lead), [lead], inside, np.arange(size, length, S), [length]])
+        room = np.full(max(BASE_SEGMENTS, len(local)), length, np.int32)
+        room[:len(local)] = local
+        self.inputs.copy_(to_device(self.run, tokens[0]))
+        self.targets.copy_(to_device(self.run, tokens[1]))
+        self.weights.copy_(to_device(self.run, weights))
+        self.fits, self.segments = len(room) == BASE_SEGMENTS, to_device(self.run, room)
+        if self.fits:                                                 # else very many short documents: not to replay
+            self.segments = self.bounds.copy_(self.segments)
+
+    def gradient(self) -> None:
+        """Fill `flat`. Eager: the shapes are those of no other graph."""
+        row = Row(self.inputs, self.targets, self.segments, 0)
+        _, grads = self.model.ops.row_gradients(self.model, row, looping=True, segment_cap=self.cfg.ttt_eval_seq_len,
+                                                weights=self.weights)
+        grads = [grads[name] for name in self.names]
+        self.flat.copy_(torch.cat([grad.flatten() for grad in grads]))
+
+    @torch.no_grad()
+    def step(self, row: np.ndarray, lr: float) -> None:
+        """One step of SGD with momentum on a row of tokens (length + 1,), its gradient clipped."""
+        self.load(row)
+        with torch.enable_grad():
+            (self.replay if self.replay and self.fits else self.gradient)()
+        self.run.sum(self.flat)
+        norm = torch.linalg.vector_norm(self.flat)
+        self.flat *= (self.cfg.global_ttt_grad_clip / (norm + 1e-6)).clamp_max(1.0)
+        self.momentum.mul_(self.cfg.global_ttt_momentum).add_(self.flat)
+        moves = self.momentum.split([p.numel() for p in self.trained])
+        torch._foreach_add_(self.trained, [move.view_as(p) for move, p in zip(moves, self.trained)], alpha=-lr)
+        torch._foreach_clamp_min_([self.model.softcap_pos, self.model.softcap_neg], 1.0)
+
+
+def adapt_base(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, docs: Documents, chosen: np.ndarray,
+               base: BaseAdaptation | None = None) -> int:
+    """Train all base weights with SGD on documents that have been scored. Returns the number of steps.
+    The documents are joined in the given order and cut in chunks; the last chunk is skipped. Ranks take contiguous
+    runs of whole segments of a chunk; gradients are weighted by tokens, so the split does not matter."""
+    joined = np.concatenate([tokens[s:s + n] for s, n in zip(docs.start[chosen], docs.length[chosen])]).astype(np.int64)
+    C, S = cfg.global_ttt_chunk_tokens, cfg.ttt_eval_seq_len
+    num = -(-(len(joined) - 1) // C)
+    steps = [(chunk, first) for chunk in range(num - 1) for first in range(0, C // S, cfg.global_ttt_batch_seqs)]
+    base = base or BaseAdaptation(cfg, run, model)
+    for chunk, first in steps:
+        at, size = chunk * C + first * S, min(cfg.global_ttt_batch_seqs, C // S - first) * S
+        base.step(joined[at:at + size + 1], global_sgd_lr(cfg.global_ttt_lr, num, chunk))
+    return len(steps)
+
+
+def step_keys(cfg: Config, buckets: Buckets) -> list[tuple[int, int, bool]]:
+    """(rows, width, learn) of every padded chunk step that a plan may need, the largest first."""
+    smallest_rows = [1, *(size + 1 for size in buckets.rows)]
+    smallest_width = [1, *(size + 1 for size in buckets.windows)]
+    keys = [(rows, width, learn) for rows, least in zip(buckets.rows, smallest_rows)
+            for width, narrowest in zip(buckets.windows, smallest_width) for learn in (True, False)
+            if least * narrowest <= BATCH_TOKENS]
+    return sorted(keys, key=lambda key: (key[0] * key[1], key), reverse=True)
+
+
+def warm_up_ttt(cfg: Config, run: Run, model: GPT, num_tokens: int) -> tuple[Scorer, BaseAdaptation | None]:
+    """What scores num_tokens tokens and adapts the base, with every graph compiled and captured on random tokens."""
     timer = Timer(run)
-    if cfg.compile:
-        C, E = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
-        lengths = np.array([2 * C + 1] * (cfg.ttt_batch_size - 1) + [E + 3 * C])
-        tokens = np.random.default_rng(cfg.seed).integers(2, cfg.vocab_size, lengths.sum() + 1).astype(np.uint16)
-        docs = Documents(np.cumsum(lengths) - lengths, lengths)
-        slots = sum(map(len, execution_order(cfg, True)))
-        stream = make_stream(run, tokens, np.ones_like(tokens), None, cfg)
-        for rows in sorted({cfg.ttt_batch_size, min(2, cfg.ttt_batch_size)}, reverse=True):
-            members = tuple(range(cfg.ttt_batch_size - rows, cfg.ttt_batch_size))
-            score_batch(cfg, run, model, stream, docs, Batch(0, members, False),
-                        AdapterBank(cfg, slots, rows, run.device, lane_draws(cfg, run, LANES)), BpbMeter(run))
+    is_cuda = run.device.type == "cuda"
+    buckets = step_buckets(cfg.ttt_batch_size, cfg.ttt_eval_seq_len) if cfg.compile or is_cuda else None
+    scorer = Scorer(cfg, run, model, num_tokens, keep_log=cfg.audit, buckets=buckets)
+    base = None
+    if cfg.phased_ttt_prefix_docs:
+        base = BaseAdaptation(cfg, run, model)
+    if buckets is not None:
+        generator = np.random.default_rng(cfg.seed)
+        random_tokens = generator.integers(2, cfg.vocab_size, num_tokens)
+        scorer.load(random_tokens, np.ones_like(random_tokens))
+        size = min(cfg.ttt_eval_seq_len, num_tokens - 1)
+        columns = ChunkTable(begin=0, size=size, offset=0, count=min(cfg.ttt_chunk_size, size), place=0, learns=1)
+        scorer.table.copy_(torch.tensor(columns, device=run.device)[:, None].expand_as(scorer.table))
+        keys = step_keys(cfg, buckets)
+    if is_cuda:
+        if base:
+            base.load(generator.integers(2, cfg.vocab_size, len(base.inputs)))
+            base.replay = CapturedSteps(run, base.gradient, [()])
+        scorer.steps = CapturedSteps(run, scorer.step, keys)
+    elif buckets is not None:                             # one graph serves all sizes
+        scorer.step(buckets.rows[-1], buckets.windows[0], True)
+        scorer.step(buckets.rows[0], buckets.windows[-1], True)
+    scorer.clear()
     run.log(f"ttt_lora:compile warmup done ({timer.seconds():.1f}s)")
+    return scorer, base
 
 
-def make_stream(run: Run, tokens: np.ndarray, byte_counts: np.ndarray, hints: Hints | None, cfg: Config) -> Stream:
-    hints = hints or closed_hints(len(tokens) - 1)
-    return Stream(*(torch.from_numpy(x).to(run.device) for x in (
-        tokens.astype(np.int32), byte_counts.astype(np.int32), hints.hint, hints.gate * np.float32(cfg.token_boost))))
-
-
-def make_hints(cfg: Config, run: Run, tokens: np.ndarray, order: np.ndarray, docs: Documents) -> Hints | None:
-    """Hints of all targets, counted in the certified order on rank 0 and sent to the others; logged."""
-    if not cfg.ngram_tilt_enabled:
-        return None
-    timer, n = Timer(run), len(tokens) - 1
-    hints = closed_hints(n)
-    if run.rank == 0:
-        doc_start = np.repeat(docs.start, docs.length - 1)
-        doc_start = np.pad(doc_start, (0, n - len(doc_start)))        # nothing follows a lone final BOS
-        hints = ngram_hints(tokens, order, doc_start, cfg.token_order - 1, cfg.token_threshold)
-    if run.world_size > 1:
-        hint, gate = (run.broadcast(torch.from_numpy(x).to(run.device)).cpu().numpy() for x in hints[:2])
-        hints = Hints(hint, gate, hints.confidence)                   # only rank 0 knows the confidence, nobody needs it
-    gated = int(hints.gate.sum())
-    run.log(f"ngram_tilt:hints total={n} gated={gated} token_gate={gated} within_gate=0 word_gate=0 agree2plus=0")
-    run.log(f"ngram_tilt:precompute_done elapsed={timer.seconds():.2f}s total_targets={n}")
-    return hints
-
-
-def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset) -> Score:
+def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset, artifact_load_s: float = 0.0) -> Score:
     """The final score: every target once, in the certified order, with hints and adapters; reads data in its clock."""
-    warm_up_ttt(cfg, run, model)
+    warm_up = Timer(run)
+    scorer, base = warm_up_ttt(cfg, run, model, data.val_tokens)
     run.barrier()
+    warm_up_s, made_before = warm_up.seconds(), graphs_made(scorer.steps)
     timer = Timer(run)
     tokens, byte_counts = data.load_validation()
     docs, C = find_documents(tokens), cfg.ttt_chunk_size
     prefix = min(cfg.phased_ttt_prefix_docs, len(docs.start))
-    phases = plan_batches(docs, batch_size=cfg.ttt_batch_size, prefix_docs=prefix, chunk=C, window=cfg.ttt_eval_seq_len)
+    phases = plan_batches(docs, batch_size=cfg.ttt_batch_size, lanes=LANES, max_tokens=BATCH_TOKENS,
+                          max_chunks=BATCH_CHUNKS, prefix_docs=prefix, chunk=C, window=cfg.ttt_eval_seq_len)
     scored = certified_order(phases, docs, C)
-    order = targets_in_order(scored, docs, C) if run.rank == 0 else np.empty(0, np.int64)
-    hints = make_hints(cfg, run, tokens, order, docs)
-    stream = make_stream(run, tokens, byte_counts, hints, cfg)
+    scorer.load(tokens, byte_counts)
+    scorer.follow(docs, scored, HintFeed(cfg, run, tokens, docs, scored) if cfg.ngram_tilt_enabled else None)
+    limit = LearningLimit(cfg, run, phases, scored, timer)
     run.log(f"ttt_phased: total_docs:{len(docs.start)} prefix_docs:{prefix} suffix_docs:{len(docs.start) - prefix} "
             f"num_phases:1 boundaries:[{prefix}]")
-    if cfg.audit and run.rank == 0:
-        audit_order(run, order, len(tokens) - 1)
-    meter, draws = BpbMeter(run), [lane_draws(cfg, run, lane) for lane in range(LANES)]
+    log_plan(run, phases, timer)
+    draws = [lane_draws(cfg, run, lane) for lane in range(LANES)]
     for number, phase in enumerate(phases):
-        score_phase(cfg, run, model, stream, docs, phase, meter, draws, f"{number + 1}/{len(phases)}")
-        if number == 0 and len(phases) > 1:
+        limit.begin_phase(number)
+        score_phase(scorer, phase, draws, f"{number + 1}/{len(phases)}", limit)
+        if number == 0 and len(phases) > 1 and limit.base_may_learn():
             run.barrier()
             phase_timer = Timer(run)
             chosen = select_prefix(scored, docs, C, prefix)
-            steps = adapt_base(cfg, run, model, tokens, docs, chosen)
-            run.log(f"ttt adapted_base documents:{len(chosen)} sgd_steps:{steps} elapsed_s:{phase_timer.seconds():.1f} "
-                    f"eval_time_s:{timer.seconds():.1f}")
-    score, seconds = meter.result(), timer.seconds()
+            steps = adapt_base(cfg, run, model, tokens, docs, chosen, base)
+            run.log(f"ttt adapted_base documents:{len(chosen)} sgd_steps:{steps} "
+                    f"elapsed_s:{phase_timer.seconds():.1f} eval_time_s:{timer.seconds():.1f}")
+    score, seconds = scorer.meter.result(), timer.seconds()
+    made, missed = (b - a for a, b in zip(made_before, graphs_made(scorer.steps)))
+    if scorer.hints is not None:
+        scorer.hints.close(scorer.stream)
+        run.log(f"ttt hints waited_ms:{1000 * scorer.hints.waited_s:.0f}")
     if run.device.type == "cuda":
-        run.log(f"ttt peak_allocated_mib:{torch.cuda.max_memory_allocated(run.device) >> 20}")
+        run.log(f"ttt peak_allocated_mib:{torch.cuda.max_memory_allocated(run.device) >> 20} "
+                f"graphs_made_in_clock:{made} steps_without_graph:{missed}")
+    if score.tokens != len(tokens) - 1:
+        raise RuntimeError(f"scored {score.tokens:,} of {len(tokens) - 1:,} targets; every target must count once")
+    if cfg.audit:
+        audit_order(run, scorer, phases, scored)
     run.log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms "
             f"targets:{score.tokens} bytes:{score.bytes}")
     run.log(f"total_eval_time:{seconds:.1f}s")
-    if score.tokens != len(tokens) - 1:
-        raise RuntimeError(f"scored {score.tokens:,} of {len(tokens) - 1:,} targets; every target must count once")
+    run.log(f"eval clock_ms:{1000 * seconds:.0f} warmup_ms:{1000 * warm_up_s:.0f} "
+            f"artifact_load_ms:{1000 * artifact_load_s:.0f} "
+            f"sum_ms:{1000 * (seconds + warm_up_s + artifact_load_s):.0f}")
     if cfg.eval_wallclock_seconds and seconds > cfg.eval_wallclock_seconds:
-        run.log(f"eval warning over_budget_s:{seconds - cfg.eval_wallclock_seconds:.1f} "
+        run.log(f"eval warning over_budget_s:{seconds - cfg.eval_wallclock_seconds:.3f} "
                 f"budget_s:{cfg.eval_wallclock_seconds:g}")
     return score
 
 
-def audit_order(run: Run, order: np.ndarray, num_targets: int) -> None:
-    """Check that the order holds every target exactly once and write it beside the log (int64, raw)."""
-    if len(order) != num_targets or not np.array_equal(np.sort(order), np.arange(num_targets)):
-        raise RuntimeError("audit: the scoring order does not hold every target exactly once")
-    path, data = run.log_path.with_suffix(".order.bin"), order.astype("<i8").tobytes()
-    path.write_bytes(data)
-    run.log(f"audit targets:{num_targets} order_file:{path} sha256:{hashlib.sha256(data).hexdigest()}")
+def log_plan(run: Run, phases: Sequence[Phase], timer: Timer) -> None:
+    """The plan's constants, and per phase the steps of the busiest lane and the planned time."""
+    steps = [max(sum(len(batch.steps.rows) for batch in lane) for lane in phase) for phase in phases]
+    planned_s = [max(lane[-1].end_us for lane in phase if lane) / 1e6 for phase in phases]
+    run.log(f"ttt plan lanes:{LANES} batch_tokens:{BATCH_TOKENS} batch_chunks:{BATCH_CHUNKS} batches:{[sum(map(len, phase)) for phase in phases]} "
+            f"steps_per_lane:{steps} planned_s:{[round(x, 3) for x in planned_s]} "
+            f"ready_ms:{1000 * timer.seconds():.0f}".replace(", ", ","))
+
+
+def audit_order(run: Run, scorer: Scorer, phases: Sequence[Phase], scored: ScoredChunks) -> None:
+    """Check that every rank has banked the targets of its lanes once and in the certified order, and write the whole
+    order beside the log (int64, raw)."""
+    C, docs = scorer.cfg.ttt_chunk_size, scorer.docs
+    order = targets_in_order(scored, docs, C)
+    lane = np.repeat(scored.lane + LANES * scored.phase, chunk_sizes(scored, docs, C))
+    banked, size = scorer.log_target.cpu().numpy(), int(scorer.log_size)
+    found = np.full(len(order), -1, np.int64)
+    taken = 0
+    for number, phase in enumerate(phases):
+        for at in range(run.rank, len(phase), run.world_size):
+            places = np.flatnonzero(lane == LANES * number + at)
+            found[places] = np.pad(banked[taken:min(size, taken + len(places))], (0, len(places)),
+                                   constant_values=-1)[:len(places)]
+            taken += len(places)
+    found = run.sum(torch.from_numpy(found + 1).to(run.device)).cpu().numpy() - 1
+    if not np.array_equal(found, order) or taken != size:
+        wrong = int((found != order).sum())
+        raise RuntimeError(f"audit: {wrong:,} of {len(order):,} targets were not banked once and in the certified order")
+    if run.rank == 0:
+        path, data = run.log_path.with_suffix(".order.bin"), found.astype("<i8").tobytes()
+        path.write_bytes(data)
+        run.log(f"audit targets:{len(order)} order_file:{path} sha256:{hashlib.sha256(data).hexdigest()}")
 
 
 # --- 14 pipeline --------------------------------------------------------------------------------------------
@@ -3273,10 +3808,12 @@ def run_pipeline(cfg: Config, run: Run) -> None:
             run.log(f"train clock_s:{train_s + calibration_s:.1f} steps_s:{train_s:.1f} "
                     f"calibration_s:{calibration_s:.1f} budget_s:{cfg.max_wallclock_seconds:g}")
         write_artifact(cfg, run, model, stats)
+    load_timer = Timer(run)
     read_artifact(cfg, run, model)                        # score what ships, not what trained
+    artifact_load_s = load_timer.seconds()
     diagnose(cfg, run, model, data, "quantized")
     if cfg.ttt_enabled:
-        evaluate_ttt(cfg, run, model, data)
+        evaluate_ttt(cfg, run, model, data, artifact_load_s)
 
 
 # === Fast paths: from here on everything is only a faster way to do something above, and names what it replaces.
@@ -4738,6 +5275,44 @@ def trellis_round(x: Tensor, limit: Tensor) -> Tensor:
     return codes
 
 
+if triton is not None:
+    @triton.jit
+    def _adapter_adamw_kernel(params_ptr, low_ptr, exp_avg_sq_ptr, grads_ptr, learns_ptr, unbias_ptr, P, lr, decay, beta2,
+                              eps, HAS_LOW: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(1).to(tl.int64)
+        if tl.load(learns_ptr + row) != 0:
+            cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+            inside = cols < P
+            at = row * P + cols
+            grad = tl.load(grads_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            second = tl.load(exp_avg_sq_ptr + at, mask=inside, other=0.0) * beta2 + grad * grad * (1 - beta2)
+            param = tl.load(params_ptr + at, mask=inside, other=0.0) * decay
+            param -= lr * grad / (tl.sqrt(second) * tl.load(unbias_ptr) + eps)
+            tl.store(exp_avg_sq_ptr + at, second, mask=inside)
+            tl.store(params_ptr + at, param, mask=inside)
+            if HAS_LOW:
+                tl.store(low_ptr + at, param.to(low_ptr.dtype.element_ty), mask=inside)
+
+
+ADAMW_BLOCK = 4096
+
+
+def adapter_adamw(params: Tensor, low: Tensor, exp_avg_sq: Tensor, grads: Tensor, learns: Tensor, unbias: Tensor,
+                  lr: float, weight_decay: float, beta2: float, eps: float) -> None:
+    """plain_adapter_adamw; on a GPU by one kernel, which does not touch the rows that do not learn."""
+    if not params.is_cuda or triton is None:
+        return plain_adapter_adamw(params, low, exp_avg_sq, grads, learns, unbias, lr, weight_decay, beta2, eps)
+    launch_adapter_adamw(params, low, exp_avg_sq, grads, learns, unbias, lr, weight_decay, beta2, eps)
+
+
+def launch_adapter_adamw(params: Tensor, low: Tensor, exp_avg_sq: Tensor, grads: Tensor, learns: Tensor,
+                         unbias: Tensor, lr: float, weight_decay: float, beta2: float, eps: float) -> None:
+    rows, P = params.shape
+    _adapter_adamw_kernel[(triton.cdiv(P, ADAMW_BLOCK), rows)](
+        params, low, exp_avg_sq, grads.contiguous(), learns.contiguous(), unbias, P, lr, 1 - lr * weight_decay, beta2, eps,
+        HAS_LOW=low.data_ptr() != params.data_ptr(), BLOCK=ADAMW_BLOCK)
+
+
 # --- 17 compilation -----------------------------------------------------------------------------------------
 # One place that selects and logs every fast path of the model; torch.compile, and sizes that may vary.
 
@@ -4763,7 +5338,8 @@ def choose_ops(run: Run) -> Ops:
     if not refused:
         kernels = Kernels(attention, choose_products(run))
         run.log('blocks backend:kernels reason:"first choice"')
-        return ops._replace(row_gradients=kernels.row_gradients, hidden=kernels.hidden, score=kernel_score)
+        return ops._replace(row_gradients=kernels.row_gradients, hidden=kernels.hidden, score=kernel_score,
+                            chunk_gradients=kernels.chunk_gradients)
     if is_gpu and not cfg.allow_slow:
         raise ConfigError(f"no block kernels ({refused}); a run on other paths is slower by a third or more, allow it by "
                           "ALLOW_SLOW=1")
@@ -4831,6 +5407,57 @@ def compile_ops(ops: Ops, whole_graphs: bool) -> Ops:
     for name in ("embed", "serial", "parallel", "finish", "score"):
         compiled[name] = torch.compile(getattr(ops, name), fullgraph=whole_graphs)
     return ops._replace(**compiled)
+
+
+# CUDA graphs of chunk steps
+
+class CapturedSteps:
+    """step(*key) as one CUDA graph per key: replaying it is one launch instead of thousands. The step must do the same
+    work on the same addresses whenever it is called with that key, and read nothing back. All graphs share one memory
+    pool, because no two run at a time and what they leave behind is in the step's own buffers, which the caller clears:
+    capturing runs every step once.
+
+    captures  graphs made; missed  calls without a graph, which ran eagerly
+    """
+
+    def __init__(self, run: Run, step: Callable[..., None], keys: Sequence[tuple]) -> None:
+        """Capture `keys`, the largest step first, so that the others find room in its memory."""
+        self.step, self.captures, self.missed = step, 0, 0
+        self.graphs: dict[tuple, Any] = {}
+        stream, pool = torch.cuda.Stream(run.device), torch.cuda.graph_pool_handle()
+        stream.wait_stream(torch.cuda.current_stream(run.device))
+        with torch.cuda.stream(stream):
+            for key in keys:                              # compiles and loads what must not be loaded while capturing
+                step(*key)
+            stream.synchronize()
+            gc.collect()
+            gc.disable()                                  # freeing somebody's graph or event would spoil a capture
+            torch.cuda.empty_cache()                      # what the eager steps held is room for the pool
+            try:
+                for key in keys:
+                    self.graphs[key] = torch.cuda.CUDAGraph()
+                    # Other threads (hints, NCCL's watchdog) may call the driver meanwhile.
+                    self.graphs[key].capture_begin(pool=pool, capture_error_mode="thread_local")
+                    step(*key)
+                    self.graphs[key].capture_end()
+                    self.captures += 1
+            finally:
+                gc.enable()
+        torch.cuda.current_stream(run.device).wait_stream(stream)
+
+    def __call__(self, *key: Any) -> None:
+        if key in self.graphs:
+            self.graphs[key].replay()
+        else:
+            self.missed += 1
+            self.step(*key)
+
+
+def graphs_made(steps: Callable) -> tuple[int, int]:
+    """(graphs compiled by this process and captured by `steps`, calls of `steps` that had none) so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    compiled = dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+    return compiled + getattr(steps, "captures", 0), getattr(steps, "missed", 0)
 
 
 # --- 18 C sources -------------------------------------------------------------------------------------------
@@ -5115,50 +5742,78 @@ static uint32_t *find_count(Counts *c, uint64_t key) {
     if (!c->slots[at].count) { c->slots[at].key = key; c->used++; }
     return &c->slots[at].count;
 }
-/* Returns 0, or 1 when memory ran out. */
-int ngram_hints(const uint16_t *tokens, const int64_t *order, int64_t num_targets, const int64_t *doc_start,
-                int context, float threshold, int32_t *hint, uint8_t *gate, float *confidence) {
+typedef struct {
+    const uint16_t *tokens;
+    Entry *table;
+    uint64_t capacity;
+    Counts counts;
+    int context;
+    float threshold;
+} Ngrams;
+void ngram_close(Ngrams *g) {
+    if (!g) return;
+    free(g->table);
+    free(g->counts.slots);
+    free(g);
+}
+/* An empty table with room for num_targets; NULL when memory ran out. The tokens must outlive it. */
+Ngrams *ngram_open(const uint16_t *tokens, int64_t num_targets, int context, float threshold) {
+    Ngrams *g = calloc(1, sizeof(Ngrams));
+    if (!g) return NULL;
+    g->tokens = tokens;
+    g->context = context;
+    g->threshold = threshold;
+    g->capacity = 1024;
+    while (3 * g->capacity < 4 * (uint64_t)num_targets) g->capacity *= 2;
+    g->table = calloc(g->capacity, sizeof(Entry));
+    g->counts = (Counts){ calloc(1024, sizeof(Count)), 1023, 0 };
+    if (g->table && g->counts.slots) return g;
+    ngram_close(g);
+    return NULL;
+}
+/* Looks up, then counts n targets in order. Returns 0, or 1 when memory ran out. */
+int ngram_feed(Ngrams *g, int64_t n, const int64_t *order, const int64_t *doc_start,
+               int32_t *hint, float *confidence) {
     enum { AHEAD = 16 };                                                      /* hides the latency of table look-ups */
-    uint64_t capacity = 1024, hashes[2 * AHEAD];
-    while (3 * capacity < 4 * (uint64_t)num_targets) capacity *= 2;
-    Entry *table = calloc(capacity, sizeof(Entry));
-    Counts counts = { calloc(1024, sizeof(Count)), 1023, 0 };
-    int failed = !table || !counts.slots;
-    for (int64_t k = -AHEAD; k < num_targets && !failed; k++) {
-        int64_t ahead = k + AHEAD < num_targets ? order[k + AHEAD] : -1;
-        if (ahead >= 0 && ahead + 1 - context >= doc_start[ahead]) {
-            uint64_t h = hash_context(tokens + ahead + 1 - context, context) & (capacity - 1);
+    const uint16_t *tokens = g->tokens;
+    const int context = g->context;
+    Entry *table = g->table;
+    uint64_t mask = g->capacity - 1, hashes[2 * AHEAD];
+    for (int64_t k = -AHEAD; k < n; k++) {
+        int64_t ahead = k + AHEAD < n ? order[k + AHEAD] : -1;
+        if (ahead >= 0 && ahead + 1 - context >= doc_start[k + AHEAD]) {
+            uint64_t h = hash_context(tokens + ahead + 1 - context, context) & mask;
             hashes[(k + AHEAD) % (2 * AHEAD)] = h;
             __builtin_prefetch(&table[h]);
         }
         if (k < 0) continue;
         int64_t i = order[k], begin = i + 1 - context;
-        if (begin < doc_start[i]) continue;
+        hint[k] = -1;
+        confidence[k] = 0;
+        if (begin < doc_start[k]) continue;
         uint64_t at = hashes[k % (2 * AHEAD)];
         while (table[at].seen_at && memcmp(tokens + table[at].seen_at - context, tokens + begin, 2 * context))
-            at = (at + 1) & (capacity - 1);
+            at = (at + 1) & mask;
         Entry *e = &table[at];
         uint16_t y = tokens[i + 1];
         if (!e->seen_at) {
             *e = (Entry){ (uint32_t)(i + 1), 1, 1, y };
             continue;
         }
-        confidence[i] = (float)e->best / (float)e->total;
-        if (confidence[i] >= threshold) { hint[i] = e->top; gate[i] = 1; }
+        confidence[k] = (float)e->best / (float)e->total;
+        if (confidence[k] >= g->threshold) hint[k] = e->top;
         if (e->total == e->best && y == e->top) { e->total++; e->best++; continue; }
         if (e->total == e->best) {                                            /* the first deviating token */
-            uint32_t *c = find_count(&counts, at << 16 | e->top);
-            if (!c) { failed = 1; break; }
+            uint32_t *c = find_count(&g->counts, at << 16 | e->top);
+            if (!c) return 1;
             *c = e->best;
         }
-        uint32_t *c = find_count(&counts, at << 16 | y);
-        if (!c) { failed = 1; break; }
+        uint32_t *c = find_count(&g->counts, at << 16 | y);
+        if (!c) return 1;
         e->total++;
         if (++*c > e->best) { e->top = y; e->best = *c; }
     }
-    free(table);
-    free(counts.slots);
-    return failed;
+    return 0;
 }
 """
 

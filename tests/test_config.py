@@ -18,7 +18,7 @@ def test_defaults_are_the_record_run():
 def test_every_model_training_and_evaluation_setting_has_a_record_value():
     of_this_project = {"run_id", "data_path", "tokenizer_path", "compile", "allow_slow", "allow_unverified",
                        "prequant_only", "quantize_only", "ttt_eval_only", "audit", "eval_wallclock_seconds",
-                       "fill_artifact", "rdo_lambda", "tilt_mode", "skip_check"}
+                       "fill_artifact", "rdo_lambda", "tilt_mode", "skip_check", "ttt_stop_after"}
     names = {field.name for field in dataclasses.fields(gpt.Config)}
     assert {name.lower() for name in RECORD_SETTINGS} == names - of_this_project
 
@@ -88,7 +88,7 @@ def test_values_out_of_range_are_refused_with_the_range(name, text):
         gpt.Config.from_env({name: text})
 
 
-@pytest.mark.parametrize("name", ["BETA1", "BETA2", "TTT_BETA1", "TTT_BETA2"])
+@pytest.mark.parametrize("name", ["BETA1", "BETA2", "TTT_BETA2"])
 def test_adam_decays_of_one_are_refused_before_anything_starts(name):
     with pytest.raises(gpt.ConfigError, match=name):
         gpt.Config.from_env({name: "1"})
@@ -116,7 +116,7 @@ def test_listed_choices_are_named():
     ({"GLOBAL_TTT_CHUNK_TOKENS": "1000"}, "GLOBAL_TTT_CHUNK_TOKENS TTT_EVAL_SEQ_LEN"),
     ({"RUN_ID": "a", "PREQUANT_ONLY": "1", "QUANTIZE_ONLY": "1"}, "PREQUANT_ONLY QUANTIZE_ONLY"),
     ({"QUANTIZE_ONLY": "1"}, "QUANTIZE_ONLY RUN_ID"), ({"TTT_EVAL_ONLY": "1"}, "TTT_EVAL_ONLY RUN_ID"),
-    ({"RUN_ID": "../elsewhere"}, "RUN_ID")])
+    ({"RUN_ID": "../elsewhere"}, "RUN_ID"), ({"TTT_STOP_AFTER": "7"}, "TTT_STOP_AFTER")])
 def test_contradictory_settings_are_refused_with_the_values_found(env, names):
     with pytest.raises(gpt.ConfigError) as caught:
         gpt.Config.from_env(env)

@@ -1,4 +1,4 @@
-"""Section 13: n-gram hints by definition and in C, what they may depend on, and the tilt of a probability."""
+"""Section 12: n-gram hints by definition and in C, what they may depend on, and the tilt of a probability."""
 import functools
 import re
 
@@ -29,7 +29,7 @@ def certified_stream(lengths, seed: int, alphabet: int = 3, lanes: int = 2, batc
     rng = np.random.default_rng(seed)
     tokens = np.concatenate([np.append(gpt.BOS, rng.integers(8, 8 + alphabet, n - 1)) for n in lengths]).astype(np.uint16)
     docs = gpt.find_documents(tokens)
-    phases = gpt.plan_batches(docs, batch_size=batch_size, lanes=lanes, split_tokens=40, chunk=chunk, window=16)
+    phases = gpt.plan_batches(docs, batch_size=batch_size, lanes=lanes, max_tokens=40, chunk=chunk, window=16)
     order = gpt.targets_in_order(gpt.certified_order(phases, docs, chunk), docs, chunk)
     doc_start = np.zeros(len(tokens) - 1, np.int64)
     for start, length in zip(docs.start, docs.length):
@@ -96,6 +96,20 @@ def test_c_equals_the_definition_when_its_tables_grow():
     n = len(tokens) - 1
     arguments = tokens, np.arange(n), np.zeros(n, np.int64), 2, 0.5
     assert same(gpt.ngram_hints(*arguments), gpt.twin_ngram_hints(*arguments))
+
+
+@settings(max_examples=40)
+@given(**streams, size=st.integers(1, 50))
+def test_hints_made_in_slices_are_those_made_at_once(lengths, seed, size):
+    tokens, order, doc_start, _ = certified_stream(lengths, seed)
+    whole = gpt.ngram_hints(tokens, order, doc_start, 3, 0.6)
+    table = gpt.NgramTable(tokens, len(order), 3, 0.6)
+    for at in range(0, len(order), size):
+        part = order[at:at + size]
+        hint, confidence = table.feed(part, doc_start[part])
+        assert np.array_equal(hint, np.where(whole.gate, whole.hint, -1)[part])
+        assert np.array_equal(confidence, whole.confidence[part])
+    table.close()
 
 
 @pytest.mark.parametrize("context", (1, 3, 4, 5, 8, 15, 63))

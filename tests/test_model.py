@@ -160,13 +160,17 @@ def golden_lora(load_vectors):
                          ttt_lora_alpha=float(lora["alpha"]), longest_row=lora["x"].shape[1])
     model = archive_model(weights, cfg)
     num_slots, rows = lora["lora_q_A"].shape[:2]
-    bank = gpt.AdapterBank(cfg, num_slots, rows, torch.device("cpu"), lambda kind, slot, shape: torch.zeros(shape))
-    with torch.no_grad():
-        for (kind, slot), A, B in zip(bank.names, bank.params[::2], bank.params[1::2]):
-            for letter, param in (("A", A), ("B", B)):
-                value = lora[f"lora_{kind}_{letter}"]
-                param.copy_(torch.from_numpy(value if kind == "head" else value[slot]))
+    bank = gpt.AdapterBank(cfg, num_slots, rows)
+    for (kind, slot, letter), part in bank.parts(bank.params).items():
+        value = lora[f"lora_{kind}_{letter}"]
+        part.copy_(torch.from_numpy(value if kind == "head" else value[slot]))
     return lora, model, bank
+
+
+def zero_b(bank):
+    for (_, _, letter), part in bank.parts(bank.params).items():
+        if letter == "B":
+            part.zero_()
 
 
 def score_with(model, lora, slots, head):
@@ -185,31 +189,27 @@ def test_scores_with_adapters_equal_the_reference(golden_lora):
 
 def test_adapter_gradients_equal_the_reference(golden_lora):
     lora, model, bank = golden_lora
-    leaves = bank.leaves(0)
-    nll, _ = score_with(model, lora, *bank.adapters(leaves))
+    leaf = bank.params.clone().requires_grad_()
+    nll, _ = score_with(model, lora, *bank.adapters(leaf))
     first = int(lora["chunk_offset"])
     loss = nll[:, first:first + int(lora["chunk_len"])].mean(1).sum()
     assert_near(loss, lora["train_loss"], 2e-5)
-    grads = torch.autograd.grad(loss, leaves)
-    for index, (kind, slot) in enumerate(bank.names):
-        for letter, grad in zip("AB", grads[2 * index:2 * index + 2]):
-            expected = lora[f"gradnorm_{kind}_{letter}"]
-            expected = expected if kind == "head" else expected[slot]
-            norms = grad.flatten(1).norm(dim=1).double().numpy()
-            assert (np.abs(norms - expected) <= 1e-4 * expected).all(), (kind, slot, letter)
+    for (kind, slot, letter), grad in bank.parts(torch.autograd.grad(loss, leaf)[0]).items():
+        expected = lora[f"gradnorm_{kind}_{letter}"]
+        expected = expected if kind == "head" else expected[slot]
+        norms = grad.flatten(1).norm(dim=1).double().numpy()
+        assert (np.abs(norms - expected) <= 1e-4 * expected).all(), (kind, slot, letter)
 
 
 def test_adapters_with_zero_b_equal_the_reference(golden_lora):
     lora, model, bank = golden_lora
-    for B in bank.params[1::2]:
-        B.zero_()
+    zero_b(bank)
     assert_near(score_with(model, lora, *bank.adapters(bank.params))[0], lora["nll_zero_lora"], 2e-5)
 
 
 def test_a_zero_adapter_is_bit_identical_to_none(golden_lora):
     lora, model, bank = golden_lora
-    for B in bank.params[1::2]:
-        B.zero_()
+    zero_b(bank)
     slots, head = bank.adapters(bank.params)
     x = torch.from_numpy(lora["x"])
     hidden = model(x, looping=True)
@@ -223,8 +223,7 @@ def test_a_zero_adapter_is_bit_identical_to_none(golden_lora):
 def test_an_adapter_changes_only_its_own_document(golden_lora):
     lora, model, bank = golden_lora
     before = score_with(model, lora, *bank.adapters(bank.params))[0]
-    for p in bank.params:
-        p[0] *= -1.5
+    bank.params[0] *= -1.5
     after = score_with(model, lora, *bank.adapters(bank.params))[0]
     assert torch.equal(before[1:], after[1:]) and not torch.allclose(before[0], after[0])
 
@@ -582,19 +581,21 @@ def test_traced_graphs_equal_eager_ones_with_adapters_at_every_size(fresh_compil
     model = with_ops(model, compiled._replace(attend=attend_with_mask))
     eager = with_ops(model, gpt.Ops())
     num_slots = sum(map(len, gpt.execution_order(cfg, True)))
-    bank = gpt.AdapterBank(cfg, num_slots, 4, torch.device("cpu"), lambda kind, slot, shape: torch.randn(shape))
-    for B in bank.params[1::2]:
-        B.normal_(std=0.02)
+    bank = gpt.AdapterBank(cfg, num_slots, 4)
+    bank.params.normal_()
+    for (_, _, letter), part in bank.parts(bank.params).items():
+        if letter == "B":
+            part.mul_(0.02)
     for rows, length in ((4, 16), (3, 24)):
         tokens = torch.randint(2, 64, (rows, length))
         results = []
         for m in (eager, model):
-            leaves = bank.leaves(4 - rows)
-            slots, head = bank.adapters(leaves)
+            leaf = bank.params[:rows].clone().requires_grad_()
+            slots, head = bank.adapters(leaf)
             hidden = m(tokens, looping=True, adapters=slots, sizes_vary=m is model)
             nll, log_q = m.score(hidden.flatten(0, 1), tokens.roll(-1, 1).flatten(), tokens.flatten(),
                                  head(hidden).flatten(0, 1))
-            results.append((nll, log_q, *torch.autograd.grad(nll.sum(), leaves)))
+            results.append((nll, log_q, *torch.autograd.grad(nll.sum(), leaf)))
         for expected, found in zip(*results):
             assert (found - expected).norm() <= 1e-4 * expected.norm() + 1e-6
 

@@ -114,7 +114,7 @@ def test_log_reports_training_progress(whole):
 
 def test_log_lines_come_in_the_order_of_the_stages(whole):
     stages = ["settings", "params", "warmup", "loop_warmup", "loops", "ema", "serialized", "prequant", "hessians",
-              "artifact", "quantized", "ttt_warmup", "hints", "phases", "ttt", "total_eval"]
+              "artifact", "quantized", "ttt_warmup", "phases", "hints", "ttt", "total_eval"]
     places = [next(k for k, line in enumerate(whole.lines) if re.fullmatch(LINES[name], line)) for name in stages]
     assert places == sorted(places)
 

@@ -1,4 +1,4 @@
-"""Section 12: sums of nats, tokens and bytes, and plain evaluation of every target."""
+"""Section 11: sums of nats, tokens and bytes, and plain evaluation of every target."""
 import math
 from types import SimpleNamespace
 
