@@ -8,6 +8,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Where no GPU can run Triton's kernels, its interpreter does. It must be on before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # One thread: the tensors are tiny, and the result does not depend on the machine's number of cores.
 torch.set_num_threads(1)
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
