@@ -3564,7 +3564,7 @@ class BaseAdaptation:
         zeros = functools.partial(torch.zeros, device=run.device)
         self.inputs, self.targets = (zeros(length, dtype=torch.int64) for _ in range(2))
         self.weights, self.bounds = zeros(length), zeros(BASE_SEGMENTS, dtype=torch.int32)
-        self.names, self.trained = zip(*model.named_parameters())
+        self.names, self.trained = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
         self.flat, self.momentum = (zeros(sum(p.numel() for p in self.trained)) for _ in range(2))
         self.replay: Callable[[], None] | None = None                 # a captured `gradient`
 
