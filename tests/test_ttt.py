@@ -1104,7 +1104,7 @@ def test_benchmark_adds_up_the_parts_of_the_clock(benchmark_module, capsys):
     table = json.loads((gpt.REPO / "benchmarks" / "evaluation_estimate.json").read_text())
     cfg, docs = gpt.Config(), benchmark_module.documents_of(benchmark_module.record_lengths()[::100])
     totals = [benchmark_module.predict(cfg, table, docs, 50, world_size) for world_size in (1, 8)]
-    assert totals[0] > 4 * totals[1] > 0
+    assert totals[0] > 2 * totals[1] > 0
     for total, line in zip(totals, (line for line in capsys.readouterr().out.splitlines() if "predicted " in line)):
         parts = dict(re.findall(r"(\w+):([\d.]+)", line))
         names = "read_s", "plan_s", "phase1_s", "base_adaptation_s", "phase2_s"
