@@ -334,7 +334,7 @@ class Config:
     longest_segment = property(lambda self: max(self.train_seq_len, self.eval_seq_len))
     # Bound on the positions of any row: training, plain evaluation, test-time training, base adaptation.
     longest_row = property(lambda self: max(self.row_tokens, self.val_batch_tokens // ROWS_PER_STEP,
-                                            self.ttt_eval_seq_len, self.global_ttt_chunk_tokens))
+                                            self.ttt_eval_seq_len, self.global_ttt_chunk_tokens + 1))
 
 
 ROWS_PER_STEP = 8            # one optimizer step is 8 rows on any number of GPUs
@@ -2708,7 +2708,7 @@ class Score(NamedTuple):
 
 
 class BpbMeter:
-    """Sums over scored targets. fp64: an fp32 sum stops counting single tokens at 2**24, and validation has 48M."""
+    """Sums over scored targets. fp64: an fp32 sum stops counting tokens at 2**24, and validation has 48M."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.sums = run, torch.zeros(3, dtype=torch.float64, device=run.device)
@@ -2723,23 +2723,28 @@ class BpbMeter:
         """Totals over all ranks; call once, at the end."""
         nats, tokens, num_bytes = self.run.sum(self.sums.clone()).tolist()
         if not num_bytes:
-            raise DataError("the scored targets carry no bytes; the byte sidecar is all zero, prepare it again")
+            raise DataError("the scored targets carry no bytes; the byte sidecar is all zero, "
+                            "prepare it again")
+        if not math.isfinite(nats):
+            raise RuntimeError(f"the nll of {int(tokens):,} targets sums to {nats}; expected a finite number: "
+                               "the weights are damaged, or training has diverged")
         return Score(nats / tokens, nats / (math.log(2) * num_bytes), int(tokens), int(num_bytes))
 
 
 def eval_row_tokens(cfg: Config) -> int:
-    """Targets per row of plain evaluation: as many whole sequences as one rank's eighth of VAL_BATCH_TOKENS holds."""
+    """Targets per row of plain evaluation: as many whole sequences as fit an eighth of VAL_BATCH_TOKENS."""
     return cfg.val_batch_tokens // ROWS_PER_STEP // cfg.eval_seq_len * cfg.eval_seq_len
 
 
 def score_row(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, byte_counts: np.ndarray, meter: BpbMeter,
               looping: bool) -> None:
-    """Bank every target of one flat row of tokens (length + 1,). A compiled model gets the row padded to a training
-    row and with gradients on, though nothing goes backward: then the graphs of training serve here, and nothing is
-    compiled for two diagnostics."""
+    """Bank every target of one flat row of tokens (length + 1,). A compiled model gets the row padded to a
+    training row and with gradients on, though nothing goes backward: then the graphs of training serve here,
+    and nothing is compiled for two diagnostics."""
     length, inputs = len(tokens) - 1, tokens[:-1].astype(np.int64)
     if cfg.compile:
-        inputs = np.pad(inputs, (0, max(cfg.row_tokens, eval_row_tokens(cfg)) - length))      # causal: nothing sees it
+        # On the right, where causal attention does not see it.
+        inputs = np.pad(inputs, (0, max(cfg.row_tokens, eval_row_tokens(cfg)) - length))
     bounds = mark_varying(torch.from_numpy(segment_bounds(inputs, cfg.eval_seq_len)).to(run.device), 0)
     with torch.set_grad_enabled(cfg.compile):
         hidden = model.ops.hidden(model, torch.from_numpy(inputs).to(run.device)[None], looping=looping,
@@ -2753,8 +2758,8 @@ def score_row(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, byte_counts
 
 def evaluate_plain(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, byte_counts: np.ndarray,
                    looping: bool = True) -> Score:
-    """Score every target after the first token in flat rows of whole sequences, dealt to the ranks. Rows begin at
-    multiples of their length on any world size, so the context of a target does not depend on it."""
+    """Score every target after the first token in flat rows of whole sequences, dealt to the ranks. Rows
+    begin at multiples of their length on any world size, so the context of a target does not depend on it."""
     width, meter = eval_row_tokens(cfg), BpbMeter(run)
     for start in range(width * run.rank, len(tokens) - 1, width * run.world_size):
         span = slice(start, start + width + 1)
@@ -2780,7 +2785,7 @@ def diagnose(cfg: Config, run: Run, model: GPT, data: Dataset, name: str) -> Sco
 # N-gram hints and the tilt of their probability; the plan of batches and the one certified order of scoring.
 
 class Hints(NamedTuple):
-    """Per target: hinted token int32 (0 where closed), gate bool, confidence fp32 (0 where the context is new)."""
+    """Per target: hinted token int32 (0 where closed), gate bool, confidence fp32 (0 where it is new)."""
     hint: np.ndarray
     gate: np.ndarray
     confidence: np.ndarray
@@ -2821,10 +2826,10 @@ def twin_ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarra
 
 
 class NgramTable:
-    """twin_ngram_hints in C for targets that come in slices: what one slice has counted, the next one knows."""
+    """twin_ngram_hints in C for targets that come in slices: what one has counted, the next one knows."""
 
     def __init__(self, tokens: np.ndarray, num_targets: int, context: int, threshold: float) -> None:
-        """Room for `num_targets` targets of the stream `tokens` (N,) uint16; MemoryError when there is none."""
+        """Room for num_targets targets of the stream tokens (N,) uint16; MemoryError when there is none."""
         self.tokens, self.num_targets = np.ascontiguousarray(tokens, np.uint16), num_targets
         self.library = compile_c(NGRAM_C)
         self.library.ngram_open.restype = ctypes.c_void_p
@@ -2866,24 +2871,26 @@ def ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarray, co
     finally:
         table.close()
     hints = closed_hints(n)
-    hints.hint[order], hints.gate[order], hints.confidence[order] = np.maximum(found, 0), found >= 0, confidence
+    hints.hint[order] = np.maximum(found, 0)
+    hints.gate[order] = found >= 0
+    hints.confidence[order] = confidence
     return hints
 
 
 def tilt(nll: Tensor, log_q_hint: Tensor, is_hit: Tensor, boost: Tensor) -> Tensor:
-    """nll of the target after multiplying the hint's probability by exp(boost) and renormalizing; all (...,) fp32."""
+    """nll of the target once the hint's probability is multiplied by exp(boost) and renormalized; fp32."""
     return nll - boost * is_hit + torch.log1p(log_q_hint.clamp_max(0.0).exp() * torch.expm1(boost))
 
 
 LANES = 8                    # independent sequences of batches; R ranks run 8/R lanes each
 BATCH_TOKENS = 82_000        # most rows x window tokens of a chunk step; bounds its memory
-BATCH_CHUNKS = 16_000        # most rows x chunks of the longest document; bounds a batch's time, so that lanes balance
-# Chunk steps are padded on the right to these sizes, so that few shapes exist. Chosen by planned cost on the record's
-# document lengths: 54 windows would be 4 % faster, and four times as many graphs to capture.
+BATCH_CHUNKS = 16_000        # most rows x chunks of the longest document; short batches balance the lanes
+# Chunk steps are padded on the right to these sizes, so that few shapes exist. Chosen by planned cost on the
+# record's document lengths: 54 windows would be 4 % faster, with four times as many graphs to capture.
 ROW_BUCKETS = (2, 4, 8, 16, 32, 48, 64)
 WINDOW_BUCKETS = (96, 192, 288, 384, 528, 672, 864, 1056, 1248, 1680, 2112, 2560)
-# Milliseconds of a learning chunk step by rows, at each of STEP_WINDOWS; balances lanes and orders their steps.
-# Estimated for one H100 (3 ms + 0.93 us per token, at least 5); `benchmarks/evaluation.py` prints a measured table.
+# Milliseconds of a learning chunk step by rows, at each of STEP_WINDOWS; balances lanes, orders their steps.
+# Estimated for one H100 (3 ms + 0.93 us per token, at least 5); benchmarks/evaluation.py measures it.
 STEP_WINDOWS = (96, 384, 864, 1248, 1680, 2112, 2560)
 STEP_MS = {
     2: (5.0, 5.0, 5.0, 5.3, 6.1, 6.9, 7.8),
@@ -2895,13 +2902,13 @@ STEP_MS = {
 
 
 class Documents(NamedTuple):
-    """start (n,) first token, length (n,) tokens including the next document's BOS; int64. Targets: length - 1."""
+    """start (n,) first token, length (n,) tokens with the next document's BOS; int64. Targets: length - 1."""
     start: np.ndarray
     length: np.ndarray
 
 
 def find_documents(tokens: np.ndarray) -> Documents:
-    """Documents begin at BOS and own the following BOS as their last target. A lone final BOS has no target."""
+    """Documents begin at BOS and own the next BOS as their last target. A lone final BOS has no target."""
     starts = np.flatnonzero(tokens == BOS).astype(np.int64)
     lengths = np.append(starts[1:] + 1, len(tokens)) - starts
     return Documents(starts[lengths >= 2], lengths[lengths >= 2])
@@ -2937,7 +2944,7 @@ class Steps(NamedTuple):
 
 
 def batch_steps(lengths: np.ndarray, chunk: int, window: int, buckets: Buckets) -> Steps:
-    """Steps of a batch that starts at 0; lengths descending. Step k scores chunk k of every unfinished document."""
+    """Steps of a batch that starts at 0; lengths descending. Step k scores every chunk k there is."""
     counts = num_chunks(lengths, chunk)
     index = np.arange(counts[0])
     rows = np.searchsorted(-counts, -index, side="left")
@@ -2946,9 +2953,10 @@ def batch_steps(lengths: np.ndarray, chunk: int, window: int, buckets: Buckets) 
     return Steps(rows, width, np.cumsum(cost_us) - cost_us, cost_us)
 
 
-def step_cost_us(rows: np.ndarray, width: np.ndarray, step_ms: Mapping[int, Sequence[float]] = STEP_MS) -> np.ndarray:
-    """A table of milliseconds between its entries, and beyond its last rows, by straight lines; whole microseconds, at
-    least 1."""
+def step_cost_us(rows: np.ndarray, width: np.ndarray,
+                 step_ms: Mapping[int, Sequence[float]] = STEP_MS) -> np.ndarray:
+    """A table of milliseconds between its entries, and beyond its last rows, by straight lines; whole
+    microseconds, at least 1."""
     table = np.stack([np.interp(width, STEP_WINDOWS, ms) for ms in step_ms.values()])
     known = np.array(list(step_ms))
     low = np.clip(np.searchsorted(known, rows, side="right") - 1, 0, len(known) - 2)
@@ -2978,15 +2986,16 @@ def plan_batches(docs: Documents, *, batch_size: int, lanes: int = LANES, max_to
                  window: int = 2560) -> list[Phase]:
     """Deal all documents to lanes, in one or two phases. Depends on document lengths and settings only.
 
-    Batches of documents of similar length have at most batch_size rows, max_tokens of rows x longest window and
-    max_chunks of rows x longest document's chunks. They are queued longest first; each goes to the lane with the least
-    planned time. Where a bound makes a batch smaller it gets one of ROW_BUCKETS rows. With max_tokens the longest
-    document is a batch of its own and starts first: its chunks are the longest chain of steps.
-    The first phase ends with the batch that brings the number of documents to prefix_docs (0: a single phase).
+    Batches of documents of similar length have at most batch_size rows, max_tokens of rows x longest window
+    and max_chunks of rows x longest document's chunks. They are queued longest first; each goes to the lane
+    with the least planned time. Where a bound makes a batch smaller it gets one of ROW_BUCKETS rows. With
+    max_tokens the longest document is a batch of its own and starts first: its chunks are the longest chain
+    of steps. The first phase ends with the batch that brings the documents to prefix_docs (0: a single
+    phase).
 
-    A batch carries A of the lane's previous batch of the phase if that one had as many rows. Without bounds only the
-    batch of the longest documents may have fewer than batch_size rows; it comes first, so the rule says what the
-    reference does: full batches hand one set of adapters on, and the odd one has its own.
+    A batch carries A of the lane's previous batch of the phase if that one had as many rows. Without bounds
+    only the batch of the longest documents may have fewer than batch_size rows; it comes first, so the rule
+    says what the reference does: full batches hand one set of adapters on, and the odd one has its own.
     """
     by_length = np.argsort(docs.length, kind="stable")
     chunks = num_chunks(docs.length[by_length], chunk)
@@ -3034,9 +3043,9 @@ class ScoredChunks(NamedTuple):
 
 
 def certified_order(phases: Sequence[Phase], docs: Documents, chunk: int) -> ScoredChunks:
-    """The one total order in which chunks count as scored: by phase, planned start of the step, lane, row. Every
-    prediction depends only on tokens before it in this order, whatever the number of ranks and their speed. Planned
-    times, not numbers of steps, keep lanes together that take steps of unequal cost."""
+    """The one total order in which chunks count as scored: by phase, planned start of the step, lane, row.
+    Every prediction depends only on tokens before it in this order, whatever the number of ranks and their
+    speed. Planned times, not numbers of steps, keep lanes together whose steps cost unequally."""
     tables = []
     for phase, lanes in enumerate(phases):
         for lane, batches in enumerate(lanes):
@@ -3049,8 +3058,8 @@ def certified_order(phases: Sequence[Phase], docs: Documents, chunk: int) -> Sco
                 tables.append(np.stack(np.broadcast_arrays(doc, index, phase, start_us, lane, row)))
     doc, chunk_index, phase, start_us, lane, row = np.concatenate(tables, axis=1)
     # One key, equal to sorting by the four in turn but several times faster.
-    key = np.ravel_multi_index((phase, start_us, lane, row), [int(x.max()) + 1 for x in (phase, start_us, lane, row)])
-    order = np.argsort(key, kind="stable")
+    parts = phase, start_us, lane, row
+    order = np.argsort(np.ravel_multi_index(parts, [int(part.max()) + 1 for part in parts]), kind="stable")
     return ScoredChunks(doc[order], chunk_index[order], phase[order], start_us[order], lane[order])
 
 
@@ -3067,8 +3076,8 @@ def targets_in_order(scored: ScoredChunks, docs: Documents, chunk: int) -> np.nd
 
 
 def chunk_places(scored: ScoredChunks, docs: Documents, chunk: int) -> np.ndarray:
-    """How many targets come before chunk k of document d in the certified order, at [first_chunk[d] + k], where
-    first_chunk counts the chunks of all documents before d; int64."""
+    """How many targets come before chunk k of document d in the certified order, at [first_chunk[d] + k];
+    first_chunk counts the chunks of all documents before d. int64."""
     counts = num_chunks(docs.length, chunk)
     sizes = chunk_sizes(scored, docs, chunk)
     places = np.empty(len(sizes), np.int64)
@@ -3077,20 +3086,22 @@ def chunk_places(scored: ScoredChunks, docs: Documents, chunk: int) -> np.ndarra
 
 
 def select_prefix(scored: ScoredChunks, docs: Documents, chunk: int, prefix_docs: int) -> np.ndarray:
-    """Documents for the base adaptation: the first prefix_docs of phase 0 by their last chunk, shortest first."""
+    """Documents for the base adaptation: first prefix_docs of phase 0 by their last chunk, shortest first."""
     is_last = (scored.phase == 0) & (scored.chunk == num_chunks(docs.length[scored.doc], chunk) - 1)
     chosen = scored.doc[is_last][:prefix_docs]
-    return chosen[np.lexsort((chosen, docs.length[chosen]))]          # a stable sort of all documents by length
+    return chosen[np.lexsort((chosen, docs.length[chosen]))]     # a stable sort of all documents by length
 
 
 HINT_SLICE = 8192            # chunks whose hints are made, written and read at one time
 
 
 class HintFeed:
-    """Hints of every target in the certified order, made by one process per node beside the scoring. It appends them
-    (int32, -1 where closed) to an unnamed file, from which each rank reads what its next step needs."""
+    """Hints of every target in the certified order, made by one process per node beside the scoring. It
+    appends them (int32, -1 where closed) to an unnamed file, from which each rank reads what its next step
+    needs."""
 
-    def __init__(self, cfg: Config, run: Run, tokens: np.ndarray, docs: Documents, scored: ScoredChunks) -> None:
+    def __init__(self, cfg: Config, run: Run, tokens: np.ndarray, docs: Documents,
+                 scored: ScoredChunks) -> None:
         self.cfg, self.run, self.tokens, self.docs, self.scored = cfg, run, tokens, docs, scored
         self.loaded = self.gated = 0
         self.waited_s = self.made_s = 0.0
@@ -3112,8 +3123,8 @@ class HintFeed:
     def _make(self) -> None:
         start = time.perf_counter()
         try:
-            C = self.cfg.ttt_chunk_size
-            table = NgramTable(self.tokens, len(self.tokens) - 1, self.cfg.token_order - 1, self.cfg.token_threshold)
+            C, total = self.cfg.ttt_chunk_size, len(self.tokens) - 1
+            table = NgramTable(self.tokens, total, self.cfg.token_order - 1, self.cfg.token_threshold)
             for at in range(0, len(self.scored.doc), HINT_SLICE):
                 part = ScoredChunks(*(x[at:at + HINT_SLICE] for x in self.scored))
                 doc_start = np.repeat(self.docs.start[part.doc], chunk_sizes(part, self.docs, C))
@@ -3126,7 +3137,7 @@ class HintFeed:
         self.made_s = time.perf_counter() - start
 
     def load(self, stream: Stream, count: int) -> None:
-        """Put the hints of at least the first `count` targets of the certified order where the steps read them."""
+        """Put the hints of at least the first `count` targets of the certified order on the device."""
         start = time.perf_counter()
         while self.loaded < count:
             data = os.pread(self.file, 4 * HINT_SLICE * self.cfg.ttt_chunk_size, 4 * self.loaded)
@@ -3151,19 +3162,19 @@ class HintFeed:
         os.close(self.file)
         if self.maker:
             self.maker.join()
-        self.run.log(f"ngram_tilt:hints total={total} gated={self.gated} token_gate={self.gated} within_gate=0 "
-                     "word_gate=0 agree2plus=0")
+        self.run.log(f"ngram_tilt:hints total={total} gated={self.gated} token_gate={self.gated} "
+                     "within_gate=0 word_gate=0 agree2plus=0")
         self.run.log(f"ngram_tilt:precompute_done elapsed={self.made_s:.2f}s total_targets={total}")
 
 
 def to_device(run: Run, x: np.ndarray) -> Tensor:
-    """A copy on the run's device that waits for nothing: the source is pinned, and freed once it has been read."""
+    """A copy on the run's device that waits for nothing: its source is pinned, and freed once read."""
     copy = torch.from_numpy(x.copy())
     return copy.pin_memory().to(run.device, non_blocking=True) if run.device.type == "cuda" else copy
 
 
 # --- 13 test-time training ----------------------------------------------------------------------------------
-# Documents are scored chunk by chunk; only then do their own adapters, and once the base, learn from them [TTT].
+# Documents are scored chunk by chunk; only then their own adapters, and once the base, learn from them [TTT].
 
 class Window(NamedTuple):
     """Where one chunk of each document lies; arrays (documents,)."""
@@ -3174,7 +3185,7 @@ class Window(NamedTuple):
 
 
 def chunk_window(pred_len: np.ndarray, index: int, chunk: int, window: int) -> Window:
-    """The window of chunk `index` of documents with pred_len targets; the last window ends with its document."""
+    """The window of chunk `index` of documents with pred_len targets; the last one ends with its document."""
     end = np.minimum(chunk * (index + 1), pred_len)
     start = np.maximum(0, end - window)
     return Window(start, end - start, chunk * index - start, end - chunk * index)
@@ -3186,13 +3197,13 @@ DrawA = Callable[[str, int, tuple[int, ...]], Tensor]     # (kind, slot, shape) 
 class AdapterBank:
     """Adapters of the documents of one batch and their optimizer state; documents are rows and never mix.
 
-    A document's values are one row of P, so that one kernel updates them all. For each execution slot: A of q, k, v and
-    o, which read the same input, one below the other as (kinds * R, D); B of each, (out, R); A and B of the MLP. Last A
-    and B of the head.
+    A document's values are one row of P, so that one kernel updates them all. For each execution slot: A of
+    q, k, v and o, which read the same input, one below the other as (kinds * R, D); B of each, (out, R); A
+    and B of the MLP. Last A and B of the head.
 
     params      (rows, P) fp32
-    low         (rows, P) their copy in the compute dtype, which the model reads; the same tensor where that is fp32
-    exp_avg_sq  (rows, P) fp32, AdamW's second moment; its first is the gradient itself, because TTT_BETA1 is 0
+    low         (rows, P) their copy in the compute dtype, which the model reads; if that is fp32, `params`
+    exp_avg_sq  (rows, P) fp32, AdamW's second moment; the first is the gradient itself, as TTT_BETA1 is 0
     steps       (1,) int64, AdamW steps of this batch
     """
 
@@ -3216,7 +3227,7 @@ class AdapterBank:
         self.steps = torch.zeros(1, dtype=torch.int64, device=device)
 
     def parts(self, flat: Tensor) -> dict[tuple[str, int, str], Tensor]:
-        """Views of (rows, P): every matrix as (rows, *shape) by kind, slot and letter. The split is differentiated as
+        """Views of (rows, P): every matrix as (rows, *shape) by kind, slot and letter. Backward, the split is
         one concatenation."""
         return {key: part.unflatten(1, shape)
                 for (key, shape), part in zip(self.layout.items(), flat.split(self.sizes, 1))}
@@ -3229,12 +3240,13 @@ class AdapterBank:
             A, B = (mark_varying(parts[kind, slot, letter], 0) for letter in "AB")
             return LowRank(A, B, scale)
 
-        slots = [LayerAdapters(**{kind: made(kind, slot) for kind in self.kinds}) for slot in range(self.num_slots)]
+        slots = [LayerAdapters(**{kind: made(kind, slot) for kind in self.kinds})
+                 for slot in range(self.num_slots)]
         return slots, made("head", self.num_slots)
 
     @torch.no_grad()
     def start(self, rows: int, draw: DrawA | None) -> None:
-        """Begin a batch of `rows` documents: B and all optimizer state zero, A drawn, or kept where draw is None."""
+        """Begin a batch of `rows` documents: B and optimizer state zero, A drawn, or kept if draw is None."""
         self.steps.zero_()
         self.exp_avg_sq[:rows].zero_()
         for (kind, slot, letter), part in self.parts(self.params[:rows]).items():
@@ -3250,8 +3262,8 @@ class AdapterBank:
 
     @torch.no_grad()
     def update(self, grads: Tensor, learns: Tensor) -> None:
-        """One AdamW step of the first rows from their gradients (rows, P); those with learns (rows,) 0 stay as they
-        are, until `settle`."""
+        """One AdamW step of the first rows from their gradients (rows, P); those with learns (rows,) 0 stay
+        as they are, until `settle`."""
         cfg, rows = self.cfg, len(grads)
         self.steps += 1
         unbias = (1 - cfg.ttt_beta2 ** self.steps.double()).rsqrt().float()
@@ -3260,7 +3272,7 @@ class AdapterBank:
 
     @torch.no_grad()
     def settle(self, missed_steps: Tensor) -> None:
-        """Give the first documents (rows,) the weight decay of the steps the batch took after they were finished."""
+        """Give the first documents (rows,) the weight decay of the steps after they were finished."""
         factor = (1 - self.cfg.ttt_lora_lr * self.cfg.ttt_weight_decay) ** missed_steps.double()
         for (kind, slot, letter), part in self.parts(self.params[:len(missed_steps)]).items():
             if letter == "A":                                         # B ends with its batch
@@ -3270,10 +3282,11 @@ class AdapterBank:
 ADAPTER_EPS = 1e-10
 
 
-def plain_adapter_adamw(params: Tensor, low: Tensor, exp_avg_sq: Tensor, grads: Tensor, learns: Tensor, unbias: Tensor,
-                        lr: float, weight_decay: float, beta2: float, eps: float) -> None:
-    """The definition of adapter_adamw: AdamW with beta1 = 0 in place on rows with learns != 0. All (rows, P): params
-    and exp_avg_sq fp32, low and grads in the compute dtype. unbias (1,) fp32 = 1 / sqrt(1 - beta2 ** step)."""
+def plain_adapter_adamw(params: Tensor, low: Tensor, exp_avg_sq: Tensor, grads: Tensor, learns: Tensor,
+                        unbias: Tensor, lr: float, weight_decay: float, beta2: float, eps: float) -> None:
+    """The definition of adapter_adamw: AdamW with beta1 = 0, in place on rows with learns (rows,) != 0.
+    params, exp_avg_sq fp32, low, grads in the compute dtype, all (rows, P); unbias (1,) fp32 is
+    (1 - beta2 ** step) ** -0.5."""
     is_learning = (learns != 0)[:, None]
     grads = grads.float()
     second = exp_avg_sq * beta2 + grads * grads * (1 - beta2)
@@ -3293,14 +3306,14 @@ class Stream(NamedTuple):
 
 def chunk_gradients(model: GPT, bank: AdapterBank, tokens_BT: Tensor, at_BC: Tensor, answers_BC: Tensor,
                     hints_BC: Tensor, learns_B: Tensor, learn: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Forward, score and gradient of one chunk of each document, with the adapters in the first B rows of the bank.
+    """Forward, score and gradient of one chunk of each document, with the adapters in the bank's first rows.
 
     tokens_BT   windows, int64, padded on the right; every row is one causal sequence
     at_BC       positions of the chunk in its window, int64; only there are logits made
     answers_BC  targets, int64; hints_BC hinted tokens, int64
     learns_B    1 where the document has a later chunk, else 0
-    Returns nll and log-probability of the hints, (B, C) fp32, detached, and (B, P) in the compute dtype the gradient of
-    the sum over learning documents of their mean nll; None unless `learn`.
+    Returns nll and log-probability of the hints, (B, C) fp32, detached, and (B, P) in the compute dtype the
+    gradient of the sum over learning documents of their mean nll; None unless `learn`.
     """
     B, C = at_BC.shape
     leaf = mark_varying(bank.low[:B].detach().requires_grad_(), 0)
@@ -3322,13 +3335,13 @@ ChunkTable = namedtuple("ChunkTable", "begin size offset count place learns")
 
 
 class Scorer:
-    """All that a chunk step reads and writes, at fixed addresses: a step is a function of (rows, width, learn) alone,
-    and the host reads nothing back. `steps` runs a step, here the definition itself."""
+    """All that a chunk step reads and writes, at fixed addresses: a step is a function of (rows, width,
+    learn) alone, and the host reads nothing back. `steps` runs a step, here the definition itself."""
 
     def __init__(self, cfg: Config, run: Run, model: GPT, num_tokens: int, *, keep_log: bool = False,
                  buckets: Buckets | None = None) -> None:
-        """Room for a stream of num_tokens. Steps are padded to `buckets`, or not at all. keep_log keeps every banked
-        score in the order of banking: `log_target` int64, `log_nll` fp64, of which `log_size` (1,) are taken."""
+        """Room for a stream of num_tokens. Steps are padded to `buckets`, or not at all. keep_log keeps every
+        banked score in the order of banking: the first `log_size` of `log_target` and `log_nll`."""
         self.cfg, self.run, self.model, self.buckets = cfg, run, model, buckets
         zeros = functools.partial(torch.zeros, device=run.device)
         self.stream = Stream(zeros(num_tokens, dtype=torch.int32), zeros(num_tokens, dtype=torch.int32),
@@ -3337,9 +3350,10 @@ class Scorer:
         self.bank = AdapterBank(cfg, self.slots, cfg.ttt_batch_size, run.device, model.compute_dtype)
         self.meter = BpbMeter(run)
         self.table = zeros(TABLE_STEPS, len(ChunkTable._fields), cfg.ttt_batch_size, dtype=torch.int64)
-        self.index = zeros(1, dtype=torch.int64)                      # chunk of the batch's documents scored next
-        log_room = num_tokens if keep_log else 0                      # the last entry takes what is not scored
-        self.log_target, self.log_nll = zeros(log_room, dtype=torch.int64), zeros(log_room, dtype=torch.float64)
+        self.index = zeros(1, dtype=torch.int64)          # the chunk of every document that is scored next
+        log_room = num_tokens if keep_log else 0          # the last entry takes what is not scored
+        self.log_target = zeros(log_room, dtype=torch.int64)
+        self.log_nll = zeros(log_room, dtype=torch.float64)
         self.log_size = zeros(1, dtype=torch.int64)
         self.steps: Callable[[int, int, bool], None] = self.step
 
@@ -3349,18 +3363,20 @@ class Scorer:
 
     def clear(self) -> None:
         """Forget all that has been scored and learnt."""
-        for tensor in (self.bank.params, self.bank.low, self.bank.exp_avg_sq, self.bank.steps, self.meter.sums,
-                       self.table, self.index, self.log_target, self.log_nll, self.log_size):
+        bank = self.bank
+        for tensor in (bank.params, bank.low, bank.exp_avg_sq, bank.steps, self.meter.sums, self.table,
+                       self.index, self.log_target, self.log_nll, self.log_size):
             tensor.zero_()
 
     def step(self, rows: int, width: int, learn: bool) -> None:
-        """Score one chunk of each of the first `rows` documents, then learn from it. Rows that are finished, or beyond
-        the batch, count nothing and learn nothing."""
+        """Score one chunk of each of the first `rows` documents, then learn from it. Rows that are finished,
+        or beyond the batch, count nothing and learn nothing."""
         stream, C = self.stream, self.cfg.ttt_chunk_size
         row = ChunkTable(*self.table.index_select(0, self.index % TABLE_STEPS)[0, :, :rows, None].unbind())
         last = (row.size - 1).clamp_min(0)
         position = torch.arange(width, device=self.run.device)
-        inputs = torch.where(position < row.size, stream.tokens[row.begin + torch.minimum(position, last)], 0).long()
+        window = stream.tokens[row.begin + torch.minimum(position, last)]
+        inputs = torch.where(position < row.size, window, 0).long()
         within = torch.arange(C, device=self.run.device)
         at = torch.minimum(row.offset + within, last)                 # (rows, C) positions in the window
         scored = within < row.count
@@ -3373,11 +3389,13 @@ class Scorer:
         nll, log_q, grads = gradients(self.model, self.bank, inputs, at, answers, hints, learns, learn)
         with torch.no_grad():
             tilted = tilt(nll, log_q, answers == hints, stream.boost[place])
-            self.meter.add(tilted, stream.byte_counts[target + 1], scored)            # 2. banked; never revised
+            # 2. banked; it is never revised
+            self.meter.add(tilted, stream.byte_counts[target + 1], scored)
             if len(self.log_target):
                 self.add_to_log(target, tilted, scored)
+            # 3. only then learn from it
             if grads is not None:
-                self.bank.update(grads, learns)                       # 3. only then learn from it
+                self.bank.update(grads, learns)
             self.index += 1
 
     def add_to_log(self, target: Tensor, nll: Tensor, scored: Tensor) -> None:
@@ -3394,8 +3412,8 @@ class Scorer:
         self.places = chunk_places(scored, docs, self.cfg.ttt_chunk_size)
 
     def upload_table(self, members: Sequence[int], first: int) -> np.ndarray:
-        """Bring the places of the next chunks of a batch to the device. Returns the number of targets, in the certified
-        order, whose hints each step needs."""
+        """Bring the places of the next chunks of a batch to the device. Returns how many targets of the
+        certified order each step needs the hints of."""
         C, pred_len = self.cfg.ttt_chunk_size, self.docs.length[members] - 1
         counts = num_chunks(pred_len + 1, C)
         index = np.arange(first, min(first + TABLE_STEPS, counts.max()))[:, None]
@@ -3411,20 +3429,21 @@ class Scorer:
 
     def score_batch(self, batch: Batch, draw: DrawA | None,
                     may_learn: Callable[[int], bool] = lambda start_us: True) -> None:
-        """Score all chunks of a batch, each before anything has learnt from it; adapters learn after every chunk while
-        may_learn(planned start of the step). draw gives the initial A; None goes on from the batch before."""
-        members, steps = list(batch.docs), batch.steps
+        """Score all chunks of a batch, each before anything has learnt from it; adapters learn after every
+        chunk while may_learn(planned start of the step). draw gives the initial A; None keeps it."""
+        members, shapes = list(batch.docs), batch.steps[:2]
+        if self.buckets is not None:
+            shapes = (pad_to(sizes, x) for sizes, x in zip(self.buckets, shapes))
+        rows, widths, starts_us = (x.tolist() for x in (*shapes, batch.steps.start_us))
         self.bank.start(len(members), draw)
         self.index.zero_()
-        for step, (rows, width, start_us) in enumerate(zip(*(x.tolist() for x in steps[:3]))):
+        for step, start_us in enumerate(starts_us):
             if step % TABLE_STEPS == 0:
                 needed = self.upload_table(members, step)
             if self.hints is not None:
                 self.hints.load(self.stream, int(needed[step % TABLE_STEPS]))
-            if self.buckets is not None:
-                rows, width = (int(pad_to(*pair)) for pair in zip(self.buckets, (rows, width)))
-            has_next = step + 1 < len(steps.rows)
-            self.steps(rows, width, may_learn(start_us) and has_next)
+            has_next = step + 1 < len(starts_us)
+            self.steps(rows[step], widths[step], may_learn(start_us) and has_next)
         counts = num_chunks(self.docs.length[members], self.cfg.ttt_chunk_size)
         self.bank.settle(to_device(self.run, counts.max() - counts))
 
@@ -3442,16 +3461,18 @@ BUDGET_SHARE = 0.97          # part of the evaluation budget that a prediction m
 
 
 class LearningLimit:
-    """Up to which step adapters and base learn, so that the evaluation ends within EVAL_WALLCLOCK_SECONDS. `last` is
-    (phase, planned start, lane) of the last learning step: steps before it in the certified order learn, later ones only
-    score. TTT_STOP_AFTER gives it beforehand and so repeats a run that was cut short.
+    """Up to which step adapters and base learn, so that the evaluation ends within EVAL_WALLCLOCK_SECONDS.
+    `last` is (phase, planned start, lane) of the last learning step: steps before it in the certified order
+    learn, later ones only score. TTT_STOP_AFTER gives it beforehand and so repeats a run that was cut short.
 
-    At checkpoint k of a phase each rank predicts when it would end if adaptation stopped at checkpoint k + 2, the next
-    but one. At checkpoint k + 1 all know the latest of these predictions; if that is too late, adaptation stops there.
-    So nobody waits for a rank that is less than a checkpoint behind. A rank with several lanes decides in its first one.
+    At checkpoint k of a phase each rank predicts when it would end if adaptation stopped at checkpoint k + 2,
+    the next but one. At checkpoint k + 1 all know the latest prediction; if that is too late, adaptation
+    stops there. So nobody waits for a rank that is less than a checkpoint behind. A rank with several lanes
+    decides in its first one.
     """
 
-    def __init__(self, cfg: Config, run: Run, phases: Sequence[Phase], scored: ScoredChunks, timer: Timer) -> None:
+    def __init__(self, cfg: Config, run: Run, phases: Sequence[Phase], scored: ScoredChunks,
+                 timer: Timer) -> None:
         self.cfg, self.run, self.scored, self.timer = cfg, run, scored, timer
         # Planned time of every rank's lanes in each phase; a rank's lanes run one after the other.
         self.lanes_us = [[lane[-1].end_us if lane else 0 for lane in phase] for phase in phases]
@@ -3461,8 +3482,8 @@ class LearningLimit:
             doc, chunk = map(int, cfg.ttt_stop_after.split(":"))
             found = np.flatnonzero((scored.doc == doc) & (scored.chunk == chunk))
             if not len(found):
-                raise ConfigError(f"TTT_STOP_AFTER={cfg.ttt_stop_after}: expected document:chunk of the validation "
-                                  f"split, which has {scored.doc.max() + 1} documents; copy it from the log to repeat")
+                raise ConfigError(f"TTT_STOP_AFTER={cfg.ttt_stop_after}: expected document:chunk, found none "
+                                  f"such in {scored.doc.max() + 1} documents; copy it from the log to repeat")
             self.last = tuple(int(x[found[0]]) for x in (scored.phase, scored.start_us, scored.lane))
 
     def begin_phase(self, phase: int) -> None:
@@ -3480,7 +3501,7 @@ class LearningLimit:
         return (self.phase + 1,) <= self.last
 
     def pass_checkpoints(self, at_us: float) -> None:
-        """Everything this rank's first lane planned before at_us has been queued; infinite: the lane has ended."""
+        """What this rank's first lane planned before at_us has been queued; infinite: the lane has ended."""
         self.at_us = max(self.at_us, min(at_us, self.lanes_us[self.phase][self.run.rank]))
         while self.is_open and self.checkpoint <= CHECKPOINTS and self.checkpoint * self.interval_us <= at_us:
             latest = self.latest()
@@ -3506,17 +3527,17 @@ class LearningLimit:
 
     def stop(self, at_us: int, predicted_s: float) -> None:
         self.is_open, self.last = False, (self.phase, at_us - 1, math.inf)
-        is_before = (self.scored.phase < self.phase) | (self.scored.phase == self.phase) & (self.scored.start_us < at_us)
-        k = int(is_before.sum()) - 1
-        self.run.log(f"ttt adaptation_stopped after:{self.scored.doc[k]}:{self.scored.chunk[k]} phase:{self.phase + 1} "
-                     f"chunks:{k + 1}/{len(is_before)} predicted_s:{predicted_s:.1f} "
-                     f"budget_s:{self.cfg.eval_wallclock_seconds:g} "
-                     f"replay:TTT_STOP_AFTER={self.scored.doc[k]}:{self.scored.chunk[k]}")
+        scored = self.scored
+        is_now = (scored.phase == self.phase) & (scored.start_us < at_us)
+        k = int(((scored.phase < self.phase) | is_now).sum()) - 1
+        self.run.log(f"ttt adaptation_stopped phase:{self.phase + 1} chunks_learnt:{k + 1}/{len(scored.doc)} "
+                     f"predicted_s:{predicted_s:.1f} budget_s:{self.cfg.eval_wallclock_seconds:g} "
+                     f"replay:TTT_STOP_AFTER={scored.doc[k]}:{scored.chunk[k]}")
 
 
 def score_phase(scorer: Scorer, phase: Phase, draws: Sequence[DrawA], label: str = "",
                 limit: LearningLimit | None = None) -> None:
-    """Run this rank's lanes of one phase, one lane after the other; draws of each lane, and a label for the log."""
+    """Run this rank's lanes of one phase, one after the other, with the draws of each; a label logs them."""
     run, docs = scorer.run, scorer.docs
     mine = range(run.rank, len(phase), run.world_size)
     total, done = sum(len(phase[lane]) for lane in mine), 0
@@ -3530,27 +3551,29 @@ def score_phase(scorer: Scorer, phase: Phase, draws: Sequence[DrawA], label: str
                 nats, _, num_bytes = scorer.meter.sums.tolist()
                 lengths = docs.length[list(batch.docs)]
                 run.log(f"ttt batch:{done}/{total} bpb:{nats / math.log(2) / max(num_bytes, 1):.6f} "
-                        f"documents:{len(lengths)} doc_len:{lengths.min()}-{lengths.max()} lane:{lane} phase:{label}")
+                        f"documents:{len(lengths)} doc_len:{lengths.min()}-{lengths.max()} lane:{lane} "
+                        f"phase:{label}")
         if limit:
             limit.pass_checkpoints(math.inf)
 
 
 def rank_share(bounds: np.ndarray, rank: int, world_size: int) -> tuple[int, int]:
-    """[begin, end) of this rank's part of a row, cut only at the segment bounds [0, ..., tokens], in nearly equal
-    lengths: no part is longer than an even one and a segment."""
+    """[begin, end) of this rank's part of a row, cut only at the segment bounds [0, ..., tokens], in nearly
+    equal lengths: no part is longer than an even one and a segment."""
     ideal = np.arange(world_size + 1) * bounds[-1] / world_size
     cuts = bounds[np.abs(bounds[:, None] - ideal).argmin(0)]
     return int(cuts[rank]), int(cuts[rank + 1])
 
 
 BASE_SEGMENTS = 512          # segments of a rank's share that fixed shapes have room for
+BASE_CAPTURE_TOKENS = 20_000     # longer shares keep a GPU busy without a CUDA graph, and would cost it memory
 
 
 class BaseAdaptation:
     """The gradient of a rank's share of one SGD step over all base weights, at fixed addresses and shapes.
 
-    inputs, targets  (length,) int64: the token before the share where there is one, which SmearGate looks at and nobody
-                     else, then the share, then padding
+    inputs, targets  (length,) int64: the token before the share where there is one, which only SmearGate
+                     looks at, then the share, then padding
     weights          (length,) fp32: 1 / tokens of the whole row on the share, 0 elsewhere
     bounds           (BASE_SEGMENTS,) int32 cu_seqlens, the last one repeated
     flat             (parameters,) fp32 gradient of every trained parameter, one after the other
@@ -3586,7 +3609,7 @@ class BaseAdaptation:
         self.targets.copy_(to_device(self.run, tokens[1]))
         self.weights.copy_(to_device(self.run, weights))
         self.fits, self.segments = len(room) == BASE_SEGMENTS, to_device(self.run, room)
-        if self.fits:                                                 # else very many short documents: not to replay
+        if self.fits:                                     # else very many short documents: not to be replayed
             self.segments = self.bounds.copy_(self.segments)
 
     def gradient(self) -> None:
@@ -3607,20 +3630,24 @@ class BaseAdaptation:
         norm = torch.linalg.vector_norm(self.flat)
         self.flat *= (self.cfg.global_ttt_grad_clip / (norm + 1e-6)).clamp_max(1.0)
         self.momentum.mul_(self.cfg.global_ttt_momentum).add_(self.flat)
-        moves = self.momentum.split([p.numel() for p in self.trained])
-        torch._foreach_add_(self.trained, [move.view_as(p) for move, p in zip(moves, self.trained)], alpha=-lr)
+        parts = self.momentum.split([p.numel() for p in self.trained])
+        moves = [part.view_as(p) for part, p in zip(parts, self.trained)]
+        torch._foreach_add_(self.trained, moves, alpha=-lr)
         torch._foreach_clamp_min_([self.model.softcap_pos, self.model.softcap_neg], 1.0)
 
 
 def adapt_base(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, docs: Documents, chosen: np.ndarray,
                base: BaseAdaptation | None = None) -> int:
     """Train all base weights with SGD on documents that have been scored. Returns the number of steps.
-    The documents are joined in the given order and cut in chunks; the last chunk is skipped. Ranks take contiguous
-    runs of whole segments of a chunk; gradients are weighted by tokens, so the split does not matter."""
-    joined = np.concatenate([tokens[s:s + n] for s, n in zip(docs.start[chosen], docs.length[chosen])]).astype(np.int64)
+    The documents are joined in the given order and cut in chunks; the last chunk is skipped. Ranks take
+    contiguous runs of whole segments of a chunk; gradients are weighted by tokens, so the split does not
+    matter.
+    """
+    joined = np.concatenate([tokens[s:s + n] for s, n in zip(docs.start[chosen], docs.length[chosen])])
     C, S = cfg.global_ttt_chunk_tokens, cfg.ttt_eval_seq_len
     num = -(-(len(joined) - 1) // C)
-    steps = [(chunk, first) for chunk in range(num - 1) for first in range(0, C // S, cfg.global_ttt_batch_seqs)]
+    firsts = range(0, C // S, cfg.global_ttt_batch_seqs)
+    steps = [(chunk, first) for chunk in range(num - 1) for first in firsts]
     base = base or BaseAdaptation(cfg, run, model)
     for chunk, first in steps:
         at, size = chunk * C + first * S, min(cfg.global_ttt_batch_seqs, C // S - first) * S
@@ -3639,7 +3666,7 @@ def step_keys(cfg: Config, buckets: Buckets) -> list[tuple[int, int, bool]]:
 
 
 def warm_up_ttt(cfg: Config, run: Run, model: GPT, num_tokens: int) -> tuple[Scorer, BaseAdaptation | None]:
-    """What scores num_tokens tokens and adapts the base, with every graph compiled and captured on random tokens."""
+    """What scores num_tokens tokens and adapts the base; all graphs are made on random tokens."""
     timer = Timer(run)
     is_cuda = run.device.type == "cuda"
     buckets = step_buckets(cfg.ttt_batch_size, cfg.ttt_eval_seq_len) if cfg.compile or is_cuda else None
@@ -3652,11 +3679,12 @@ def warm_up_ttt(cfg: Config, run: Run, model: GPT, num_tokens: int) -> tuple[Sco
         random_tokens = generator.integers(2, cfg.vocab_size, num_tokens)
         scorer.load(random_tokens, np.ones_like(random_tokens))
         size = min(cfg.ttt_eval_seq_len, num_tokens - 1)
-        columns = ChunkTable(begin=0, size=size, offset=0, count=min(cfg.ttt_chunk_size, size), place=0, learns=1)
+        count = min(cfg.ttt_chunk_size, size)
+        columns = ChunkTable(begin=0, size=size, offset=0, count=count, place=0, learns=1)
         scorer.table.copy_(torch.tensor(columns, device=run.device)[:, None].expand_as(scorer.table))
         keys = step_keys(cfg, buckets)
     if is_cuda:
-        if base:
+        if base and len(base.inputs) <= BASE_CAPTURE_TOKENS:
             base.load(generator.integers(2, cfg.vocab_size, len(base.inputs)))
             base.replay = CapturedSteps(run, base.gradient, [()])
         scorer.steps = CapturedSteps(run, scorer.step, keys)
@@ -3669,7 +3697,7 @@ def warm_up_ttt(cfg: Config, run: Run, model: GPT, num_tokens: int) -> tuple[Sco
 
 
 def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset, artifact_load_s: float = 0.0) -> Score:
-    """The final score: every target once, in the certified order, with hints and adapters; reads data in its clock."""
+    """The final score: every target once, in the certified order; the data are read inside its clock."""
     warm_up = Timer(run)
     scorer, base = warm_up_ttt(cfg, run, model, data.val_tokens)
     run.barrier()
@@ -3684,8 +3712,8 @@ def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset, artifact_load
     scorer.load(tokens, byte_counts)
     scorer.follow(docs, scored, HintFeed(cfg, run, tokens, docs, scored) if cfg.ngram_tilt_enabled else None)
     limit = LearningLimit(cfg, run, phases, scored, timer)
-    run.log(f"ttt_phased: total_docs:{len(docs.start)} prefix_docs:{prefix} suffix_docs:{len(docs.start) - prefix} "
-            f"num_phases:1 boundaries:[{prefix}]")
+    run.log(f"ttt_phased: total_docs:{len(docs.start)} prefix_docs:{prefix} "
+            f"suffix_docs:{len(docs.start) - prefix} num_phases:1 boundaries:[{prefix}]")
     log_plan(run, phases, timer)
     draws = [lane_draws(cfg, run, lane) for lane in range(LANES)]
     for number, phase in enumerate(phases):
@@ -3707,11 +3735,12 @@ def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset, artifact_load
         run.log(f"ttt peak_allocated_mib:{torch.cuda.max_memory_allocated(run.device) >> 20} "
                 f"graphs_made_in_clock:{made} steps_without_graph:{missed}")
     if score.tokens != len(tokens) - 1:
-        raise RuntimeError(f"scored {score.tokens:,} of {len(tokens) - 1:,} targets; every target must count once")
+        raise RuntimeError(f"scored {score.tokens:,} of {len(tokens) - 1:,} targets; "
+                           "expected each exactly once")
     if cfg.audit:
         audit_order(run, scorer, phases, scored)
-    run.log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms "
-            f"targets:{score.tokens} bytes:{score.bytes}")
+    run.log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
+            f"eval_time:{1000 * seconds:.0f}ms targets:{score.tokens} bytes:{score.bytes}")
     run.log(f"total_eval_time:{seconds:.1f}s")
     run.log(f"eval clock_ms:{1000 * seconds:.0f} warmup_ms:{1000 * warm_up_s:.0f} "
             f"artifact_load_ms:{1000 * artifact_load_s:.0f} "
@@ -3726,30 +3755,32 @@ def log_plan(run: Run, phases: Sequence[Phase], timer: Timer) -> None:
     """The plan's constants, and per phase the steps of the busiest lane and the planned time."""
     steps = [max(sum(len(batch.steps.rows) for batch in lane) for lane in phase) for phase in phases]
     planned_s = [max(lane[-1].end_us for lane in phase if lane) / 1e6 for phase in phases]
-    run.log(f"ttt plan lanes:{LANES} batch_tokens:{BATCH_TOKENS} batch_chunks:{BATCH_CHUNKS} batches:{[sum(map(len, phase)) for phase in phases]} "
-            f"steps_per_lane:{steps} planned_s:{[round(x, 3) for x in planned_s]} "
+    batches = [sum(map(len, phase)) for phase in phases]
+    run.log(f"ttt plan lanes:{LANES} batch_tokens:{BATCH_TOKENS} batch_chunks:{BATCH_CHUNKS} "
+            f"batches:{batches} steps_per_lane:{steps} planned_s:{[round(x, 3) for x in planned_s]} "
             f"ready_ms:{1000 * timer.seconds():.0f}".replace(", ", ","))
 
 
 def audit_order(run: Run, scorer: Scorer, phases: Sequence[Phase], scored: ScoredChunks) -> None:
-    """Check that every rank has banked the targets of its lanes once and in the certified order, and write the whole
-    order beside the log (int64, raw)."""
+    """Check that every rank has banked the targets of its lanes once and in the certified order, and write
+    the whole order beside the log (int64, raw)."""
     C, docs = scorer.cfg.ttt_chunk_size, scorer.docs
     order = targets_in_order(scored, docs, C)
     lane = np.repeat(scored.lane + LANES * scored.phase, chunk_sizes(scored, docs, C))
     banked, size = scorer.log_target.cpu().numpy(), int(scorer.log_size)
-    found = np.full(len(order), -1, np.int64)
+    banked[size:] = -1
+    found = np.zeros(len(order), np.int64)                # target + 1, where this rank has banked one
     taken = 0
     for number, phase in enumerate(phases):
         for at in range(run.rank, len(phase), run.world_size):
             places = np.flatnonzero(lane == LANES * number + at)
-            found[places] = np.pad(banked[taken:min(size, taken + len(places))], (0, len(places)),
-                                   constant_values=-1)[:len(places)]
+            found[places] = banked[taken:taken + len(places)] + 1
             taken += len(places)
-    found = run.sum(torch.from_numpy(found + 1).to(run.device)).cpu().numpy() - 1
+    found = run.sum(torch.from_numpy(found).to(run.device)).cpu().numpy() - 1
     if not np.array_equal(found, order) or taken != size:
         wrong = int((found != order).sum())
-        raise RuntimeError(f"audit: {wrong:,} of {len(order):,} targets were not banked once and in the certified order")
+        raise RuntimeError(f"audit: {wrong:,} of {len(order):,} targets, and {size - taken} beside them, "
+                           "were not banked once and in the certified order")
     if run.rank == 0:
         path, data = run.log_path.with_suffix(".order.bin"), found.astype("<i8").tobytes()
         path.write_bytes(data)
@@ -5412,10 +5443,10 @@ def compile_ops(ops: Ops, whole_graphs: bool) -> Ops:
 # CUDA graphs of chunk steps
 
 class CapturedSteps:
-    """step(*key) as one CUDA graph per key: replaying it is one launch instead of thousands. The step must do the same
-    work on the same addresses whenever it is called with that key, and read nothing back. All graphs share one memory
-    pool, because no two run at a time and what they leave behind is in the step's own buffers, which the caller clears:
-    capturing runs every step once.
+    """step(*key) as one CUDA graph per key: replaying it is one launch instead of thousands. The step must do
+    the same work on the same addresses whenever it is called with that key, and read nothing back. All graphs
+    share one memory pool, because no two run at a time and what they leave behind is in the step's own
+    buffers, which the caller clears: capturing runs every step once.
 
     captures  graphs made; missed  calls without a graph, which ran eagerly
     """
@@ -5427,12 +5458,12 @@ class CapturedSteps:
         stream, pool = torch.cuda.Stream(run.device), torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream(run.device))
         with torch.cuda.stream(stream):
-            for key in keys:                              # compiles and loads what must not be loaded while capturing
+            for key in keys:                  # compiles and loads what may not be loaded while capturing
                 step(*key)
             stream.synchronize()
             gc.collect()
-            gc.disable()                                  # freeing somebody's graph or event would spoil a capture
-            torch.cuda.empty_cache()                      # what the eager steps held is room for the pool
+            gc.disable()                      # freeing somebody's graph or event would spoil a capture
+            torch.cuda.empty_cache()          # what the eager steps held is room for the pool
             try:
                 for key in keys:
                     self.graphs[key] = torch.cuda.CUDAGraph()

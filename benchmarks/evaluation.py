@@ -1,18 +1,21 @@
 #!/usr/bin/env python3
 """Predict how long the final evaluation takes, from measured chunk steps, and check the prediction.
 
-    python benchmarks/evaluation.py --save TABLE.json          on a GPU: measure every part, predict the record run
-    python benchmarks/evaluation.py --plan-only TABLE.json     anywhere: the same prediction from a saved table
-    python benchmarks/evaluation.py --validate 500             on a GPU: also score 500 documents, predicted and measured
+    python benchmarks/evaluation.py --save TABLE.json       on a GPU: measure every part, predict the record run
+    python benchmarks/evaluation.py --plan-only TABLE.json  anywhere: the same prediction from a saved table
+    python benchmarks/evaluation.py --validate 500          on a GPU: also score 500 documents and compare
     torchrun --standalone --nproc_per_node=2 benchmarks/evaluation.py --validate 500
 
-Settings are those of train_gpt.py; weights and tokens are random, which costs the same as trained ones. Documents have
-the record's lengths (`record_lengths.json`: 1,001 quantiles, the 200 longest exactly). The table to paste into
-train_gpt.py (`STEP_MS`) is printed. Predictions are for 8 GPUs, one lane each; parts marked est. were not measured.
+Settings are those of train_gpt.py; weights and tokens are random, which costs the same as trained ones.
+Documents have the record's lengths (`record_lengths.json`: 1,001 quantiles, the 200 longest exactly). The table
+to paste into train_gpt.py (`STEP_MS`) is printed. Predictions are for 8 GPUs, one lane each; what is marked est.
+in this file has not been measured.
 """
 import argparse
 import dataclasses
+import gc
 import json
+import math
 import os
 import sys
 import time
@@ -59,7 +62,8 @@ def documents_of(lengths: np.ndarray) -> gpt.Documents:
 
 
 def random_stream(cfg: gpt.Config, docs: gpt.Documents) -> np.ndarray:
-    tokens = np.random.default_rng(1).integers(8, cfg.vocab_size, int((docs.length - 1).sum()) + 1).astype(np.uint16)
+    count = int((docs.length - 1).sum()) + 1
+    tokens = np.random.default_rng(1).integers(8, cfg.vocab_size, count).astype(np.uint16)
     tokens[docs.start] = tokens[-1] = gpt.BOS
     return tokens
 
@@ -83,8 +87,9 @@ def milliseconds(run: gpt.Run, work: Any, repeats: int = REPEATS) -> float:
 
 def measured_keys(cfg: gpt.Config) -> list[tuple[int, int, bool]]:
     """The steps of STEP_MS that a plan can need."""
-    keys = [(rows, window, learn) for rows in gpt.STEP_MS for window in gpt.STEP_WINDOWS for learn in (True, False)
-            if rows * window <= gpt.BATCH_TOKENS and rows <= cfg.ttt_batch_size and window <= cfg.ttt_eval_seq_len]
+    sizes = [(rows, window) for rows in gpt.STEP_MS for window in gpt.STEP_WINDOWS
+             if rows <= cfg.ttt_batch_size and window <= cfg.ttt_eval_seq_len]
+    keys = [(*size, learn) for size in sizes if math.prod(size) <= gpt.BATCH_TOKENS for learn in (True, False)]
     return sorted(keys, key=lambda key: (key[0] * key[1], key), reverse=True)
 
 
@@ -106,7 +111,10 @@ def measure(cfg: gpt.Config, run: gpt.Run, model: gpt.GPT) -> Table:
         steps[key] = milliseconds(run, lambda key=key: scorer.steps(*key))
         if not key[2]:
             learn = (*key[:2], True)
-            run.log(f"step rows:{key[0]} window:{key[1]} learn_ms:{steps[learn]:.2f} score_ms:{steps[key]:.2f}")
+            run.log(f"step rows:{key[0]} window:{key[1]} learn_ms:{steps[learn]:.2f} "
+                    f"score_ms:{steps[key]:.2f}")
+
+    busy = busy_share(run, scorer)
 
     def batch() -> None:
         scorer.bank.start(cfg.ttt_batch_size, gpt.lane_draws(cfg, run, 0))
@@ -121,15 +129,17 @@ def measure(cfg: gpt.Config, run: gpt.Run, model: gpt.GPT) -> Table:
     table.close()
     return {"device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
             "windows": list(gpt.STEP_WINDOWS), "learn": fill(steps, True), "score": fill(steps, False),
-            "batch": batch_ms, "base_step": measure_base(cfg, run, model), "plan": plan_ms, "warm_up_s": warm_up_s,
-            "hints_ns_per_target": hints_ns, "busy_share": busy_share(run, scorer)}
+            "batch": batch_ms, "base_step": measure_base(cfg, run, model), "plan": plan_ms,
+            "warm_up_s": warm_up_s,
+            "hints_ns_per_target": hints_ns, "busy_share": busy}
 
 
 def fill(steps: dict[tuple, float], learn: bool) -> dict[str, list[float]]:
-    """The whole table: steps no plan can need continue the line of the last two windows, and of the last two rows."""
+    """The whole table: steps that no plan can need continue the line of the last two windows."""
     table: dict[str, list[float]] = {}
     for rows in gpt.STEP_MS:
-        known = [(window, steps[rows, window, learn]) for window in gpt.STEP_WINDOWS if (rows, window, learn) in steps]
+        known = [(window, steps[rows, window, learn]) for window in gpt.STEP_WINDOWS
+                 if (rows, window, learn) in steps]
         if not known:
             continue
         (x0, y0), (x1, y1) = (known[-2:] if len(known) > 1 else [(0, 0.0), known[0]])
@@ -160,7 +170,7 @@ def measure_base(cfg: gpt.Config, run: gpt.Run, model: gpt.GPT) -> float:
 def busy_share(run: gpt.Run, scorer: gpt.Scorer) -> dict[str, float]:
     """Part of the time in which a kernel runs while steps of one size follow each other; {} without a GPU."""
     shares: dict[str, float] = {}
-    for rows, width in ((2, 2560), (8, 2560), (32, 2560), (64, 528), (64, 1248)) if run.device.type == "cuda" else ():
+    for rows, width in ((2, 2560), (8, 2560), (32, 2560), (64, 528), (64, 1248)):
         if (rows, width, True) not in getattr(scorer.steps, "graphs", {}):
             continue
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -168,7 +178,7 @@ def busy_share(run: gpt.Run, scorer: gpt.Scorer) -> dict[str, float]:
             for _ in range(REPEATS):
                 scorer.steps(rows, width, True)
             wall_us = 1e6 * timer.seconds()
-        kernels_us = sum(event.device_time_total for event in profile.key_averages())
+        kernels_us = sum(event.self_device_time_total for event in profile.key_averages())
         shares[f"{rows}x{width}"] = round(kernels_us / wall_us, 3)
     return shares
 
@@ -197,7 +207,8 @@ def predict(cfg: gpt.Config, table: Table, docs: gpt.Documents, prefix_docs: int
     scored = gpt.certified_order(phases, docs, cfg.ttt_chunk_size)
     joined = int(docs.length[gpt.select_prefix(scored, docs, cfg.ttt_chunk_size, prefix_docs)].sum())
     sgd_steps = max(0, -(-(joined - 1) // cfg.global_ttt_chunk_tokens) - 1) if len(phases) > 1 else 0
-    parts = {"read_s": READ_S * len(docs.start) / 50_000, "plan_s": table["plan"] / 1000 * len(docs.start) / 50_000}
+    share = len(docs.start) / 50_000
+    parts = {"read_s": READ_S * share, "plan_s": table["plan"] / 1000 * share}
     for number, phase in enumerate(phases):
         lanes = lane_seconds(cfg, table, phase)
         ranks = [sum(lanes[rank::world_size]) for rank in range(world_size)]
@@ -218,7 +229,7 @@ def predict(cfg: gpt.Config, table: Table, docs: gpt.Documents, prefix_docs: int
 
 
 def validate(cfg: gpt.Config, run: Listening, model: gpt.GPT, table: Table, count: int) -> None:
-    """Score `count` documents whose lengths are evenly spaced quantiles of the record's; predicted against measured."""
+    """Score `count` documents, whose lengths are evenly spaced quantiles of the record's, and compare."""
     lengths = record_lengths()
     docs = documents_of(lengths[np.linspace(0, len(lengths) - 1, count).astype(int)])
     prefix = max(1, cfg.phased_ttt_prefix_docs * count // len(lengths))
@@ -226,8 +237,8 @@ def validate(cfg: gpt.Config, run: Listening, model: gpt.GPT, table: Table, coun
     tokens = random_stream(cfg, docs)
     data = SimpleNamespace(load_validation=lambda: (tokens, np.ones_like(tokens)), val_tokens=len(tokens))
     gpt.evaluate_ttt(cfg, run, model, data)
-    clock, = (line for line in run.lines if line.startswith("total_eval_time:")) if run.rank == 0 else ("total_eval_time:0s",)
-    measured = float(clock.split(":")[1].rstrip("s"))
+    clock = next(line for line in run.lines if line.startswith("eval clock_ms:"))
+    measured = float(clock.split()[1].split(":")[1]) / 1000
     if run.rank == 0:
         predicted = predict(cfg, table, docs, prefix, run.world_size)
         print(f"validated documents:{count} world_size:{run.world_size} predicted_s:{predicted:.1f} "
@@ -258,6 +269,9 @@ def main() -> None:
             if options.save:
                 Path(options.save).write_text(json.dumps(table, indent=1) + "\n")
             predict(cfg, table, documents_of(record_lengths()), cfg.phased_ttt_prefix_docs, gpt.LANES)
+        gc.collect()                          # graphs and the buffers they read hold each other
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
         if options.validate:
             validate(cfg, run, model, table, options.validate)
 

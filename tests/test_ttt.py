@@ -1,7 +1,10 @@
 """Section 13: planner, certified order, adapters, score-first phases, adaptation of the base."""
 import dataclasses
+import importlib.util
+import json
 import math
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -636,8 +639,9 @@ def test_rank_shares_tile_the_row_in_nearly_equal_runs_of_segments(lengths, cut,
 @pytest.mark.parametrize("world_size", (1, 2, 4, 8))
 def test_padded_shares_of_all_ranks_give_the_gradient_of_the_whole_row(setup, world_size):
     """Each rank's share has a fixed length, and the token before it, which SmearGate looks at."""
-    model, S = random_model(setup.cfg), setup.cfg.ttt_eval_seq_len
+    S = setup.cfg.ttt_eval_seq_len
     cfg = dataclasses.replace(setup.cfg, global_ttt_chunk_tokens=4 * S)
+    model = random_model(cfg)
     for at in (0, 37):                                              # rows begin with a document, or within one
         row = setup.tokens[at:at + 4 * S + 1].astype(np.int64)
         inputs, targets = torch.from_numpy(row[:-1]), torch.from_numpy(row[1:])
@@ -713,7 +717,6 @@ def test_evaluation_is_deterministic_and_counts_every_target(setup, tmp_path):
     first, model = evaluate(setup, setup.cfg, tmp_path)
     assert (first.tokens, first.bytes) == (len(setup.tokens) - 1, setup.byte_counts[1:].sum())
     assert evaluate(setup, setup.cfg, tmp_path)[0] == first
-    assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_evaluation_without_prefix_leaves_the_base_unchanged(setup, tmp_path, capsys):
@@ -935,7 +938,7 @@ def test_audit_refuses_targets_that_were_banked_twice_never_or_out_of_order(setu
 def test_no_score_line_before_the_coverage_check(setup, tmp_path, monkeypatch, capsys):
     add = gpt.BpbMeter.add
     monkeypatch.setattr(gpt.BpbMeter, "add", lambda meter, nll, counts, scored: add(meter, nll[1:], counts[1:], scored[1:]))
-    with pytest.raises(RuntimeError, match="every target must count once"):
+    with pytest.raises(RuntimeError, match="expected each exactly once"):
         evaluate(setup, setup.cfg, tmp_path)
     assert "val_bpb" not in capsys.readouterr().out
 
@@ -1076,3 +1079,33 @@ def test_captured_steps_equal_eager_ones(setup):
     nll, params = ((a - b).abs() for a, b in zip(eager[1:3], captured[1:3]))
     assert nll.mean() < 1e-3 and nll.max() < 0.1
     assert params.mean() < 1e-2 * setup.cfg.ttt_lora_lr
+
+
+# --- prediction of the evaluation's time --------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def benchmark_module():
+    path = gpt.REPO / "benchmarks" / "evaluation.py"
+    spec = importlib.util.spec_from_file_location("evaluation_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_benchmark_carries_the_records_lengths(benchmark_module):
+    lengths = benchmark_module.record_lengths()
+    assert (len(lengths), lengths[-1], lengths[0]) == (50_000, 97_114, lengths.min()) and (np.diff(lengths) >= 0).all()
+    docs = benchmark_module.documents_of(lengths[::500])
+    found = gpt.find_documents(benchmark_module.random_stream(gpt.Config(), docs))
+    assert np.array_equal(found.start, docs.start) and np.array_equal(found.length, docs.length)
+
+
+def test_benchmark_adds_up_the_parts_of_the_clock(benchmark_module, capsys):
+    table = json.loads((gpt.REPO / "benchmarks" / "evaluation_estimate.json").read_text())
+    cfg, docs = gpt.Config(), benchmark_module.documents_of(benchmark_module.record_lengths()[::100])
+    totals = [benchmark_module.predict(cfg, table, docs, 50, world_size) for world_size in (1, 8)]
+    assert totals[0] > 2 * totals[1] > 0
+    for total, line in zip(totals, (line for line in capsys.readouterr().out.splitlines() if "predicted " in line)):
+        parts = dict(re.findall(r"(\w+):([\d.]+)", line))
+        names = "read_s", "plan_s", "phase1_s", "base_adaptation_s", "phase2_s"
+        assert sum(float(parts[name]) for name in names) == pytest.approx(total, abs=0.1)
