@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt as gpt
+import twins
 from helpers import archive_config, archive_model, random_model, tiny_config
 from toy_data import change_tokens, random_byte_counts, random_stream
 
@@ -303,7 +304,7 @@ class Setup:
 
     def hints(self, tokens, phases) -> gpt.Hints:
         doc_start = np.repeat(self.docs.start, self.docs.length - 1)
-        return gpt.twin_ngram_hints(tokens, self.order(phases), doc_start, self.cfg.token_order - 1, 0.5)
+        return twins.ngram_hints(tokens, self.order(phases), doc_start, self.cfg.token_order - 1, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -606,9 +607,9 @@ def test_hints_are_counted_in_the_certified_order_inside_documents(setup):
     doc_start = np.repeat(docs.start, docs.length - 1)
     hints = gpt.make_hints(cfg, gpt.Run(cfg), tokens, order, docs)
     arguments = doc_start, cfg.token_order - 1, cfg.token_threshold
-    for got, want in zip(hints, gpt.twin_ngram_hints(tokens, order, *arguments)):
+    for got, want in zip(hints, twins.ngram_hints(tokens, order, *arguments)):
         assert np.array_equal(got, want)
-    assert not np.array_equal(hints.gate, gpt.twin_ngram_hints(tokens, np.sort(order), *arguments).gate)
+    assert not np.array_equal(hints.gate, twins.ngram_hints(tokens, np.sort(order), *arguments).gate)
     assert gpt.make_hints(dataclasses.replace(cfg, ngram_tilt_enabled=False), gpt.Run(cfg), tokens, order, docs) is None
 
 
