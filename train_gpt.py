@@ -1374,14 +1374,67 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
 # --- 8 quantization -----------------------------------------------------------------------------------------
 # Calibration statistics, GPTQ, protected column groups, low-rank correction: fp32 matrices to int8 codes.
 
-MATRIX_NAMES = ("wq", "wk", "wv", "wo", "w_up", "w_down")
-TAPPED_BY = {"wq": "qkv", "wk": "qkv", "wv": "qkv", "wo": "o", "w_up": "up", "w_down": "down"}
+class TensorGroup(NamedTuple):
+    """How one parameter is quantized and stored: a bank of one matrix per layer, or a single matrix.
+
+    bits, clip_sigmas  names of the settings that hold them.
+    tap           input of the matrices, as the model's taps call it; its statistics weigh rounding errors.
+    coding_turn   streams are coded in this order, so the longest jobs come first.
+    halved_axis   axis of the codes (matrices, rows, cols) that is cut into two streams, for no thread shall
+                  work twice as long as the others; None: one stream.
+    regress       the coder predicts codes from those to their left, where they are correlated.
+    """
+    bits: str
+    clip_sigmas: str
+    tap: str
+    coding_turn: int
+    halved_axis: int | None = None
+    is_bank: bool = True
+    regress: bool = False
+
+    def members(self, cfg: Config) -> int:
+        return cfg.num_layers if self.is_bank else 1
+
+
+# Every quantized parameter, and all that tells one from another: quantization, encoding and decoding read it.
+TENSOR_GROUPS = {
+    "tok_emb": TensorGroup("embed_bits", "embed_clip_sigmas", "head", 0, halved_axis=1, is_bank=False,
+                           regress=True),
+    "wq": TensorGroup("matrix_bits", "attn_clip_sigmas", "qkv", 3),
+    "wk": TensorGroup("matrix_bits", "attn_clip_sigmas", "qkv", 5),
+    "wv": TensorGroup("matrix_bits", "attn_clip_sigmas", "qkv", 6),
+    "wo": TensorGroup("matrix_bits", "attn_clip_sigmas", "o", 4),
+    "w_up": TensorGroup("matrix_bits", "mlp_clip_sigmas", "up", 1, halved_axis=0),
+    "w_down": TensorGroup("matrix_bits", "mlp_clip_sigmas", "down", 2, halved_axis=0),
+}
+
+
+class MatrixId(NamedTuple):
+    """One matrix of a group: "wq.0" (layer 0 of group "wq", input "qkv.0") or "tok_emb" (input "head")."""
+    name: str
+    group: str
+    layer: int
+    tap: str
+
+
+def list_matrices(cfg: Config, groups: Sequence[str] | None = None) -> list[MatrixId]:
+    """Every quantized matrix of these groups, all when None, group by group and layer by layer."""
+    found = []
+    for group in TENSOR_GROUPS if groups is None else groups:
+        spec = TENSOR_GROUPS[group]
+        for layer in range(spec.members(cfg)):
+            suffix = f".{layer}" if spec.is_bank else ""
+            found.append(MatrixId(group + suffix, group, layer, spec.tap + suffix))
+    return found
+
+
 GPTQ_DAMP, GPTQ_BLOCK = 0.01, 128
 SCALE_FLOOR = 1e-10          # keeps a constant row from dividing by zero
 
 
 class Matrix(NamedTuple):
-    """One matrix to quantize: W (rows, cols), H (cols, cols), act_rms (cols,), fp32; mean squared gradient of W."""
+    """One matrix to quantize: W (rows, cols), H (cols, cols), act_rms (cols,), fp32.
+    grad_sq is the mean squared gradient of W."""
     W: Tensor
     H: Tensor
     act_rms: Tensor
@@ -1403,7 +1456,8 @@ class Factors(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """codes (rows, cols) int8, scale (rows,) fp16; columns [start, start + group) of each protected start use high."""
+    """codes (rows, cols) int8, scale (rows,) fp16.
+    Columns [start, start + group_size) of each protected start use scale_high (rows,) fp16 instead."""
     codes: Tensor
     scale: Tensor
     protect_starts: tuple[int, ...] = ()
@@ -1421,33 +1475,45 @@ def row_scale(W: Tensor, clip_sigmas: float, max_code: int) -> Tensor:
     return (clip_sigmas * W.std(-1) / max_code).clamp_min(SCALE_FLOOR).half()
 
 
-# Trellis rounding [TCQ]: codes count half steps. From row to row of a column a state machine says whether the code is
-# even or odd, so that a code costs no more bits than one of whole steps, while the choice of path reaches points almost
-# as dense as half steps: about a quarter less squared error for the same bits. The machine is Ungerboeck's of 64
-# states: parity = state & 1, bit = code >> 1 & 1, next state = state >> 1 ^ 33 * parity ^ 10 * bit.
-TRELLIS_STATES, TRELLIS_ROWS = 64, 256               # it starts anew, in state 0, every TRELLIS_ROWS rows of a matrix
+# Trellis rounding [TCQ]: codes count half steps. From row to row of a column a state machine says whether the
+# code is even or odd, so that a code costs no more bits than one of whole steps, while the choice of path
+# reaches points almost as dense as half steps: about a quarter less squared error for the same bits. The
+# machine is Ungerboeck's of 64 states; a code has the parity of its state.
+TRELLIS_STATES = 64
+TRELLIS_ROWS = 256           # the machine starts anew, in state 0, every TRELLIS_ROWS rows of a matrix
+
+
+def next_state(state: Tensor, bit: Tensor | int) -> Tensor:
+    """The trellis' state after a code whose second-lowest bit, code >> 1 & 1, is `bit`."""
+    return state >> 1 ^ 33 * (state & 1) ^ 10 * bit
 
 
 def plain_trellis_round(x: Tensor, limit: Tensor) -> Tensor:
     """The valid codes of each line with the least Σ (x - code)² [Viterbi]; defines trellis_round.
     x (lines, n) fp32 in half steps, limit (lines,) fp32 largest magnitude. Returns fp32 codes (lines, n)."""
-    residue, state = torch.arange(4, device=x.device), torch.arange(TRELLIS_STATES, device=x.device)
-    low, high = ((-limit[:, None] - residue) / 4).ceil(), ((limit[:, None] - residue) / 4).floor()
+    residue = torch.arange(4, device=x.device)
+    low = ((-limit[:, None] - residue) / 4).ceil()
+    high = ((limit[:, None] - residue) / 4).floor()
     # (lines, n, 4): the nearest code of each residue modulo 4
     points = 4 * ((x[..., None] - residue) / 4 + 0.5).floor().clamp(low[:, None], high[:, None]) + residue
     errors = (x[..., None] - points).square()
-    parity = state >> 5                              # a state's top bit is the parity of the code that led to it
-    sources = [2 * (state ^ 33 * parity ^ 10 * bit) + parity for bit in (0, 1)]
-    cost, took = torch.where(state == 0, 0.0, 1e30).expand(len(x), -1), []
+    state = torch.arange(TRELLIS_STATES, device=x.device)
+    # (2, states): for each bit the one state that leads to a state, and the residue of the code that does
+    sources = torch.stack([next_state(state, bit).argsort() for bit in (0, 1)])
+    residues = (sources & 1) + torch.tensor([[0], [2]], device=x.device)
+    cost = torch.where(state == 0, 0.0, 1e30).expand(len(x), -1)
+    took = []
     for i in range(x.shape[1]):
-        either = [cost[:, source] + errors[:, i, parity + 2 * bit] for bit, source in enumerate(sources)]
-        took.append(either[1] < either[0])
-        cost = torch.minimum(*either)
-    at, codes, line = cost.argmin(-1), torch.empty_like(x), torch.arange(len(x), device=x.device)
+        cost_0, cost_1 = (cost[:, sources[bit]] + errors[:, i, residues[bit]] for bit in (0, 1))
+        took.append((cost_1 < cost_0).long())
+        cost = torch.minimum(cost_0, cost_1)
+    codes = torch.empty_like(x)
+    line = torch.arange(len(x), device=x.device)
+    at = cost.argmin(-1)
     for i in reversed(range(x.shape[1])):
-        bit = took[i][line, at].long()
-        codes[:, i] = points[line, i, 2 * bit + (at >> 5)]
-        at = 2 * (at ^ 33 * (at >> 5) ^ 10 * bit) + (at >> 5)
+        bit = took[i][line, at]
+        codes[:, i] = points[line, i, residues[bit, at]]
+        at = sources[bit, at]
     return codes
 
 
@@ -1476,9 +1542,9 @@ def gptq(W: Tensor, H: Tensor, scale: Tensor, max_code: int, high: Tensor | None
     """
     M, rows, cols = W.shape
     if H.shape != (M, cols, cols) or scale.shape != (M, rows):
-        raise ValueError(f"gptq: for W {tuple(W.shape)} expected H {(M, cols, cols)} and scale {(M, rows)}, found "
-                         f"{tuple(H.shape)} and {tuple(scale.shape)}")
-    H = H.double()                                        # fp64 factors: an fp32 inverse loses the small columns
+        raise ValueError(f"gptq: for W {tuple(W.shape)} expected H {(M, cols, cols)} and scale {(M, rows)}, "
+                         f"found {tuple(H.shape)} and {tuple(scale.shape)}")
+    H = H.double()                                    # fp64 factors: an fp32 inverse loses the small columns
     diag = H.diagonal(dim1=-2, dim2=-1).clone()
     dead = diag == 0
     diag = torch.where(dead, 1.0, diag)
@@ -1492,7 +1558,8 @@ def gptq(W: Tensor, H: Tensor, scale: Tensor, max_code: int, high: Tensor | None
                          "not finite or the batches are too few")
     U = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
     # Column-major work copy (M, cols, rows): every step below touches whole columns.
-    work = W.masked_fill(dead[:, None], 0.0).mT.gather(1, order[:, :, None].expand(M, cols, rows)).contiguous()
+    live = W.masked_fill(dead[:, None], 0.0)
+    work = live.mT.gather(1, order[:, :, None].expand(M, cols, rows)).contiguous()
     codes = torch.empty_like(work)
     steps = scale.float()[:, None].expand(M, cols, rows)
     limits = torch.full((cols,), float(max_code), device=W.device)
@@ -1501,7 +1568,8 @@ def gptq(W: Tensor, H: Tensor, scale: Tensor, max_code: int, high: Tensor | None
         limits = torch.where(high, float(max_high), limits)
     for start in range(0, cols, GPTQ_BLOCK):
         end = min(start + GPTQ_BLOCK, cols)
-        block, errors = work[:, start:end].clone(), torch.empty_like(work[:, start:end])
+        block = work[:, start:end].clone()
+        errors = torch.empty_like(block)
         for j in range(end - start):
             column = order[:, start + j]                  # (M,) original column index in each matrix
             step = steps[torch.arange(M, device=W.device), column]
@@ -1519,32 +1587,41 @@ STEP_FACTORS = 0.3, 2.0      # coarser steps save fewer bits than they promise; 
 
 
 def balance_steps(matrices: Mapping[str, Matrix], share: float) -> dict[str, Matrix]:
-    """Scale each matrix's clip sigmas so that a bit buys the same loss everywhere, at about the same total of bits.
+    """Scale each matrix's clip sigmas so that a bit buys the same loss everywhere.
 
-    To second order an error e of a weight costs e² times its squared gradient noise, and a bit per weight always
-    quarters e²; so the sum is least where grad_sq * step² is equal. `share` 1 goes all the way there, 0 stays.
+    To second order an error e of a weight costs e² times its squared gradient noise, and a bit per weight
+    always quarters e²; so the sum is least where grad_sq * step² is equal. `share` 1 goes all the way there,
+    0 stays; the total of bits stays about the same.
     """
     steps = [row_scale(m.W, m.clip_sigmas, code_limit(m.bits)).float() for m in matrices.values()]
     cost = np.array([m.grad_sq * float(step.square().mean()) for m, step in zip(matrices.values(), steps)])
     if not np.isfinite(cost).all():
-        raise ValueError("balance_steps: calibration gradients are not finite; the run has diverged, lower MATRIX_LR")
-    live, log_cost = cost > 0, np.log(cost.clip(1e-300))         # a matrix without gradient keeps its steps
-    mean = np.average(log_cost, weights=live * [m.W.numel() for m in matrices.values()] + 1e-9)
-    factors = np.where(live, np.exp(share * (mean - log_cost) / 2).clip(*STEP_FACTORS), 1.0)
-    return {name: m._replace(clip_sigmas=m.clip_sigmas * f) for (name, m), f in zip(matrices.items(), factors.tolist())}
+        raise ValueError("balance_steps: calibration gradients are not finite; the run has diverged, lower "
+                         "MATRIX_LR")
+    log_cost = np.log(cost.clip(1e-300))
+    has_gradient = cost > 0                           # a matrix without gradient keeps its steps
+    counts = np.array([m.W.numel() for m in matrices.values()])
+    weights = np.where(has_gradient, counts, 0) + 1e-9            # an average needs one that is not zero
+    mean = np.average(log_cost, weights=weights)
+    factors = np.where(has_gradient, np.exp(share * (mean - log_cost) / 2).clip(*STEP_FACTORS), 1.0)
+    return {name: m._replace(clip_sigmas=m.clip_sigmas * factor)
+            for (name, m), factor in zip(matrices.items(), factors.tolist())}
 
 
 def row_steps(m: Matrix, max_code: int, trellis: bool, columns: Tensor | slice = slice(None)) -> Tensor:
-    """row_scale; for the trellis half of it, but no finer than int8 can reach the largest of these columns."""
+    """row_scale; for the trellis half of it, but not so fine that int8 fails to reach these columns."""
     if not trellis:
         return row_scale(m.W, m.clip_sigmas, max_code)
-    return torch.maximum(row_scale(m.W, m.clip_sigmas, 2 * max_code), (m.W[:, columns].abs().amax(-1) / 127).half())
+    finest = (m.W[:, columns].abs().amax(-1) / 127).half()
+    return torch.maximum(row_scale(m.W, m.clip_sigmas, 2 * max_code), finest)
 
 
-def select_protected(matrices: Mapping[str, Matrix], group_size: int, top_k: int, bits: int) -> dict[str, list[int]]:
+def select_protected(matrices: Mapping[str, Matrix], group_size: int, top_k: int,
+                     bits: int) -> dict[str, list[int]]:
     """Start columns of the top_k most salient groups among all matrices with fewer than `bits` bits [AWQ].
 
-    score(group) = Σ over its columns of act_rms · mean |W|; the earlier one wins a tie; partial groups do not compete.
+    score(group) = Σ over its columns of act_rms · mean |W|; the earlier one wins a tie; partial groups do not
+    compete.
     """
     scored = []
     for name, m in matrices.items():
@@ -1577,15 +1654,17 @@ def _round_to(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 
 
 def pack_factors(A: Tensor, B: Tensor, group: int, asymmetric: bool = True) -> Factors:
-    """Pack A in 2 bits and B in 4 bits with grouped scales, or both in 4 bits per row where groups do not fit."""
+    """Pack A in 2 bits and B in 4 bits with grouped scales; in 4 bits per row where groups do not fit."""
     def peak(x: Tensor, dim: int | None = None) -> Tensor:
         return (x.abs().max() if dim is None else x.abs().amax(dim)).clamp_min(SCALE_FLOOR)
 
     if asymmetric and B.numel() % group == 0:
-        sA, grouped = (peak(A) / 1.5).half(), B.reshape(-1, group)
+        grouped = B.reshape(-1, group)
+        sA = (peak(A) / 1.5).half()
         sB = (peak(grouped, -1) / 7.5).half()
         return Factors(_round_to(A, sA, -2, 1), sA, _round_to(grouped, sB[:, None], -8, 7).view_as(B), sB)
-    sA, sB = ((peak(x, -1) / 7).half() for x in (A, B))
+    sA = (peak(A, -1) / 7).half()
+    sB = (peak(B, -1) / 7).half()
     return Factors(_round_to(A, sA[:, None], -7, 7), sA, _round_to(B, sB[:, None], -7, 7), sB)
 
 
@@ -1598,7 +1677,7 @@ def correction(f: Factors) -> Tensor:
 
 
 def dequantize(q: Quantized) -> Tensor:
-    """The fp32 matrix (rows, cols) that will be used: codes times steps, protected columns, then the correction."""
+    """The fp32 matrix (rows, cols) that will be used: codes times steps, protected columns, correction."""
     W = q.codes.float() * q.scale.float()[:, None]
     for start in q.protect_starts:
         columns = slice(start, start + q.group_size)
@@ -1611,44 +1690,66 @@ def quantize_matrices(cfg: Config, run: Run, matrices: Mapping[str, Matrix]) -> 
     Matrices of one shape are rounded together. Ranks take the shapes in turn and exchange the codes."""
     if cfg.rdo_lambda:
         matrices = balance_steps(matrices, cfg.rdo_lambda)
-    protected = (select_protected(matrices, cfg.awq_lite_group_size, cfg.awq_lite_group_top_k, cfg.awq_lite_bits)
-                 if cfg.awq_lite_enabled else {})
+    protected = {}
+    if cfg.awq_lite_enabled:
+        protected = select_protected(matrices, cfg.awq_lite_group_size, cfg.awq_lite_group_top_k,
+                                     cfg.awq_lite_bits)
     batches: dict[tuple, list[str]] = {}
     for name, m in matrices.items():
         batches.setdefault((m.W.shape, m.bits, tuple(protected.get(name, ()))), []).append(name)
     done: dict[str, Quantized] = {}
-    trellis, rounded = cfg.rdo_lambda > 0, []
-    for index, ((shape, bits, starts), names) in enumerate(batches.items()):
-        group = [matrices[name] for name in names]
-        max_code, max_high = code_limit(bits), code_limit(cfg.awq_lite_bits)
-        scales = torch.stack([row_steps(m, max_code, trellis) for m in group])
-        high, highs = None, [None] * len(group)
-        if starts:
-            high = torch.zeros(shape[1], dtype=torch.bool, device=scales.device)
-            for start in starts:
-                high[start:start + cfg.awq_lite_group_size] = True
-            highs = torch.stack([row_steps(m, max_high, trellis, high) for m in group])
-        limits = (127, 127) if trellis else (max_code, max_high)          # steps are balanced: only int8 is a limit
-        codes = torch.empty(len(group), *shape, dtype=torch.int8, device=scales.device)
-        if index % run.world_size == run.rank:
-            codes.copy_(gptq(torch.stack([m.W for m in group]), torch.stack([m.H for m in group]), scales,
-                             limits[0], high, highs if starts else None, limits[1], trellis))
-        rounded.append(codes)
-        for name, c, s, s_high in zip(names, codes, scales, highs):
-            done[name] = Quantized(c, s, starts, cfg.awq_lite_group_size if starts else 0, s_high)
+    rounded = []
+    for index, ((_, _, starts), names) in enumerate(batches.items()):
+        batch = [matrices[name] for name in names]
+        parts = quantize_batch(cfg, batch, starts, is_mine=index % run.world_size == run.rank)
+        rounded.append(parts[0])
+        for name, codes, scale, scale_high in zip(names, *parts):
+            done[name] = Quantized(codes, scale, starts, cfg.awq_lite_group_size if starts else 0, scale_high)
     for index, codes in enumerate(rounded):
         run.broadcast(codes, index % run.world_size)
     if cfg.lqer_enabled:
-        residuals = {name: matrices[name].W - dequantize(done[name]) for name in matrices}
-        norms = {name: float(E.norm()) for name, E in residuals.items()}
-        for name in sorted(norms, key=lambda name: -norms[name])[:cfg.lqer_top_k]:
-            A, B = top_components(residuals[name], cfg.lqer_rank)
-            done[name] = done[name]._replace(factors=pack_factors(A, B, cfg.lqer_asym_group, cfg.lqer_asym_enabled))
+        done |= correct_worst(cfg, matrices, done)
     return {name: done[name] for name in matrices}
 
 
+def quantize_batch(cfg: Config, batch: Sequence[Matrix], starts: Sequence[int],
+                   is_mine: bool) -> tuple[Tensor, Tensor, Tensor | list[None]]:
+    """(codes (M, rows, cols) int8, scales (M, rows), scales of the protected columns or Nones) of M matrices
+    of one shape, bits and protection. Codes are left empty where another rank rounds this batch."""
+    trellis = cfg.rdo_lambda > 0
+    max_code, max_high = code_limit(batch[0].bits), code_limit(cfg.awq_lite_bits)
+    W = torch.stack([m.W for m in batch])
+    scales = torch.stack([row_steps(m, max_code, trellis) for m in batch])
+    high = highs = None
+    if starts:
+        high = torch.zeros(W.shape[2], dtype=torch.bool, device=W.device)
+        for start in starts:
+            high[start:start + cfg.awq_lite_group_size] = True
+        highs = torch.stack([row_steps(m, max_high, trellis, high) for m in batch])
+    if trellis:                                           # steps are balanced: only int8 is a limit
+        max_code = max_high = 127
+    codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
+    if is_mine:
+        H = torch.stack([m.H for m in batch])
+        codes.copy_(gptq(W, H, scales, max_code, high, highs, max_high, trellis))
+    return codes, scales, [None] * len(batch) if highs is None else highs
+
+
+def correct_worst(cfg: Config, matrices: Mapping[str, Matrix],
+                  done: Mapping[str, Quantized]) -> dict[str, Quantized]:
+    """The lqer_top_k matrices with the largest quantization errors, each with a correction [LQER]."""
+    residuals = {name: m.W - dequantize(done[name]) for name, m in matrices.items()}
+    norms = {name: float(E.norm()) for name, E in residuals.items()}
+    corrected = {}
+    for name in sorted(norms, key=lambda name: -norms[name])[:cfg.lqer_top_k]:
+        A, B = top_components(residuals[name], cfg.lqer_rank)
+        corrected[name] = done[name]._replace(
+            factors=pack_factors(A, B, cfg.lqer_asym_group, cfg.lqer_asym_enabled))
+    return corrected
+
+
 class Calibration(NamedTuple):
-    """Σ x xᵀ per tapped input, fp32 (cols, cols), and the number of x; Σ squared_gradients with RDO_LAMBDA."""
+    """Σ x xᵀ per tapped input, fp32 (cols, cols), and the number of x; Σ squared_gradients if RDO_LAMBDA."""
     sums: dict[str, Tensor]
     counts: dict[str, int]
     num_batches: int
@@ -1660,26 +1761,33 @@ GRADIENT_SEQS = 4            # sequences of each calibration batch whose gradien
 
 @torch.enable_grad()
 def squared_gradients(model: GPT, tokens_BT: Tensor) -> dict[str, Tensor]:
-    """Mean squared gradient per matrix, (L,) or (1,): over few tokens all noise, whose variance is the curvature."""
-    names = "tok_emb", *MATRIX_NAMES
+    """Mean squared gradient per matrix of each group, (L,) or (1,).
+    Over few tokens a gradient is all noise, and the variance of that is the curvature."""
     hidden = model(tokens_BT[:, :-1], looping=True, graphs=Graphs()).flatten(0, 1)
-    loss = softcap_loss(hidden, model.tok_emb, model.softcap_pos, model.softcap_neg, tokens_BT[:, 1:].flatten())
-    grads = torch.autograd.grad(loss, [getattr(model, name) for name in names])
-    return {name: g.square().flatten(1).mean(1) if g.ndim == 3 else g.square().mean().view(1)
-            for name, g in zip(names, grads)}
+    targets = tokens_BT[:, 1:].flatten()
+    loss = softcap_loss(hidden, model.tok_emb, model.softcap_pos, model.softcap_neg, targets)
+    grads = torch.autograd.grad(loss, [getattr(model, group) for group in TENSOR_GROUPS])
+    means = {}
+    for (group, spec), grad in zip(TENSOR_GROUPS.items(), grads):
+        squares = grad.square()
+        means[group] = squares.flatten(1).mean(1) if spec.is_bank else squares.mean().view(1)
+    return means
 
 
 @torch.no_grad()
-def collect_hessians(cfg: Config, run: Run, model: GPT, paths: Sequence[Path], num_batches: int) -> Calibration:
-    """Input statistics of every quantized matrix over the first `num_batches` calibration batches, all ranks together.
+def collect_hessians(cfg: Config, run: Run, model: GPT, paths: Sequence[Path],
+                     num_batches: int) -> Calibration:
+    """Input statistics of every quantized matrix over the first `num_batches` calibration batches.
     Looping is on; each execution of a looped layer counts. Rank r runs the batches r, R + r, ..."""
-    # All keys from the start: with fewer batches than ranks some ranks add nothing, but still take part in the sums.
-    widths = {"head": cfg.model_dim} | {f"{kind}.{layer}": cfg.mlp_dim if kind == "down" else cfg.model_dim
-                                        for layer in range(cfg.num_layers) for kind in ("qkv", "o", "up", "down")}
+    # All keys from the start: with fewer batches than ranks some add nothing, but take part in the sums.
+    widths = {m.tap: getattr(model, m.group).shape[-1] for m in list_matrices(cfg)}
     sums = {key: torch.zeros(width, width, device=run.device) for key, width in widths.items()}
-    counts, layer = dict.fromkeys(widths, 0), 0
-    grad_sq = {name: torch.zeros(1 if name == "tok_emb" else cfg.num_layers, device=run.device)
-               for name in ("tok_emb", *MATRIX_NAMES)} if cfg.rdo_lambda else {}
+    counts = dict.fromkeys(widths, 0)
+    layer = 0
+    grad_sq = {}
+    if cfg.rdo_lambda:
+        grad_sq = {group: torch.zeros(spec.members(cfg), device=run.device)
+                   for group, spec in TENSOR_GROUPS.items()}
 
     def tap(kind: str, x: Tensor) -> None:
         nonlocal layer
@@ -1710,39 +1818,69 @@ def quantize(cfg: Config, run: Run, model: GPT, stats: Calibration,
     """(quantized matrices by name "wq.0" ... "tok_emb", pass-through parameters as fp16).
     sigma_factor scales all clip sigmas: larger steps, fewer bytes."""
     timer = Timer(run)
+    passed = pass_through(model)
     matrices: dict[str, Matrix] = {}
-
-    def add(name: str, W: Tensor, key: str, bits: int, clip_sigmas: float) -> None:
-        total = stats.sums[key]
-        act_rms = (total.diagonal() / stats.counts[key]).sqrt()
-        bank, _, layer = name.partition(".")
-        grad_sq = float(stats.grad_sq[bank][int(layer or 0)]) if stats.grad_sq else 0.0
-        matrices[name] = Matrix(W.detach(), total / stats.num_batches, act_rms, bits, clip_sigmas * sigma_factor,
-                                grad_sq)
-
-    add("tok_emb", model.tok_emb, "head", cfg.embed_bits, cfg.embed_clip_sigmas)
-    for name in MATRIX_NAMES:
-        clip_sigmas = cfg.mlp_clip_sigmas if name in ("w_up", "w_down") else cfg.attn_clip_sigmas
-        for layer, W in enumerate(getattr(model, name)):
-            add(f"{name}.{layer}", W, f"{TAPPED_BY[name]}.{layer}", cfg.matrix_bits, clip_sigmas)
+    for m in list_matrices(cfg):
+        spec, total = TENSOR_GROUPS[m.group], stats.sums[m.tap]
+        weights = getattr(model, m.group).detach()
+        matrices[m.name] = Matrix(
+            W=weights[m.layer] if spec.is_bank else weights,
+            H=total / stats.num_batches,
+            act_rms=(total.diagonal() / stats.counts[m.tap]).sqrt(),
+            bits=getattr(cfg, spec.bits),
+            clip_sigmas=getattr(cfg, spec.clip_sigmas) * sigma_factor,
+            grad_sq=float(stats.grad_sq[m.group][m.layer]) if stats.grad_sq else 0.0)
     quantized = quantize_matrices(cfg, run, matrices)
     for name, q in quantized.items():
         if q.protect_starts or q.factors is not None:
             run.log(f"quantize matrix:{name} protected_columns:{list(q.protect_starts)} "
                     f"lqer_rank:{0 if q.factors is None else q.factors.qB.shape[0]}")
     run.log(f"quantize matrices:{len(matrices)} elapsed_s:{timer.seconds():.1f}")
-    passed = {name: p.detach().half() for name, p in model.named_parameters()
-              if name != "tok_emb" and name not in MATRIX_NAMES}
     return quantized, passed
+
+
+def pass_through(model: GPT) -> dict[str, Tensor]:
+    """Every parameter that is not quantized, as fp16; raises ArtifactError when a value does not fit that."""
+    passed = {}
+    for name, p in model.named_parameters():
+        if name in TENSOR_GROUPS:
+            continue
+        passed[name] = p.detach().half()
+        lost = ~passed[name].isfinite()
+        if lost.any():
+            value = float(p.detach()[lost][0])
+            raise ArtifactError(f"{name} is stored as fp16: expected magnitudes below 65,520, found {value:g}"
+                                "; the run has diverged (lower SCALAR_LR), or the model must scale it down")
+    return passed
 
 
 @torch.no_grad()
 def sort_hidden_units(model: GPT) -> None:
-    """Order each layer's MLP units by the deviation of their w_up row: same function, row scales nearly free to store."""
-    for up, down in zip(model.w_up, model.w_down):
-        order = up.std(-1).argsort(stable=True)
-        up.copy_(up[order])
-        down.copy_(down[:, order])
+    """Order each layer's MLP units by the deviation of their w_up row: same function, row scales nearly free.
+
+    Raises ValueError when there is no such order (weights that are not finite), or when sorting w_up and
+    w_down alone would change the function: their shapes disagree, or another parameter of the layers has an
+    axis as long as the hidden one. The length tells only where no side of an attention matrix has it too.
+    """
+    named = dict(model.named_parameters())
+    up, down = named.pop("w_up"), named.pop("w_down")
+    num_layers, units, width = up.shape
+    if down.shape != (num_layers, width, units):
+        raise ValueError(f"sort_hidden_units: for w_up {tuple(up.shape)} expected w_down "
+                         f"{(num_layers, width, units)}, found {tuple(down.shape)}")
+    other_sides = {side for name in ("wq", "wk", "wv", "wo") for side in named[name].shape[1:]}
+    per_unit = [name for name, p in named.items() if p.shape[:1] == (num_layers,) and units in p.shape[1:]]
+    if per_unit and units not in other_sides:
+        raise ValueError("sort_hidden_units: expected hidden units in w_up and w_down only, found "
+                         f"{per_unit} with an axis of {units} too; sort them along")
+    for name, bank in (("w_up", up), ("w_down", down)):
+        if not bank.isfinite().all():
+            raise ValueError(f"sort_hidden_units: expected finite weights, found others in {name}; the run "
+                             "has diverged, lower MATRIX_LR")
+    for layer in range(num_layers):
+        order = up[layer].std(-1).argsort(stable=True)
+        up[layer] = up[layer, order]
+        down[layer] = down[layer][:, order]
 
 
 # --- 9 weight coder -----------------------------------------------------------------------------------------
@@ -1962,30 +2100,34 @@ def decode_words(stream: bytes, *, base: np.ndarray | None = None) -> np.ndarray
 
 
 # --- 10 artifact --------------------------------------------------------------------------------------------
-# Checked, atomic files of tensors; one code stream per tensor group; rate control and the size report.
+# Container: checked, atomic files. Layout: what the artifact holds, a code stream per tensor group. Rate
+# control: steps that make it fit, and the size report.
 
 FORMAT_VERSION = 3
 CHECKPOINT_MAGIC, ARTIFACT_MAGIC = b"GOLFWGHT", b"GOLFCODE"
-STREAM_GROUPS = ("tok_emb", "w_up", "w_down", "wq", "wo", "wk", "wv")      # the longest job first
-HALVED_GROUPS = STREAM_GROUPS[:3]                # two streams each, so that no thread works twice as long as the others
-MODEL_FIELDS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "num_loops",
-                "loop_start", "loop_end", "parallel_start_layer", "gate_window", "sparse_attn_gate_scale", "rope_base",
-                "rope_dims")
+MODEL_FIELDS = (
+    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "num_loops",
+    "loop_start", "loop_end", "parallel_start_layer", "gate_window", "sparse_attn_gate_scale", "rope_base",
+    "rope_dims")
 
 
 class ArtifactError(ValueError):
-    """A checkpoint or artifact is missing, damaged, or made with other model settings."""
+    """A checkpoint or artifact is missing, damaged, made with other settings, or cannot hold the model."""
+
+
+# --- 10a container ---
 
 
 def build_container(magic: bytes, cfg: Config, streams: Mapping[str, bytes],
                     notes: Mapping[str, Any] | None = None) -> bytes:
     """Named byte streams with the model's settings, notes (JSON) and a SHA-256.
-    Layout: magic (8), version u32, header length u32, header (zlib JSON), streams, SHA-256 of all before (32)."""
+    Layout: magic (8), version u32, header length u32, header (zlib JSON), streams, SHA-256 of all (32)."""
     header = zlib.compress(json.dumps({
         "settings": {name: getattr(cfg, name) for name in MODEL_FIELDS},
         "streams": [[name, len(stream)] for name, stream in streams.items()], "notes": notes or {}},
         separators=(",", ":")).encode(), 9)
-    body = b"".join([magic, np.array([FORMAT_VERSION, len(header)], "<u4").tobytes(), header, *streams.values()])
+    numbers = np.array([FORMAT_VERSION, len(header)], "<u4").tobytes()
+    body = b"".join([magic, numbers, header, *streams.values()])
     return body + hashlib.sha256(body).digest()
 
 
@@ -2008,38 +2150,44 @@ def read_container(path: Path, magic: bytes, cfg: Config) -> tuple[dict[str, byt
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); check RUN_ID, or run the earlier stage "
-                            "first") from error
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); check RUN_ID, or run the earlier "
+                            "stage first") from error
     if data[:8] != magic:
-        raise ArtifactError(f"{path}: expected a file beginning with {magic!r}, found {data[:8]!r}; this is not a "
-                            "file of that kind")
+        raise ArtifactError(f"{path}: expected a file beginning with {magic!r}, found {data[:8]!r}; this is "
+                            "not a file of that kind")
     if len(data) < 48 or hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise ArtifactError(f"{path}: checksum mismatch over {len(data):,} bytes; the file is truncated or "
                             "corrupted, write it again")
     version, header_bytes = np.frombuffer(data[8:16], "<u4").tolist()
     if version != FORMAT_VERSION:
-        raise ArtifactError(f"{path}: format version {version}, expected {FORMAT_VERSION}; write it again with this "
-                            "script")
+        raise ArtifactError(f"{path}: format version {version}, expected {FORMAT_VERSION}; write it again "
+                            "with this script")
     header = json.loads(zlib.decompress(data[16:16 + header_bytes]))
     differing = {name: (made, getattr(cfg, name)) for name, made in header["settings"].items()
                  if getattr(cfg, name, None) != made}
     if differing:
         changes = ", ".join(f"{name.upper()}={made} (now {now})" for name, (made, now) in differing.items())
         raise ArtifactError(f"{path}: made with other settings: {changes}; set them as they were")
-    cuts = np.cumsum([16 + header_bytes, *(length for _, length in header["streams"])]).tolist()
-    return {name: data[a:b] for (name, _), a, b in zip(header["streams"], cuts, cuts[1:])}, header["notes"]
+    streams = {}
+    at = 16 + header_bytes
+    for name, length in header["streams"]:
+        streams[name] = data[at:at + length]
+        at += length
+    return streams, header["notes"]
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """Names, dtypes, shapes and raw little-endian values in one byte string; unpack_tensors is the exact inverse."""
-    index = json.dumps([[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()])
+    """Names, dtypes, shapes and raw little-endian values in one byte string; unpack_tensors inverts it."""
+    index = json.dumps([[name, str(t.dtype).removeprefix("torch."), list(t.shape)]
+                        for name, t in tensors.items()])
     parts = [np.array([len(index)], "<u4").tobytes(), index.encode()]
     return b"".join(parts + [t.detach().cpu().contiguous().numpy().tobytes() for t in tensors.values()])
 
 
 def unpack_tensors(data: bytes) -> dict[str, Tensor]:
     length = int(np.frombuffer(data[:4], "<u4")[0])
-    tensors, offset = {}, 4 + length
+    tensors = {}
+    offset = 4 + length
     for name, dtype, shape in json.loads(data[4:4 + length]):
         count = math.prod(shape)
         values = np.frombuffer(data, np.dtype(dtype), count, offset)
@@ -2065,116 +2213,156 @@ def artifact_path(run: Run) -> Path:
 def write_checkpoint(cfg: Config, run: Run, model: GPT) -> None:
     """Save the averaged fp32 weights (rank 0)."""
     if run.rank == 0:
-        data = build_container(CHECKPOINT_MAGIC, cfg, {"weights": pack_tensors(dict(model.named_parameters()))})
+        weights = pack_tensors(dict(model.named_parameters()))
+        data = build_container(CHECKPOINT_MAGIC, cfg, {"weights": weights})
         write_file(checkpoint_path(run), data)
         run.log(f"Serialized model: {len(data)} bytes")
     run.barrier()
 
 
 def read_checkpoint(cfg: Config, run: Run, model: GPT) -> None:
-    model.load_state_dict(unpack_tensors(read_container(checkpoint_path(run), CHECKPOINT_MAGIC, cfg)[0]["weights"]))
+    streams, _ = read_container(checkpoint_path(run), CHECKPOINT_MAGIC, cfg)
+    model.load_state_dict(unpack_tensors(streams["weights"]))
+
+
+# --- 10b layout ---
+
+# Settings that say how many bits the codes have, in the order of the artifact's notes.
+BITS_SETTINGS = (*dict.fromkeys(spec.bits for spec in TENSOR_GROUPS.values()), "awq_lite_bits")
+CODING_ORDER = sorted(TENSOR_GROUPS, key=lambda group: TENSOR_GROUPS[group].coding_turn)
 
 
 def group_streams(group: str) -> list[str]:
-    return [f"{group}:1", f"{group}:2"] if group in HALVED_GROUPS else [group]
+    return [group] if TENSOR_GROUPS[group].halved_axis is None else [f"{group}:1", f"{group}:2"]
 
 
 def split_codes(group: str, codes: np.ndarray) -> list[np.ndarray]:
-    """The parts of codes (matrices, rows, cols) in group_streams: rows of the embedding, matrices of the others."""
-    axis, cut = (1, codes.shape[1] // 2 // TRELLIS_ROWS * TRELLIS_ROWS) if group == "tok_emb" else (0, len(codes) // 2)
-    return np.split(codes, [cut], axis) if group in HALVED_GROUPS else [codes]
+    """The parts of codes (matrices, rows, cols) in group_streams; rows are cut where the trellis restarts."""
+    axis = TENSOR_GROUPS[group].halved_axis
+    if axis is None:
+        return [codes]
+    middle = codes.shape[axis] // 2
+    if axis == 1:
+        middle -= middle % TRELLIS_ROWS
+    return np.split(codes, [middle], axis)
 
 
-def group_members(cfg: Config, group: str) -> list[str]:
-    return [group] if group == "tok_emb" else [f"{group}.{layer}" for layer in range(cfg.num_layers)]
+def join_codes(group: str, parts: Sequence[Tensor]) -> Tensor:
+    """Invert split_codes."""
+    return torch.cat(list(parts), TENSOR_GROUPS[group].halved_axis or 0)
 
 
 def _fp16_words(tensors: Sequence[Tensor]) -> np.ndarray:
     return torch.cat([t.detach().cpu().half().flatten() for t in tensors]).numpy().view(np.uint16)
 
 
-def _high_scale_base(scale: Tensor, bits: int, high_bits: int) -> np.ndarray:
-    """What scale_high is but for rounding, given scale: both sides derive it, only the difference is coded."""
-    return _fp16_words([scale.float() * (code_limit(bits) / code_limit(high_bits))])
+def _high_scale_base(scale: Tensor, group: str, bits: Mapping[str, int]) -> np.ndarray:
+    """What scale_high is but for rounding, given scale: both sides derive it and code the difference."""
+    ratio = code_limit(bits[TENSOR_GROUPS[group].bits]) / code_limit(bits["awq_lite_bits"])
+    return _fp16_words([scale.float() * ratio])
 
 
 def encode_model(cfg: Config, quantized: Mapping[str, Quantized],
                  passed: Mapping[str, Tensor]) -> tuple[dict[str, bytes], dict[str, Any]]:
     """(streams, notes) of the artifact: codes and scales per tensor group, corrections, pass-through tensors.
-    The notes say what the streams cannot: shapes of pass-through tensors, protected columns, kinds of corrections."""
+    Notes say what streams cannot: shapes of pass-through tensors, protected columns, kinds of corrections."""
+    bits = {name: getattr(cfg, name) for name in BITS_SETTINGS}
+    protected = {m.name: m.group for m in list_matrices(cfg) if quantized[m.name].protect_starts}
+    corrected = {name: q.factors for name, q in quantized.items() if q.factors is not None}
     wide = [name for name, t in passed.items() if t.shape[-1:] == (cfg.model_dim,)]
     rest = [name for name in passed if name not in wide]
     jobs: dict[str, Callable[[], bytes]] = {}             # the longest job first
-    for group in STREAM_GROUPS:
-        members = [quantized[name] for name in group_members(cfg, group)]
+    for group in CODING_ORDER:
+        members = [quantized[m.name] for m in list_matrices(cfg, [group])]
         codes = np.stack([q.codes.cpu().numpy() for q in members])
-        regress = group == "tok_emb" and can_regress(codes.shape)
+        regress = TENSOR_GROUPS[group].regress and can_regress(codes.shape)
         for name, part in zip(group_streams(group), split_codes(group, codes)):
             jobs[name] = functools.partial(encode_codes, part, regress=regress, trellis=cfg.rdo_lambda > 0)
-        jobs[f"{group}:scale"] = functools.partial(encode_words, _fp16_words([q.scale for q in members]),
-                                                   stride=codes.shape[1])
-    corrected = {name: q.factors for name, q in quantized.items() if q.factors is not None}
-    protected = {name: q for name, q in quantized.items() if q.protect_starts}
-    for name, q in protected.items():
-        bits = cfg.embed_bits if name == "tok_emb" else cfg.matrix_bits
+        scales = _fp16_words([q.scale for q in members])
+        jobs[f"{group}:scale"] = functools.partial(encode_words, scales, stride=codes.shape[1])
+    for name, group in protected.items():
+        q = quantized[name]
         jobs[f"{name}:high"] = functools.partial(encode_words, _fp16_words([q.scale_high]),
-                                                 base=_high_scale_base(q.scale, bits, cfg.awq_lite_bits))
+                                                 base=_high_scale_base(q.scale, group, bits))
     for name, f in corrected.items():
         jobs[f"{name}:qA"] = functools.partial(encode_codes, f.qA[None].cpu().numpy())
         jobs[f"{name}:qB"] = functools.partial(encode_codes, f.qB.mT[None].cpu().numpy())
-    scales = [part for f in corrected.values() for part in (f.sA, f.sB)]
-    jobs["wide"] = functools.partial(encode_words, _fp16_words([passed[name] for name in wide]), stride=cfg.model_dim)
-    jobs["rest"] = functools.partial(encode_words, _fp16_words([*(passed[name] for name in rest), *scales]))
-    notes = {"passed": [[name, list(passed[name].shape)] for name in (*wide, *rest)], "num_wide": len(wide),
-             "bits": [cfg.embed_bits, cfg.matrix_bits, cfg.awq_lite_bits],
-             "protected": {name: [q.group_size, *q.protect_starts] for name, q in protected.items()},
+    factor_scales = [scale for f in corrected.values() for scale in (f.sA, f.sB)]
+    wide_words = _fp16_words([passed[name] for name in wide])
+    rest_words = _fp16_words([passed[name] for name in rest] + factor_scales)
+    jobs["wide"] = functools.partial(encode_words, wide_words, stride=cfg.model_dim)
+    jobs["rest"] = functools.partial(encode_words, rest_words)
+    notes = {"passed": [[name, list(passed[name].shape)] for name in (*wide, *rest)],
+             "num_wide": len(wide),
+             "bits": list(bits.values()),
+             "protected": {name: [quantized[name].group_size, *quantized[name].protect_starts]
+                           for name in protected},
              "corrected": [[name, list(f.sA.shape), list(f.sB.shape)] for name, f in corrected.items()]}
-    return dict(zip(jobs, _in_threads(lambda job: job(), list(jobs.values())))), notes
+    streams = _in_threads(lambda job: job(), list(jobs.values()))
+    return dict(zip(jobs, streams)), notes
 
 
 def decode_model(cfg: Config, streams: Mapping[str, bytes], notes: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict the artifact stands for, fp32; the exact values dequantize() gave before encoding."""
-    coded = sum(map(group_streams, STREAM_GROUPS), []) + [name for name in streams if name.endswith((":qA", ":qB"))]
+    coded = [name for group in CODING_ORDER for name in group_streams(group)]
+    coded += [name for name in streams if name.endswith((":qA", ":qB"))]
     arrays = _in_threads(lambda name: decode_codes(streams[name]), coded)
     codes = {name: torch.from_numpy(array) for name, array in zip(coded, arrays)}
-
-    def words(name: str, base: np.ndarray | None = None) -> Tensor:
-        return torch.from_numpy(decode_words(streams[name], base=base).view(np.float16))
-
-    def take(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-        parts = flat.split([math.prod(shape) for shape in shapes])
-        return [part.reshape(tuple(shape)) for part, shape in zip(parts, shapes)]
-
-    passed, wide = notes["passed"], notes["num_wide"]
-    rest_shapes = [shape for _, shape in passed[wide:]]
-    rest = take(words("rest"), rest_shapes + [shape for _, *pair in notes["corrected"] for shape in pair])
-    values = take(words("wide"), [shape for _, shape in passed[:wide]]) + rest[:len(rest_shapes)]
-    state = {name: t.float() for (name, _), t in zip(passed, values)}
-    factor_scales = iter(rest[len(rest_shapes):])
-    factors = {name: Factors(codes[f"{name}:qA"][0], sA, codes[f"{name}:qB"][0].mT.contiguous(), sB)
-               for (name, *_), sA, sB in zip(notes["corrected"], factor_scales, factor_scales)}
-    embed_bits, matrix_bits, high_bits = notes["bits"]
-    for group in STREAM_GROUPS:
-        stack, members = torch.cat([codes[name] for name in group_streams(group)], int(group == "tok_emb")), []
-        for name, c, scale in zip(group_members(cfg, group), stack, words(f"{group}:scale").view(stack.shape[:2])):
-            q = Quantized(c, scale, factors=factors.get(name))
-            if name in notes["protected"]:
-                group_size, *starts = notes["protected"][name]
-                base = _high_scale_base(scale, embed_bits if name == "tok_emb" else matrix_bits, high_bits)
-                q = q._replace(protect_starts=tuple(starts), group_size=group_size,
-                               scale_high=words(f"{name}:high", base))
+    state, factors = decode_passed(streams, notes, codes)
+    bits = dict(zip(BITS_SETTINGS, notes["bits"]))
+    for group in CODING_ORDER:
+        stack = join_codes(group, [codes[name] for name in group_streams(group)])
+        scales = decode_fp16(streams[f"{group}:scale"]).view(stack.shape[:2])
+        members = []
+        for m, matrix_codes, scale in zip(list_matrices(cfg, [group]), stack, scales):
+            q = Quantized(matrix_codes, scale, factors=factors.get(m.name))
+            if m.name in notes["protected"]:
+                group_size, *starts = notes["protected"][m.name]
+                high = decode_fp16(streams[f"{m.name}:high"], _high_scale_base(scale, group, bits))
+                q = q._replace(protect_starts=tuple(starts), group_size=group_size, scale_high=high)
             members.append(dequantize(q))
-        state[group] = members[0] if group == "tok_emb" else torch.stack(members)
+        state[group] = torch.stack(members) if TENSOR_GROUPS[group].is_bank else members[0]
     return state
 
 
+def decode_fp16(stream: bytes, base: np.ndarray | None = None) -> Tensor:
+    """A stream of encode_words as the flat fp16 tensor it stands for."""
+    return torch.from_numpy(decode_words(stream, base=base).view(np.float16))
+
+
+def decode_passed(streams: Mapping[str, bytes], notes: Mapping[str, Any],
+                  codes: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Factors]]:
+    """Pass-through parameters, fp32, and low-rank corrections by matrix, whose scales end stream "rest"."""
+    names = [name for name, _ in notes["passed"]]
+    shapes = [shape for _, shape in notes["passed"]]
+    corrected = [name for name, _, _ in notes["corrected"]]
+    for _, shape_A, shape_B in notes["corrected"]:
+        shapes += [shape_A, shape_B]
+    num_wide = notes["num_wide"]
+    values = []
+    for stream, own_shapes in (("wide", shapes[:num_wide]), ("rest", shapes[num_wide:])):
+        parts = decode_fp16(streams[stream]).split([math.prod(shape) for shape in own_shapes])
+        values += [part.reshape(tuple(shape)) for part, shape in zip(parts, own_shapes)]
+    passed = {name: value.float() for name, value in zip(names, values)}
+    factor_scales = values[len(names):]
+    factors = {}
+    for name, sA, sB in zip(corrected, factor_scales[::2], factor_scales[1::2]):
+        factors[name] = Factors(codes[f"{name}:qA"][0], sA, codes[f"{name}:qB"][0].mT.contiguous(), sB)
+    return passed, factors
+
+
+# --- 10c rate control ---
+
+# The file that ships, when that is what runs: the loader of the packed script (pack.py) hands its own path to
+# the program under this name, before the first line runs. None when the readable script runs.
+PACKED_FILE: str | None = globals().get("PACKED_FILE")
 RATE_TOLERANCE, RATE_ATTEMPTS = 4096, 8          # bytes below the limit that are as good as none
 SMALLEST_SIGMA_FACTOR = 0.5                      # below, real weights would begin to clip
 
 
 def write_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration) -> None:
     """Quantize, encode, make it fit; rank 0 writes and reports the artifact."""
-    code_bytes = int(run.agree([report_code_size(run) if run.rank == 0 else 0])[0])
+    code_bytes = int(run.agree([report_code_size(run, PACKED_FILE) if run.rank == 0 else 0])[0])
     data = fit_artifact(cfg, run, model, stats, SIZE_LIMIT - code_bytes)
     if run.rank == 0:
         write_file(artifact_path(run), data)
@@ -2183,52 +2371,58 @@ def write_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration) -> Non
     run.barrier()
 
 
-def report_code_size(run: Run) -> int:
-    """Bytes of the script that ships: the packed one, its own length when it is what runs; logged."""
+def report_code_size(run: Run, packed_file: str | None) -> int:
+    """Bytes of the script that ships, logged: of `packed_file` when that runs, else of what pack.py makes."""
     source = Path(__file__).read_bytes()
-    packed_file = globals().get("PACKED_FILE")            # set by the loader of the packed script, see pack.py
-    if packed_file:
+    if packed_file is not None:
         form, code_bytes = "packed_file", os.path.getsize(packed_file)
     elif (REPO / "pack.py").is_file():
         import pack
         form, code_bytes = "packed", len(pack.pack_script(source.decode("utf-8")))
     else:
         form, code_bytes = "lzma_of_source", len(lzma.compress(source, preset=9 | lzma.PRESET_EXTREME))
-    run.log(f"artifact code_form:{form}" + (' reason:"pack.py is not beside the script"' if "lzma" in form else ""))
+    reason = ' reason:"pack.py is not beside the script"' if form == "lzma_of_source" else ""
+    run.log(f"artifact code_form:{form}{reason}")
     run.log(f"Code size (uncompressed): {len(source)} bytes")
     run.log(f"Code size (compressed): {code_bytes} bytes")
     return code_bytes
 
 
 def fit_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration, limit: int) -> bytes:
-    """The artifact's bytes (on rank 0), at most `limit`: the configured clip sigmas where they fit, else larger ones.
-    With FILL_ARTIFACT=1 smaller ones where there is room. Scaling all steps by f saves log2(f) bits per weight, which
-    finds the factor in a few attempts. Raises ArtifactError when none fits."""
-    weights = sum(getattr(model, name).numel() for name in STREAM_GROUPS)
+    """The artifact's bytes (on rank 0), at most `limit`: configured clip sigmas where they fit, else larger.
+    With FILL_ARTIFACT=1 smaller ones where there is room. Scaling all steps by f saves log2(f) bits per
+    weight, which finds the factor in a few attempts. Raises ArtifactError when none fits."""
+    weights = sum(getattr(model, group).numel() for group in TENSOR_GROUPS)
     factor, tried = 1.0, {}
     for attempt in range(RATE_ATTEMPTS):
         timer = Timer(run)
-        quantized, data, coding = quantize(cfg, run, model, stats, factor), b"", Timer(run)
+        quantized, passed = quantize(cfg, run, model, stats, factor)
+        coding = Timer(run)
+        data = b""
         if run.rank == 0:
-            streams, notes = encode_model(cfg, *quantized)
+            streams, notes = encode_model(cfg, quantized, passed)
             data = build_container(ARTIFACT_MAGIC, cfg, streams, notes)
-            codes = {group: sum(len(streams[name]) for name in group_streams(group)) for group in STREAM_GROUPS}
+            codes = {group: sum(len(streams[name]) for name in group_streams(group))
+                     for group in CODING_ORDER}
             run.log(f"artifact attempt:{attempt + 1} sigma_factor:{factor:.6f} model_bytes:{len(data)} "
-                    f"room_bytes:{limit - len(data)} elapsed_s:{timer.seconds():.1f} encode_s:{coding.seconds():.1f} "
+                    f"room_bytes:{limit - len(data)} elapsed_s:{timer.seconds():.1f} "
+                    f"encode_s:{coding.seconds():.1f} "
                     + " ".join(f"{name}_bytes:{size}" for name, size in codes.items())
                     + f" small_bytes:{sum(map(len, streams.values())) - sum(codes.values())}")
         room = limit - int(run.agree([len(data)])[0])
         tried[factor] = room, data
         if 0 <= room and (room <= RATE_TOLERANCE or (factor == 1.0 and not cfg.fill_artifact)):
             break
-        factor = max(factor * 2.0 ** min(4.0, (RATE_TOLERANCE / 2 - room) * 8 / weights), SMALLEST_SIGMA_FACTOR)
+        bits_to_save = (RATE_TOLERANCE / 2 - room) * 8 / weights              # per weight
+        factor = max(factor * 2.0 ** min(4.0, bits_to_save), SMALLEST_SIGMA_FACTOR)
         if factor in tried:
             break
     fitting = [f for f, (room, _) in tried.items() if room >= 0]
     if not fitting:
         smallest = limit - max(room for room, _ in tried.values())
-        raise ArtifactError(f"no clip sigmas found that fit {limit:,} bytes in {RATE_ATTEMPTS} attempts (smallest "
-                            f"{smallest:,}); raise ATTN_, MLP_ and EMBED_CLIP_SIGMAS or shrink the model")
+        raise ArtifactError(f"no clip sigmas found that fit {limit:,} bytes in {RATE_ATTEMPTS} attempts "
+                            f"(smallest {smallest:,}); raise ATTN_, MLP_ and EMBED_CLIP_SIGMAS or shrink the "
+                            "model")
     return tried[min(fitting)][1]
 
 
@@ -2814,7 +3008,7 @@ def run_pipeline(cfg: Config, run: Run) -> None:
         timer = Timer(run)
         stats = collect_hessians(cfg, run, model, data.train, cfg.gptq_calibration_batches)
         calibration_s = timer.seconds()
-        run.log(f"GPTQ:collected {1 + len(MATRIX_NAMES) * cfg.num_layers} Hessians in {calibration_s:.1f}s")
+        run.log(f"GPTQ:collected {len(list_matrices(cfg))} Hessians in {calibration_s:.1f}s")
         if not cfg.quantize_only:
             run.log(f"train clock_s:{train_s + calibration_s:.1f} steps_s:{train_s:.1f} "
                     f"calibration_s:{calibration_s:.1f} budget_s:{cfg.max_wallclock_seconds:g}")
@@ -2980,17 +3174,20 @@ class FusedSoftcapLoss(torch.autograd.Function):
 if triton is not None:
     @triton.jit
     def _trellis_kernel(x_ptr, limit_ptr, codes_ptr, took_ptr, N: tl.constexpr, STATES: tl.constexpr):
-        first, limit = tl.program_id(0) * N, tl.load(limit_ptr + tl.program_id(0))
-        x_ptr, codes_ptr, took_ptr = x_ptr + first, codes_ptr + first, took_ptr + first
+        line = tl.program_id(0)
+        limit = tl.load(limit_ptr + line)
+        x_ptr += line * N
+        codes_ptr += line * N
+        took_ptr += line * N
         state = tl.arange(0, STATES)
-        parity = state >> 5
-        from_0 = 2 * (state ^ 33 * parity) + parity
-        from_1 = 2 * (state ^ 33 * parity ^ 10) + parity
-        low = parity.to(tl.float32)
+        from_0 = _trellis_source(state, 0)
+        from_1 = _trellis_source(state, 1)
+        low = (from_0 & 1).to(tl.float32)
         cost = tl.where(state == 0, 0.0, 1e30)
         for i in range(N):
             x = tl.load(x_ptr + i)
-            at_0, at_1 = _trellis_point(x, low, limit), _trellis_point(x, low + 2, limit)
+            at_0 = _trellis_point(x, low, limit)
+            at_1 = _trellis_point(x, low + 2, limit)
             cost_0 = tl.gather(cost, from_0, 0) + (x - at_0) * (x - at_0)
             cost_1 = tl.gather(cost, from_1, 0) + (x - at_1) * (x - at_1)
             took = cost_1 < cost_0
@@ -3000,8 +3197,13 @@ if triton is not None:
         tl.debug_barrier()                           # what one thread has stored all are about to read
         for i in range(N - 1, -1, -1):
             bit = tl.load(took_ptr + i) >> at & 1
-            tl.store(codes_ptr + i, _trellis_point(tl.load(x_ptr + i), (2 * bit + (at >> 5)).to(tl.float32), limit))
-            at = 2 * (at ^ 33 * (at >> 5) ^ 10 * bit) + (at >> 5)
+            at = _trellis_source(at, bit)
+            tl.store(codes_ptr + i, _trellis_point(tl.load(x_ptr + i), (2 * bit + (at & 1)).to(tl.float32), limit))
+
+    @triton.jit
+    def _trellis_source(state, bit):                 # the state whose next_state(., bit) this is
+        parity = state >> 5
+        return 2 * (state ^ 33 * parity ^ 10 * bit) + parity
 
     @triton.jit
     def _trellis_point(x, residue, limit):
@@ -3014,7 +3216,9 @@ def trellis_round(x: Tensor, limit: Tensor) -> Tensor:
     """plain_trellis_round(x, limit); on a GPU by one kernel, a program per line."""
     if not x.is_cuda or triton is None:
         return plain_trellis_round(x, limit)
-    x, codes, took = x.contiguous(), torch.empty_like(x), torch.empty(x.shape, dtype=torch.int64, device=x.device)
+    x = x.contiguous()
+    codes = torch.empty_like(x)
+    took = torch.empty(x.shape, dtype=torch.int64, device=x.device)
     _trellis_kernel[(len(x),)](x, limit, codes, took, N=x.shape[1], STATES=TRELLIS_STATES, num_warps=1)
     return codes
 
