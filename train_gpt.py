@@ -1639,14 +1639,67 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
 # --- 8 quantization -----------------------------------------------------------------------------------------
 # Calibration statistics, GPTQ, protected column groups, low-rank correction: fp32 matrices to int8 codes.
 
-MATRIX_NAMES = ("wq", "wk", "wv", "wo", "w_up", "w_down")
-TAPPED_BY = {"wq": "qkv", "wk": "qkv", "wv": "qkv", "wo": "o", "w_up": "up", "w_down": "down"}
+class TensorGroup(NamedTuple):
+    """How one parameter is quantized and stored: a bank of one matrix per layer, or a single matrix.
+
+    bits, clip_sigmas  names of the settings that hold them.
+    tap           input of the matrices, as the model's taps call it; its statistics weigh rounding errors.
+    coding_turn   streams are coded in this order, so the longest jobs come first.
+    halved_axis   axis of the codes (matrices, rows, cols) that is cut into two streams, for no thread shall
+                  work twice as long as the others; None: one stream.
+    regress       the coder predicts codes from those to their left, where they are correlated.
+    """
+    bits: str
+    clip_sigmas: str
+    tap: str
+    coding_turn: int
+    halved_axis: int | None = None
+    is_bank: bool = True
+    regress: bool = False
+
+    def members(self, cfg: Config) -> int:
+        return cfg.num_layers if self.is_bank else 1
+
+
+# Every quantized parameter, and all that tells one from another: quantization, encoding and decoding read it.
+TENSOR_GROUPS = {
+    "tok_emb": TensorGroup("embed_bits", "embed_clip_sigmas", "head", 0, halved_axis=1, is_bank=False,
+                           regress=True),
+    "wq": TensorGroup("matrix_bits", "attn_clip_sigmas", "qkv", 3),
+    "wk": TensorGroup("matrix_bits", "attn_clip_sigmas", "qkv", 5),
+    "wv": TensorGroup("matrix_bits", "attn_clip_sigmas", "qkv", 6),
+    "wo": TensorGroup("matrix_bits", "attn_clip_sigmas", "o", 4),
+    "w_up": TensorGroup("matrix_bits", "mlp_clip_sigmas", "up", 1, halved_axis=0),
+    "w_down": TensorGroup("matrix_bits", "mlp_clip_sigmas", "down", 2, halved_axis=0),
+}
+
+
+class MatrixId(NamedTuple):
+    """One matrix of a group: "wq.0" (layer 0 of group "wq", input "qkv.0") or "tok_emb" (input "head")."""
+    name: str
+    group: str
+    layer: int
+    tap: str
+
+
+def list_matrices(cfg: Config, groups: Sequence[str] | None = None) -> list[MatrixId]:
+    """Every quantized matrix of these groups, all when None, group by group and layer by layer."""
+    found = []
+    for group in TENSOR_GROUPS if groups is None else groups:
+        spec = TENSOR_GROUPS[group]
+        for layer in range(spec.members(cfg)):
+            suffix = f".{layer}" if spec.is_bank else ""
+            found.append(MatrixId(group + suffix, group, layer, spec.tap + suffix))
+    return found
+
+
 GPTQ_DAMP, GPTQ_BLOCK = 0.01, 128
 SCALE_FLOOR = 1e-10          # keeps a constant row from dividing by zero
 
 
 class Matrix(NamedTuple):
-    """One matrix to quantize: W (rows, cols), H (cols, cols), act_rms (cols,), fp32; mean squared gradient of W."""
+    """One matrix to quantize: W (rows, cols), H (cols, cols), act_rms (cols,), fp32.
+    grad_sq is the mean squared gradient of W."""
     W: Tensor
     H: Tensor
     act_rms: Tensor
@@ -1668,7 +1721,8 @@ class Factors(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """codes (rows, cols) int8, scale (rows,) fp16; columns [start, start + group) of each protected start use high."""
+    """codes (rows, cols) int8, scale (rows,) fp16.
+    Columns [start, start + group_size) of each protected start use scale_high (rows,) fp16 instead."""
     codes: Tensor
     scale: Tensor
     protect_starts: tuple[int, ...] = ()
@@ -1686,33 +1740,45 @@ def row_scale(W: Tensor, clip_sigmas: float, max_code: int) -> Tensor:
     return (clip_sigmas * W.std(-1) / max_code).clamp_min(SCALE_FLOOR).half()
 
 
-# Trellis rounding [TCQ]: codes count half steps. From row to row of a column a state machine says whether the code is
-# even or odd, so that a code costs no more bits than one of whole steps, while the choice of path reaches points almost
-# as dense as half steps: about a quarter less squared error for the same bits. The machine is Ungerboeck's of 64
-# states: parity = state & 1, bit = code >> 1 & 1, next state = state >> 1 ^ 33 * parity ^ 10 * bit.
-TRELLIS_STATES, TRELLIS_ROWS = 64, 256               # it starts anew, in state 0, every TRELLIS_ROWS rows of a matrix
+# Trellis rounding [TCQ]: codes count half steps. From row to row of a column a state machine says whether the
+# code is even or odd, so that a code costs no more bits than one of whole steps, while the choice of path
+# reaches points almost as dense as half steps: about a quarter less squared error for the same bits. The
+# machine is Ungerboeck's of 64 states; a code has the parity of its state.
+TRELLIS_STATES = 64
+TRELLIS_ROWS = 256           # the machine starts anew, in state 0, every TRELLIS_ROWS rows of a matrix
+
+
+def next_state(state: Tensor, bit: Tensor | int) -> Tensor:
+    """The trellis' state after a code whose second-lowest bit, code >> 1 & 1, is `bit`."""
+    return state >> 1 ^ 33 * (state & 1) ^ 10 * bit
 
 
 def plain_trellis_round(x: Tensor, limit: Tensor) -> Tensor:
     """The valid codes of each line with the least Σ (x - code)² [Viterbi]; defines trellis_round.
     x (lines, n) fp32 in half steps, limit (lines,) fp32 largest magnitude. Returns fp32 codes (lines, n)."""
-    residue, state = torch.arange(4, device=x.device), torch.arange(TRELLIS_STATES, device=x.device)
-    low, high = ((-limit[:, None] - residue) / 4).ceil(), ((limit[:, None] - residue) / 4).floor()
+    residue = torch.arange(4, device=x.device)
+    low = ((-limit[:, None] - residue) / 4).ceil()
+    high = ((limit[:, None] - residue) / 4).floor()
     # (lines, n, 4): the nearest code of each residue modulo 4
     points = 4 * ((x[..., None] - residue) / 4 + 0.5).floor().clamp(low[:, None], high[:, None]) + residue
     errors = (x[..., None] - points).square()
-    parity = state >> 5                              # a state's top bit is the parity of the code that led to it
-    sources = [2 * (state ^ 33 * parity ^ 10 * bit) + parity for bit in (0, 1)]
-    cost, took = torch.where(state == 0, 0.0, 1e30).expand(len(x), -1), []
+    state = torch.arange(TRELLIS_STATES, device=x.device)
+    # (2, states): for each bit the one state that leads to a state, and the residue of the code that does
+    sources = torch.stack([next_state(state, bit).argsort() for bit in (0, 1)])
+    residues = (sources & 1) + torch.tensor([[0], [2]], device=x.device)
+    cost = torch.where(state == 0, 0.0, 1e30).expand(len(x), -1)
+    took = []
     for i in range(x.shape[1]):
-        either = [cost[:, source] + errors[:, i, parity + 2 * bit] for bit, source in enumerate(sources)]
-        took.append(either[1] < either[0])
-        cost = torch.minimum(*either)
-    at, codes, line = cost.argmin(-1), torch.empty_like(x), torch.arange(len(x), device=x.device)
+        cost_0, cost_1 = (cost[:, sources[bit]] + errors[:, i, residues[bit]] for bit in (0, 1))
+        took.append((cost_1 < cost_0).long())
+        cost = torch.minimum(cost_0, cost_1)
+    codes = torch.empty_like(x)
+    line = torch.arange(len(x), device=x.device)
+    at = cost.argmin(-1)
     for i in reversed(range(x.shape[1])):
-        bit = took[i][line, at].long()
-        codes[:, i] = points[line, i, 2 * bit + (at >> 5)]
-        at = 2 * (at ^ 33 * (at >> 5) ^ 10 * bit) + (at >> 5)
+        bit = took[i][line, at]
+        codes[:, i] = points[line, i, residues[bit, at]]
+        at = sources[bit, at]
     return codes
 
 
@@ -1741,9 +1807,9 @@ def gptq(W: Tensor, H: Tensor, scale: Tensor, max_code: int, high: Tensor | None
     """
     M, rows, cols = W.shape
     if H.shape != (M, cols, cols) or scale.shape != (M, rows):
-        raise ValueError(f"gptq: for W {tuple(W.shape)} expected H {(M, cols, cols)} and scale {(M, rows)}, found "
-                         f"{tuple(H.shape)} and {tuple(scale.shape)}")
-    H = H.double()                                        # fp64 factors: an fp32 inverse loses the small columns
+        raise ValueError(f"gptq: for W {tuple(W.shape)} expected H {(M, cols, cols)} and scale {(M, rows)}, "
+                         f"found {tuple(H.shape)} and {tuple(scale.shape)}")
+    H = H.double()                                    # fp64 factors: an fp32 inverse loses the small columns
     diag = H.diagonal(dim1=-2, dim2=-1).clone()
     dead = diag == 0
     diag = torch.where(dead, 1.0, diag)
@@ -1757,7 +1823,8 @@ def gptq(W: Tensor, H: Tensor, scale: Tensor, max_code: int, high: Tensor | None
                          "not finite or the batches are too few")
     U = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
     # Column-major work copy (M, cols, rows): every step below touches whole columns.
-    work = W.masked_fill(dead[:, None], 0.0).mT.gather(1, order[:, :, None].expand(M, cols, rows)).contiguous()
+    live = W.masked_fill(dead[:, None], 0.0)
+    work = live.mT.gather(1, order[:, :, None].expand(M, cols, rows)).contiguous()
     codes = torch.empty_like(work)
     steps = scale.float()[:, None].expand(M, cols, rows)
     limits = torch.full((cols,), float(max_code), device=W.device)
@@ -1766,7 +1833,8 @@ def gptq(W: Tensor, H: Tensor, scale: Tensor, max_code: int, high: Tensor | None
         limits = torch.where(high, float(max_high), limits)
     for start in range(0, cols, GPTQ_BLOCK):
         end = min(start + GPTQ_BLOCK, cols)
-        block, errors = work[:, start:end].clone(), torch.empty_like(work[:, start:end])
+        block = work[:, start:end].clone()
+        errors = torch.empty_like(block)
         for j in range(end - start):
             column = order[:, start + j]                  # (M,) original column index in each matrix
             step = steps[torch.arange(M, device=W.device), column]
@@ -1784,32 +1852,41 @@ STEP_FACTORS = 0.3, 2.0      # coarser steps save fewer bits than they promise; 
 
 
 def balance_steps(matrices: Mapping[str, Matrix], share: float) -> dict[str, Matrix]:
-    """Scale each matrix's clip sigmas so that a bit buys the same loss everywhere, at about the same total of bits.
+    """Scale each matrix's clip sigmas so that a bit buys the same loss everywhere.
 
-    To second order an error e of a weight costs e² times its squared gradient noise, and a bit per weight always
-    quarters e²; so the sum is least where grad_sq * step² is equal. `share` 1 goes all the way there, 0 stays.
+    To second order an error e of a weight costs e² times its squared gradient noise, and a bit per weight
+    always quarters e²; so the sum is least where grad_sq * step² is equal. `share` 1 goes all the way there,
+    0 stays; the total of bits stays about the same.
     """
     steps = [row_scale(m.W, m.clip_sigmas, code_limit(m.bits)).float() for m in matrices.values()]
     cost = np.array([m.grad_sq * float(step.square().mean()) for m, step in zip(matrices.values(), steps)])
     if not np.isfinite(cost).all():
-        raise ValueError("balance_steps: calibration gradients are not finite; the run has diverged, lower MATRIX_LR")
-    live, log_cost = cost > 0, np.log(cost.clip(1e-300))         # a matrix without gradient keeps its steps
-    mean = np.average(log_cost, weights=live * [m.W.numel() for m in matrices.values()] + 1e-9)
-    factors = np.where(live, np.exp(share * (mean - log_cost) / 2).clip(*STEP_FACTORS), 1.0)
-    return {name: m._replace(clip_sigmas=m.clip_sigmas * f) for (name, m), f in zip(matrices.items(), factors.tolist())}
+        raise ValueError("balance_steps: calibration gradients are not finite; the run has diverged, lower "
+                         "MATRIX_LR")
+    log_cost = np.log(cost.clip(1e-300))
+    has_gradient = cost > 0                           # a matrix without gradient keeps its steps
+    counts = np.array([m.W.numel() for m in matrices.values()])
+    weights = np.where(has_gradient, counts, 0) + 1e-9            # an average needs one that is not zero
+    mean = np.average(log_cost, weights=weights)
+    factors = np.where(has_gradient, np.exp(share * (mean - log_cost) / 2).clip(*STEP_FACTORS), 1.0)
+    return {name: m._replace(clip_sigmas=m.clip_sigmas * factor)
+            for (name, m), factor in zip(matrices.items(), factors.tolist())}
 
 
 def row_steps(m: Matrix, max_code: int, trellis: bool, columns: Tensor | slice = slice(None)) -> Tensor:
-    """row_scale; for the trellis half of it, but no finer than int8 can reach the largest of these columns."""
+    """row_scale; for the trellis half of it, but not so fine that int8 fails to reach these columns."""
     if not trellis:
         return row_scale(m.W, m.clip_sigmas, max_code)
-    return torch.maximum(row_scale(m.W, m.clip_sigmas, 2 * max_code), (m.W[:, columns].abs().amax(-1) / 127).half())
+    finest = (m.W[:, columns].abs().amax(-1) / 127).half()
+    return torch.maximum(row_scale(m.W, m.clip_sigmas, 2 * max_code), finest)
 
 
-def select_protected(matrices: Mapping[str, Matrix], group_size: int, top_k: int, bits: int) -> dict[str, list[int]]:
+def select_protected(matrices: Mapping[str, Matrix], group_size: int, top_k: int,
+                     bits: int) -> dict[str, list[int]]:
     """Start columns of the top_k most salient groups among all matrices with fewer than `bits` bits [AWQ].
 
-    score(group) = Σ over its columns of act_rms · mean |W|; the earlier one wins a tie; partial groups do not compete.
+    score(group) = Σ over its columns of act_rms · mean |W|; the earlier one wins a tie; partial groups do not
+    compete.
     """
     scored = []
     for name, m in matrices.items():
@@ -1842,15 +1919,17 @@ def _round_to(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 
 
 def pack_factors(A: Tensor, B: Tensor, group: int, asymmetric: bool = True) -> Factors:
-    """Pack A in 2 bits and B in 4 bits with grouped scales, or both in 4 bits per row where groups do not fit."""
+    """Pack A in 2 bits and B in 4 bits with grouped scales; in 4 bits per row where groups do not fit."""
     def peak(x: Tensor, dim: int | None = None) -> Tensor:
         return (x.abs().max() if dim is None else x.abs().amax(dim)).clamp_min(SCALE_FLOOR)
 
     if asymmetric and B.numel() % group == 0:
-        sA, grouped = (peak(A) / 1.5).half(), B.reshape(-1, group)
+        grouped = B.reshape(-1, group)
+        sA = (peak(A) / 1.5).half()
         sB = (peak(grouped, -1) / 7.5).half()
         return Factors(_round_to(A, sA, -2, 1), sA, _round_to(grouped, sB[:, None], -8, 7).view_as(B), sB)
-    sA, sB = ((peak(x, -1) / 7).half() for x in (A, B))
+    sA = (peak(A, -1) / 7).half()
+    sB = (peak(B, -1) / 7).half()
     return Factors(_round_to(A, sA[:, None], -7, 7), sA, _round_to(B, sB[:, None], -7, 7), sB)
 
 
@@ -1863,7 +1942,7 @@ def correction(f: Factors) -> Tensor:
 
 
 def dequantize(q: Quantized) -> Tensor:
-    """The fp32 matrix (rows, cols) that will be used: codes times steps, protected columns, then the correction."""
+    """The fp32 matrix (rows, cols) that will be used: codes times steps, protected columns, correction."""
     W = q.codes.float() * q.scale.float()[:, None]
     for start in q.protect_starts:
         columns = slice(start, start + q.group_size)
@@ -1876,44 +1955,66 @@ def quantize_matrices(cfg: Config, run: Run, matrices: Mapping[str, Matrix]) -> 
     Matrices of one shape are rounded together. Ranks take the shapes in turn and exchange the codes."""
     if cfg.rdo_lambda:
         matrices = balance_steps(matrices, cfg.rdo_lambda)
-    protected = (select_protected(matrices, cfg.awq_lite_group_size, cfg.awq_lite_group_top_k, cfg.awq_lite_bits)
-                 if cfg.awq_lite_enabled else {})
+    protected = {}
+    if cfg.awq_lite_enabled:
+        protected = select_protected(matrices, cfg.awq_lite_group_size, cfg.awq_lite_group_top_k,
+                                     cfg.awq_lite_bits)
     batches: dict[tuple, list[str]] = {}
     for name, m in matrices.items():
         batches.setdefault((m.W.shape, m.bits, tuple(protected.get(name, ()))), []).append(name)
     done: dict[str, Quantized] = {}
-    trellis, rounded = cfg.rdo_lambda > 0, []
-    for index, ((shape, bits, starts), names) in enumerate(batches.items()):
-        group = [matrices[name] for name in names]
-        max_code, max_high = code_limit(bits), code_limit(cfg.awq_lite_bits)
-        scales = torch.stack([row_steps(m, max_code, trellis) for m in group])
-        high, highs = None, [None] * len(group)
-        if starts:
-            high = torch.zeros(shape[1], dtype=torch.bool, device=scales.device)
-            for start in starts:
-                high[start:start + cfg.awq_lite_group_size] = True
-            highs = torch.stack([row_steps(m, max_high, trellis, high) for m in group])
-        limits = (127, 127) if trellis else (max_code, max_high)          # steps are balanced: only int8 is a limit
-        codes = torch.empty(len(group), *shape, dtype=torch.int8, device=scales.device)
-        if index % run.world_size == run.rank:
-            codes.copy_(gptq(torch.stack([m.W for m in group]), torch.stack([m.H for m in group]), scales,
-                             limits[0], high, highs if starts else None, limits[1], trellis))
-        rounded.append(codes)
-        for name, c, s, s_high in zip(names, codes, scales, highs):
-            done[name] = Quantized(c, s, starts, cfg.awq_lite_group_size if starts else 0, s_high)
+    rounded = []
+    for index, ((_, _, starts), names) in enumerate(batches.items()):
+        batch = [matrices[name] for name in names]
+        parts = quantize_batch(cfg, batch, starts, is_mine=index % run.world_size == run.rank)
+        rounded.append(parts[0])
+        for name, codes, scale, scale_high in zip(names, *parts):
+            done[name] = Quantized(codes, scale, starts, cfg.awq_lite_group_size if starts else 0, scale_high)
     for index, codes in enumerate(rounded):
         run.broadcast(codes, index % run.world_size)
     if cfg.lqer_enabled:
-        residuals = {name: matrices[name].W - dequantize(done[name]) for name in matrices}
-        norms = {name: float(E.norm()) for name, E in residuals.items()}
-        for name in sorted(norms, key=lambda name: -norms[name])[:cfg.lqer_top_k]:
-            A, B = top_components(residuals[name], cfg.lqer_rank)
-            done[name] = done[name]._replace(factors=pack_factors(A, B, cfg.lqer_asym_group, cfg.lqer_asym_enabled))
+        done |= correct_worst(cfg, matrices, done)
     return {name: done[name] for name in matrices}
 
 
+def quantize_batch(cfg: Config, batch: Sequence[Matrix], starts: Sequence[int],
+                   is_mine: bool) -> tuple[Tensor, Tensor, Tensor | list[None]]:
+    """(codes (M, rows, cols) int8, scales (M, rows), scales of the protected columns or Nones) of M matrices
+    of one shape, bits and protection. Codes are left empty where another rank rounds this batch."""
+    trellis = cfg.rdo_lambda > 0
+    max_code, max_high = code_limit(batch[0].bits), code_limit(cfg.awq_lite_bits)
+    W = torch.stack([m.W for m in batch])
+    scales = torch.stack([row_steps(m, max_code, trellis) for m in batch])
+    high = highs = None
+    if starts:
+        high = torch.zeros(W.shape[2], dtype=torch.bool, device=W.device)
+        for start in starts:
+            high[start:start + cfg.awq_lite_group_size] = True
+        highs = torch.stack([row_steps(m, max_high, trellis, high) for m in batch])
+    if trellis:                                           # steps are balanced: only int8 is a limit
+        max_code = max_high = 127
+    codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
+    if is_mine:
+        H = torch.stack([m.H for m in batch])
+        codes.copy_(gptq(W, H, scales, max_code, high, highs, max_high, trellis))
+    return codes, scales, [None] * len(batch) if highs is None else highs
+
+
+def correct_worst(cfg: Config, matrices: Mapping[str, Matrix],
+                  done: Mapping[str, Quantized]) -> dict[str, Quantized]:
+    """The lqer_top_k matrices with the largest quantization errors, each with a correction [LQER]."""
+    residuals = {name: m.W - dequantize(done[name]) for name, m in matrices.items()}
+    norms = {name: float(E.norm()) for name, E in residuals.items()}
+    corrected = {}
+    for name in sorted(norms, key=lambda name: -norms[name])[:cfg.lqer_top_k]:
+        A, B = top_components(residuals[name], cfg.lqer_rank)
+        corrected[name] = done[name]._replace(
+            factors=pack_factors(A, B, cfg.lqer_asym_group, cfg.lqer_asym_enabled))
+    return corrected
+
+
 class Calibration(NamedTuple):
-    """Σ x xᵀ per tapped input, fp32 (cols, cols), and the number of x; Σ squared_gradients with RDO_LAMBDA."""
+    """Σ x xᵀ per tapped input, fp32 (cols, cols), and the number of x; Σ squared_gradients if RDO_LAMBDA."""
     sums: dict[str, Tensor]
     counts: dict[str, int]
     num_batches: int
@@ -1925,26 +2026,32 @@ GRADIENT_SEQS = 4            # sequences of each calibration batch whose gradien
 
 @torch.enable_grad()
 def squared_gradients(model: GPT, tokens_BT: Tensor) -> dict[str, Tensor]:
-    """Mean squared gradient per matrix, (L,) or (1,): over few tokens all noise, whose variance is the curvature."""
-    names = "tok_emb", *MATRIX_NAMES
+    """Mean squared gradient per matrix of each group, (L,) or (1,).
+    Over few tokens a gradient is all noise, and the variance of that is the curvature."""
     hidden = model(tokens_BT[:, :-1], looping=True, ops=model.ops.plain()).flatten(0, 1)
-    loss = softcap_loss(hidden, model.tok_emb, model.softcap_pos, model.softcap_neg, tokens_BT[:, 1:].flatten())
-    grads = torch.autograd.grad(loss, [getattr(model, name) for name in names])
-    return {name: g.square().flatten(1).mean(1) if g.ndim == 3 else g.square().mean().view(1)
-            for name, g in zip(names, grads)}
+    targets = tokens_BT[:, 1:].flatten()
+    loss = softcap_loss(hidden, model.tok_emb, model.softcap_pos, model.softcap_neg, targets)
+    grads = torch.autograd.grad(loss, [getattr(model, group) for group in TENSOR_GROUPS])
+    means = {}
+    for (group, spec), grad in zip(TENSOR_GROUPS.items(), grads):
+        squares = grad.square()
+        means[group] = squares.flatten(1).mean(1) if spec.is_bank else squares.mean().view(1)
+    return means
 
 
 @torch.no_grad()
-def collect_hessians(cfg: Config, run: Run, model: GPT, paths: Sequence[Path], num_batches: int) -> Calibration:
-    """Input statistics of every quantized matrix over the first `num_batches` calibration batches, all ranks together.
+def collect_hessians(cfg: Config, run: Run, model: GPT, paths: Sequence[Path],
+                     num_batches: int) -> Calibration:
+    """Input statistics of every quantized matrix over the first `num_batches` calibration batches.
     Looping is on; each execution of a looped layer counts. Rank r runs the batches r, R + r, ..."""
-    # All keys from the start: with fewer batches than ranks some ranks add nothing, but still take part in the sums.
-    widths = {"head": cfg.model_dim} | {f"{kind}.{layer}": cfg.mlp_dim if kind == "down" else cfg.model_dim
-                                        for layer in range(cfg.num_layers) for kind in ("qkv", "o", "up", "down")}
+    # All keys from the start: with fewer batches than ranks some add nothing, but take part in the sums.
+    widths = {m.tap: getattr(model, m.group).shape[-1] for m in list_matrices(cfg)}
     sums = {key: torch.zeros(width, width, device=run.device) for key, width in widths.items()}
     counts = dict.fromkeys(widths, 0)
-    grad_sq = {name: torch.zeros(1 if name == "tok_emb" else cfg.num_layers, device=run.device)
-               for name in ("tok_emb", *MATRIX_NAMES)} if cfg.rdo_lambda else {}
+    grad_sq = {}
+    if cfg.rdo_lambda:
+        grad_sq = {group: torch.zeros(spec.members(cfg), device=run.device)
+                   for group, spec in TENSOR_GROUPS.items()}
 
     def add(key: str, x: Tensor) -> None:
         x = x.reshape(-1, x.shape[-1])
@@ -1972,53 +2079,82 @@ def quantize(cfg: Config, run: Run, model: GPT, stats: Calibration,
     """(quantized matrices by name "wq.0" ... "tok_emb", pass-through parameters as fp16).
     sigma_factor scales all clip sigmas: larger steps, fewer bytes."""
     timer = Timer(run)
+    passed = pass_through(model)
     matrices: dict[str, Matrix] = {}
-
-    def add(name: str, W: Tensor, key: str, bits: int, clip_sigmas: float) -> None:
-        total = stats.sums[key]
-        act_rms = (total.diagonal() / stats.counts[key]).sqrt()
-        bank, _, layer = name.partition(".")
-        grad_sq = float(stats.grad_sq[bank][int(layer or 0)]) if stats.grad_sq else 0.0
-        matrices[name] = Matrix(W.detach(), total / stats.num_batches, act_rms, bits, clip_sigmas * sigma_factor,
-                                grad_sq)
-
-    add("tok_emb", model.tok_emb, "head", cfg.embed_bits, cfg.embed_clip_sigmas)
-    for name in MATRIX_NAMES:
-        clip_sigmas = cfg.mlp_clip_sigmas if name in ("w_up", "w_down") else cfg.attn_clip_sigmas
-        for layer, W in enumerate(getattr(model, name)):
-            add(f"{name}.{layer}", W, f"{TAPPED_BY[name]}.{layer}", cfg.matrix_bits, clip_sigmas)
+    for m in list_matrices(cfg):
+        spec, total = TENSOR_GROUPS[m.group], stats.sums[m.tap]
+        weights = getattr(model, m.group).detach()
+        matrices[m.name] = Matrix(
+            W=weights[m.layer] if spec.is_bank else weights,
+            H=total / stats.num_batches,
+            act_rms=(total.diagonal() / stats.counts[m.tap]).sqrt(),
+            bits=getattr(cfg, spec.bits),
+            clip_sigmas=getattr(cfg, spec.clip_sigmas) * sigma_factor,
+            grad_sq=float(stats.grad_sq[m.group][m.layer]) if stats.grad_sq else 0.0)
     quantized = quantize_matrices(cfg, run, matrices)
     for name, q in quantized.items():
         if q.protect_starts or q.factors is not None:
             run.log(f"quantize matrix:{name} protected_columns:{list(q.protect_starts)} "
                     f"lqer_rank:{0 if q.factors is None else q.factors.qB.shape[0]}")
     run.log(f"quantize matrices:{len(matrices)} elapsed_s:{timer.seconds():.1f}")
-    passed = {name: p.detach().half() for name, p in model.named_parameters()
-              if name != "tok_emb" and name not in MATRIX_NAMES}
     return quantized, passed
+
+
+def pass_through(model: GPT) -> dict[str, Tensor]:
+    """Every parameter that is not quantized, as fp16; raises ArtifactError when a value does not fit that."""
+    passed = {}
+    for name, p in model.named_parameters():
+        if name in TENSOR_GROUPS:
+            continue
+        passed[name] = p.detach().half()
+        lost = ~passed[name].isfinite()
+        if lost.any():
+            value = float(p.detach()[lost][0])
+            raise ArtifactError(f"{name} is stored as fp16: expected magnitudes below 65,520, found {value:g}"
+                                "; the run has diverged (lower SCALAR_LR), or the model must scale it down")
+    return passed
 
 
 @torch.no_grad()
 def sort_hidden_units(model: GPT) -> None:
-    """Order each layer's MLP units by the deviation of their w_up row: same function, row scales nearly free to store."""
-    for up, down in zip(model.w_up, model.w_down):
-        order = up.std(-1).argsort(stable=True)
-        up.copy_(up[order])
-        down.copy_(down[:, order])
+    """Order each layer's MLP units by the deviation of their w_up row: same function, row scales nearly free.
+
+    Raises ValueError when there is no such order (weights that are not finite), or when sorting w_up and
+    w_down alone would change the function: their shapes disagree, or another parameter of the layers has an
+    axis as long as the hidden one. The length tells only where no side of an attention matrix has it too.
+    """
+    named = dict(model.named_parameters())
+    up, down = named.pop("w_up"), named.pop("w_down")
+    num_layers, units, width = up.shape
+    if down.shape != (num_layers, width, units):
+        raise ValueError(f"sort_hidden_units: for w_up {tuple(up.shape)} expected w_down "
+                         f"{(num_layers, width, units)}, found {tuple(down.shape)}")
+    other_sides = {side for name in ("wq", "wk", "wv", "wo") for side in named[name].shape[1:]}
+    per_unit = [name for name, p in named.items() if p.shape[:1] == (num_layers,) and units in p.shape[1:]]
+    if per_unit and units not in other_sides:
+        raise ValueError("sort_hidden_units: expected hidden units in w_up and w_down only, found "
+                         f"{per_unit} with an axis of {units} too; sort them along")
+    for name, bank in (("w_up", up), ("w_down", down)):
+        if not bank.isfinite().all():
+            raise ValueError(f"sort_hidden_units: expected finite weights, found others in {name}; the run "
+                             "has diverged, lower MATRIX_LR")
+    for layer in range(num_layers):
+        order = up[layer].std(-1).argsort(stable=True)
+        up[layer] = up[layer, order]
+        down[layer] = down[layer][:, order]
 
 
 # --- 9 weight coder -----------------------------------------------------------------------------------------
 # Codes and scales to bytes and back: streams and their checks. The C that does it is in section 18.
 
-# The coder of codes and scales is context mixing [lpaq]. A symbol is a few binary decisions (zero? sign? magnitude
-# above 1? above 2? ...). For each, four adaptive counters chosen by different views of the past vote, a logistic
-# mixer weighs the votes, and a binary arithmetic coder spends -log2 p bits. Weights are close to Gaussian and rows
-# have nearly equal energy (their step is proportional to their deviation), so the views are estimates of the local
-# variance: of the column, of the row so far, and of what is left of its energy. With `regress` (the embedding needs
-# it) code j of a row is predicted from codes 0..j-1 by a ridge regression that both sides refit from the rows already
-# coded, plus a share of the regression error of up to two earlier rows that the encoder names. All arithmetic that
-# the decoder repeats is integer.
-VOTES = 4                   # counters per decision
+# The coder of codes and scales is context mixing [lpaq]. A symbol is a few binary decisions (zero? sign?
+# magnitude above 1? above 2? ...). For each, four adaptive counters chosen by different views of the past
+# vote, a logistic mixer weighs the votes, and a binary arithmetic coder spends -log2 p bits. Weights are
+# close to Gaussian and rows have nearly equal energy (their step is proportional to their deviation), so the
+# views are estimates of the local variance: of the column, of the row so far, and of what is left of its
+# energy. With `regress` (the embedding needs it) code j of a row is predicted from codes 0..j-1 by a ridge
+# regression that both sides refit from the rows already coded, plus a share of the regression error of up to
+# two earlier rows that the encoder names. All arithmetic that the decoder repeats is integer.
 NODES = 32                  # decisions of one symbol: zero?, negative?, then magnitude >= 2, >= 3, ...
 LEVELS = 128                # steps of the variance axis, 8 per octave, from 1/16 upwards
 MAX_REGRESSED = 512, 65536  # columns, rows: keeps the 32- and 64-bit sums of the regression exact
@@ -2026,7 +2162,7 @@ MAX_REGRESSED = 512, 65536  # columns, rows: keeps the 32- and 64-bit sums of th
 
 @functools.cache
 def _tables() -> tuple[np.ndarray, ...]:
-    """squash (logit/256 -> p/65536), stretch (its inverse), counter rates, Gaussian counters; integers only."""
+    """squash (logit/256 -> p/65536), stretch (its inverse), counter rates, Gaussian counters; integers."""
     power = [1 << 40]                                       # e**(k/256)
     for _ in range(2047):
         power.append(power[-1] * 4311777323 >> 32)
@@ -2040,264 +2176,64 @@ def _tables() -> tuple[np.ndarray, ...]:
         ratio = max((1 << 32) - (1 << 29) // variance, 0)   # exp(-1 / 2 variance) as (1 - z/1024)**1024
         for _ in range(10):
             ratio = ratio * ratio >> 32
-        density, factor = [1 << 32], ratio
+        density = [1 << 32]
+        factor = ratio
         for _ in range(255):
             density.append(density[-1] * factor >> 32)
             factor = factor * (ratio * ratio >> 32) >> 32
         tail = [sum(density[k:]) for k in range(NODES)]
         p = [(density[0] << 22) // (density[0] + 2 * tail[1]), 1 << 21]
         p += [(tail[k] << 22) // max(tail[k - 1], 1) for k in range(2, NODES)]
-        prior += [min(max(q, 1 << 14), (1 << 22) - (1 << 14)) << 10 | 30 for q in p]   # 30: trust in the prior
+        trust = 30                                          # age that the counters begin with
+        prior += [min(max(q, 1 << 14), (1 << 22) - (1 << 14)) << 10 | trust for q in p]
     return squash, stretch, rate, np.array(prior, np.uint32)
 
 
-class _Twin:
-    """Arithmetic coder and mixer of CODER_C in plain Python; `data` None encodes, else decodes."""
-
-    def __init__(self, data: bytes | None) -> None:
-        self.tables = [t.tolist() for t in _tables()]
-        self.lo, self.hi, self.out, self.decode = 0, (1 << 64) - 1, bytearray(), data is not None
-        self.data = iter(data or b"")
-        self.code = int.from_bytes(bytes(next(self.data, 0) for _ in range(8)), "big")
-
-    def bit(self, bit: int, p: int) -> int:
-        middle = self.lo + ((self.hi - self.lo) >> 16) * p
-        if self.decode:
-            bit = int(self.code <= middle)
-        self.lo, self.hi = (self.lo, middle) if bit else (middle + 1, self.hi)
-        while not (self.lo ^ self.hi) >> 56:
-            self.out.append(self.hi >> 56)
-            self.lo, self.hi = self.lo << 8 & (1 << 64) - 1, self.hi << 8 & (1 << 64) - 1 | 255
-            self.code = self.code << 8 & (1 << 64) - 1 | next(self.data, 0)
-        return bit
-
-    def decide(self, tabs: list, cells: list, weights: list, bit: int, max_age: int, speed: int) -> int:
-        """One decision; `tabs[k][cells[k]]` are the counters, `weights` the two weight vectors (updated in place)."""
-        squash, stretch, rate, _ = self.tables
-        votes = [stretch[tab[cell] >> 20] for tab, cell in zip(tabs, cells)]
-        dots = [sum(w * v for w, v in zip(vector, votes)) for vector in weights]
-
-        def probability(x: int) -> int:
-            return squash[min(max(x, -2047), 2047) + 2048]
-
-        bit = self.bit(bit, probability(sum(dots) >> 19))
-        for vector, dot in zip(weights, dots):
-            error = ((bit << 16) - probability(dot >> 18)) * speed
-            vector[:] = [w + (v * error + (1 << 19) >> 20) for w, v in zip(vector, votes)]
-        for tab, cell in zip(tabs, cells):
-            p, age = tab[cell] >> 10, tab[cell] & 1023
-            p += ((4194303 if bit else 0) - p) * rate[age] >> 16
-            tab[cell] = p << 10 | min(age + 1, max(age, max_age))
-        return bit
-
-    def number(self, value: int, bits: int) -> int:
-        return sum(self.bit(value >> k & 1, 32768) << k for k in reversed(range(bits)))
-
-    def share(self, value: int, odds: list) -> int:
-        v = 1
-        for k in (2, 1, 0):
-            bit = self.bit(value >> k & 1, odds[v])
-            odds[v] += (bit << 16) - odds[v] >> 6
-            v = v << 1 | bit
-        return v & 7
-
-    def finish(self) -> bytes:
-        return bytes(self.out) + bytes([(self.lo >> 56) + 1])
-
-
-def _twin_divide(a: int, b: int) -> int:
-    return a // b if a >= 0 else -(-a // b)                  # towards zero, like C
-
-
-def _twin_refit(gram: list, n: int) -> list:
-    """Coefficients (12 fractional bits) of every column on those to its left."""
-    size, one, L, D, T = len(gram), 1 << 28, [], [], []
-    keep = n * 250 // (n + 1000)
-    sd = [math.isqrt(gram[i][i] + n) + 1 for i in range(size)]
-    for i in range(size):
-        scaled = []
-        for j in range(i):
-            target = _twin_divide(gram[i][j] << 24, sd[i] * sd[j]) * keep >> 4
-            scaled.append(target - (sum(s * l for s, l in zip(scaled, L[j])) >> 28))
-        L.append([_twin_divide(s << 28, D[j]) for j, s in enumerate(scaled)])
-        D.append(max(one - sum(l * s >> 28 for l, s in zip(L[i], scaled)), 1 << 16))
-        b = L[i][:]
-        for j in reversed(range(i)):
-            b[:j] = [v - (b[j] * l >> 28) for v, l in zip(b, L[j])]
-        T.append([min(max(_twin_divide((b[j] >> 8) * sd[i], sd[j]) >> 8, -32767), 32767) for j in range(i)])
-    return T
-
-
-def _twin_level(variance: int) -> int:
-    variance = min(max(variance, 16), 1 << 19)
-    e = variance.bit_length() - 1
-    return (e - 4) * 8 + (variance >> e - 3 & 7)
-
-
-def twin_codes(codes: np.ndarray, alike: np.ndarray | None, trellis: int, data: bytes | None = None) -> bytes:
-    """Specification of code_codes: return the stream of `codes`, or fill `codes` from `data`."""
-    coder = _Twin(data)
-    alike = None if alike is None else alike.tolist()
-    _, _, rate, prior = coder.tables
-    tabs = [[prior[level * NODES + node] for level in range(LEVELS) for _ in range(copies) for node in range(NODES)]
-            for copies in (2, 2, 18, 18)]
-    fresh = [(1 << 18) // VOTES] * VOTES
-    by_part = [[fresh[:] for _ in range(NODES)] for _ in range(18)]
-    by_blend = [[fresh[:] for _ in range(NODES)] for _ in range(LEVELS)]
-    matrices, rows, cols = codes.shape
-    slow, fast, n, refit_at, energy, errors = [], [], 0, 16, 0, []
-    regress, odds = alike is not None, [[32768] * 8, [32768] * 8]
-    gram, T = [[0] * (cols + 1) for _ in range(cols + 1)], [[0] * cols for _ in range(cols + 1)]
-    for row in range(matrices * rows):
-        line = codes[row // rows, row % rows]
-        mean = sum(slow) // cols if row else 6 << 18
-        if row % rows == 0:
-            n = 12 if row else 6
-            slow, fast = [mean] * cols, slow if row else [mean] * cols
-        seen, expected, recent, spent = mean, mean, mean, 0
-        rest = mean * cols
-        budget = energy if row else rest
-        left = [8]
-        if row % rows % TRELLIS_ROWS == 0:
-            states = [0] * cols
-        shares, models = [], []
-        while regress and row and len(shares) < 2 and (
-                share := coder.share(alike[row][len(shares)] & 7, odds[len(shares)])):
-            which = coder.number(alike[row][len(shares)] >> 3, row.bit_length())
-            models.append(errors[which if which < row else 0])
-            shares.append(share)
-        errors.append([])
-        if regress and row >= refit_at:
-            T, refit_at = _twin_refit(gram, row), refit_at + refit_at // 3 + 1
-        for j in range(cols):
-            own = sum(t * v for t, v in zip(T[j + 1], left)) + (128 << trellis) >> 8 + trellis
-            mu = min(max(own + (sum(model[j] * share for model, share in zip(models, shares)) >> 3), -1023), 1023)
-            odd, sided = trellis & states[j], 0
-            m = mu - 8 * odd + 8 >> 4
-            flip = -1 if mu - 8 * odd < m * 16 else 1
-            part = (mu - 8 * odd - m * 16) * flip
-            ratio = min(max((seen << 8) // (expected + 1), 64), 1024)
-            if not regress:
-                ratio = min(max(_twin_divide(budget - spent << 8, max(rest, 0) + 1), 64), 1024) - 256
-                ratio = 256 + _twin_divide(ratio * (cols - j), cols - j + (cols >> 6))
-                part, sided = min(max((ratio - 256 >> 5) + 4, 0), 8) + 9 * odd, odd
-            A, F = slow[j] >> 10, fast[j] >> 10
-            B = A * ratio >> 8
-            blend = _twin_level(B * 4 + (F * ratio >> 8) * 3 + (recent >> 10) >> 3)
-            bases = [_twin_level(A) * 2 + sided, _twin_level(F * ratio >> 8) * 2 + sided, blend * 18 + part,
-                     _twin_level(B) * 18 + part]
-            t = 0 if coder.decode else ((int(line[j]) - odd >> trellis) - m) * flip
-            found, sign = 0, 1
-            for node in range(NODES):
-                bit = int((t == 0, t < 0, abs(t) >= node)[min(node, 2)])
-                bit = coder.decide(tabs, [base * NODES + node for base in bases],
-                                   [by_part[part][node], by_blend[blend][node]], bit, 1000, 2)
-                if node == 1:
-                    sign, found = (-1 if bit else 1), 1
-                elif bit != (node > 0):
-                    break
-                elif node:
-                    found = node
-            if found == NODES - 1:
-                while found < 255 and coder.bit(int(abs(t) > found), 32768):
-                    found += 1
-            if coder.decode:
-                line[j] = min(max((found * sign * flip + m << trellis) + odd, -128), 127)
-            left.append(int(line[j]))
-            if trellis and left[-1] & 1 != odd:
-                raise ValueError(OFF_TRELLIS)
-            states[j] = states[j] >> 1 ^ 33 * odd ^ 10 * (left[-1] >> 1 & 1)
-            value = left[-1] * (16 >> trellis)
-            errors[-1].append(min(max(value - own, -32767), 32767))
-            variance = min(max(value - mu, -1023), 1023) ** 2 << 10
-            step = rate[min(j + 16, 400)]
-            seen += (variance - seen) * step >> 16
-            expected += (slow[j] - expected) * step >> 16
-            recent += variance - recent >> 4
-            spent, rest = spent + variance, rest - slow[j]
-            slow[j] += (variance - slow[j]) * rate[min(n, 1023)] >> 16
-            fast[j] += (variance - fast[j]) * rate[min(n, 250)] >> 16
-        n += 1
-        energy += (spent - energy) * rate[min(row, 1023)] >> 16 if row else spent
-        if regress:
-            gram = [[g + a * b for g, b in zip(line_g, left)] for line_g, a in zip(gram, left)]
-    return coder.finish()
-
-
-def twin_words(words: np.ndarray, stride: int, data: bytes | None = None) -> bytes:
-    """Specification of code_words: return the stream of `words` (uint16), or fill `words` from `data`."""
-    coder = _Twin(data)
-    tabs = [[[1 << 31 | 2] * 65536 for _ in range(VOTES)] for _ in range(2)]
-    weights = [[[[105000] * VOTES for _ in range(2)] for _ in range(8)] for _ in range(2)]
-    for i in range(len(words)):
-        prev, back = (int(words[i - lag]) if i >= lag else 0 for lag in (1, stride))
-        word = 0 if coder.decode else int(words[i])
-        high = 0
-        for half in range(2):
-            views = [0, prev >> 8, back >> 8, prev >> 12 << 4 | back >> 12]
-            if half:
-                views = [0, high, 1 + (prev >> 4 & 15) if prev >> 8 == high else 0,
-                         1 + (back >> 1 & 127) if back >> 8 == high else 0]
-            node = 1
-            for k in reversed(range(8)):
-                bit = word >> (k + 8 - 8 * half) & 1
-                cells = [view << 8 | node for view in views]
-                node = node << 1 | coder.decide(tabs[half], cells, weights[half][k], bit, 250, 60)
-            high = high << 8 | node & 255
-        words[i] = high
-    return coder.finish()
-
-
 STREAM_HEADER = struct.Struct("<4s2B3I")      # magic, kind, option, then matrices, rows, columns
-STREAM_MAGIC, CODES, WORDS = b"CMX1", 0, 1
-REGRESS, TRELLIS = 1, 2                # options of a stream of codes
-OFF_TRELLIS = "expected codes of trellis_round, found a code of the wrong parity; encode these with trellis=False"
-MAX_SYMBOLS = 1 << 27                  # a header may not ask for more, nor for more than its payload could hold
+STREAM_MAGIC = b"CMX1"
+CODES, WORDS = 0, 1                    # kinds of streams
+REGRESS, TRELLIS = 1, 2                # options of a stream of codes; that of words is 1 for differences
+OFF_TRELLIS = ("expected codes of trellis_round, found a code of the wrong parity; encode these with "
+               "trellis=False")
+MAX_SYMBOLS = 1 << 27                  # a header may not ask for more, nor for more than its payload can hold
 
 
-def _run(function: str, buffer: np.ndarray, decode: bool, values: np.ndarray, *numbers) -> int:
-    tables = _tables()                 # held by name: threads that race for the cache may own the only reference
-    routine = getattr(compile_c(CODER_C), function)
-    routine.restype = ctypes.c_int64
-    return routine(
-        *[ctypes.c_void_p(table.ctypes.data) for table in tables], ctypes.c_void_p(buffer.ctypes.data),
-        ctypes.c_int64(buffer.size), int(decode), ctypes.c_void_p(values.ctypes.data), *numbers)
+def _run_coder(routine: str, buffer: np.ndarray, decode: bool, values: np.ndarray,
+               *options: int | np.ndarray | None) -> int:
+    """Run code_codes or code_words of CODER_C: `values` to bytes in `buffer`, or back.
+    Returns the length of the stream, which may exceed the buffer, or -1 for codes off the trellis."""
+    tables = _tables()                 # held by name: threads that race for the cache may own the only one
+    function = getattr(compile_c(CODER_C), routine)
+    function.restype = ctypes.c_int64
+    numbers = [ctypes.c_int64(x) if isinstance(x, int) else c_pointer(x) for x in (*values.shape, *options)]
+    return function(*map(c_pointer, tables), c_pointer(buffer), ctypes.c_int64(buffer.size), int(decode),
+                    c_pointer(values), *numbers)
 
 
-def _code_values(values: np.ndarray, option: int, data: bytes | None, use_twin: bool) -> bytes:
-    """Encode int8 codes (option: REGRESS, TRELLIS) or uint16 words (option: stride), or decode `data` into `values`."""
+def _encode(routine: str, values: np.ndarray, *options: int | np.ndarray | None) -> bytes:
     if not values.size:
         return b""
-    name, numbers = "code_words", [*values.shape, option]
-    if values.dtype == np.int8:
-        alike, trellis = None, int(option & TRELLIS > 0)
-        if option & REGRESS:
-            rows = values.reshape(-1, values.shape[2])
-            alike = np.zeros((len(rows), 2), np.int32) if data is not None else similar_rows(rows)
-        if use_twin:
-            return twin_codes(values, alike, trellis, data)
-        name, numbers = "code_codes", [*values.shape, trellis, 0 if alike is None else alike.ctypes.data]
-    elif use_twin:
-        return twin_words(values, option, data)
-    arguments = values, *map(ctypes.c_int64, numbers)
-    if data is not None:
-        _run(name, np.frombuffer(data, np.uint8), True, *arguments)
-        return b""
     buffer = np.empty(2 * values.nbytes + 64, np.uint8)
-    length = _run(name, buffer, False, *arguments)
+    length = _run_coder(routine, buffer, False, values, *options)
     if length < 0:
         raise ValueError(OFF_TRELLIS)
-    if length > buffer.size:                # codes far from any Gaussian; the first pass has counted their bytes
+    if length > buffer.size:           # codes far from any Gaussian; the first pass has counted their bytes
         buffer = np.empty(length, np.uint8)
-        _run(name, buffer, False, *arguments)
+        _run_coder(routine, buffer, False, values, *options)
     return buffer[:length].tobytes()
 
 
-def similar_rows(rows: np.ndarray, block: int = 512) -> np.ndarray:
-    """(rows, 2): 8 * index + share of the two earlier rows that help most once linear structure is removed; 0 ends.
+def _decode(routine: str, payload: bytes, values: np.ndarray, *options: int | np.ndarray | None) -> None:
+    """Fill `values` from what _encode returned for them, given the same options."""
+    if values.size:
+        _run_coder(routine, np.frombuffer(payload, np.uint8), True, values, *options)
 
-    Only the encoder searches, so floating point is safe here: any answer decodes (another machine's matrix library may
-    name other rows in a near tie; the stream then differs, not what it decodes to).
+
+def similar_rows(rows: np.ndarray, block: int = 512) -> np.ndarray:
+    """(rows, 2): 8 * index + share of the two earlier rows that help most after linear structure; 0 ends.
+
+    Only the encoder searches, so floating point is safe here: any answer decodes (another machine's matrix
+    library may name other rows in a near tie; the stream then differs, not what it decodes to).
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.from_numpy(rows).to(device).float()
@@ -2306,7 +2242,8 @@ def similar_rows(rows: np.ndarray, block: int = 512) -> np.ndarray:
     shrunk = 0.8 * covariance + 0.2 * torch.diag(covariance.diagonal() + 1e-3)
     white = torch.linalg.solve_triangular(torch.linalg.cholesky(shrunk), x.T, upper=False).T.contiguous()
     norm = white.norm(dim=1) + 1e-9
-    unit, alike = white / norm[:, None], torch.zeros(len(x), 2, dtype=torch.int32, device=device)
+    unit = white / norm[:, None]
+    alike = torch.zeros(len(x), 2, dtype=torch.int32, device=device)
     for start in range(0, len(x), block):
         index = torch.arange(start, min(start + block, len(x)), device=device)
         rest = white[index]
@@ -2328,18 +2265,20 @@ def _pack(kind: int, option: int, shape: tuple, payload: bytes, content: np.ndar
 
 
 def _unpack(stream: bytes, kind: int) -> tuple[bytes, int, tuple, bytes, int]:
-    """Check all that can be checked before decoding; return head, option, shape, payload, checksum of the content."""
+    """Check all that can be checked before decoding; return head, option, shape, payload, checksum."""
     if len(stream) < STREAM_HEADER.size + 8 or stream[:4] != STREAM_MAGIC:
         raise ValueError(f"expected a {STREAM_MAGIC.decode()} stream, found {len(stream)} bytes starting "
                          f"{bytes(stream[:4])!r}")
     if zlib.crc32(stream[:-4]) != int.from_bytes(stream[-4:], "little"):
-        raise ValueError(f"stream of {len(stream)} bytes fails its checksum: truncated or damaged, write it again")
+        raise ValueError(f"stream of {len(stream)} bytes fails its checksum: truncated or damaged, write it "
+                         "again")
     _, found_kind, option, *shape = STREAM_HEADER.unpack_from(stream)
     payload = stream[STREAM_HEADER.size:-8]
     if found_kind != kind:
         raise ValueError(f"stream of kind {found_kind}, expected {kind}: not ours")
     symbols = math.prod(shape if kind == CODES else shape[:2])
-    if symbols > min(MAX_SYMBOLS, 32768 * len(payload)) or kind == CODES and option & REGRESS and not can_regress(shape):
+    is_too_wide = kind == CODES and option & REGRESS and not can_regress(shape)
+    if symbols > min(MAX_SYMBOLS, 32768 * len(payload)) or is_too_wide:
         raise ValueError(f"stream of {len(stream)} bytes cannot hold shape {shape}: its header is damaged")
     return stream[:STREAM_HEADER.size], option, tuple(shape), payload, int.from_bytes(stream[-8:-4], "little")
 
@@ -2348,13 +2287,14 @@ def can_regress(shape: tuple) -> bool:
     return shape[2] <= MAX_REGRESSED[0] and shape[0] * shape[1] <= MAX_REGRESSED[1]
 
 
-def encode_codes(codes: np.ndarray, *, regress: bool = False, trellis: bool = False, use_twin: bool = False) -> bytes:
+def encode_codes(codes: np.ndarray, *, regress: bool = False, trellis: bool = False) -> bytes:
     """Code one tensor group.
 
     codes    (matrices, rows, cols) int8; rows have comparable variance.
     regress  predict each code from the codes to its left in the row; pays where columns are correlated.
     trellis  the codes come from trellis_round, TRELLIS_ROWS rows at a time from row 0 of each matrix.
-    Returns a stream that carries its shape and checksums. Raises ValueError when a shape or dtype is not codable.
+    Returns a stream that carries its shape and checksums. Raises ValueError when a shape or dtype is not
+    codable.
     """
     codes = np.ascontiguousarray(codes)
     if codes.dtype != np.int8 or codes.ndim != 3:
@@ -2362,15 +2302,19 @@ def encode_codes(codes: np.ndarray, *, regress: bool = False, trellis: bool = Fa
     if regress and not can_regress(codes.shape):
         raise ValueError(f"regress=True takes at most {MAX_REGRESSED} columns and rows, found {codes.shape}; "
                          "use False")
-    option = REGRESS * regress + TRELLIS * trellis
-    return _pack(CODES, option, codes.shape, _code_values(codes, option, None, use_twin), codes)
+    alike = similar_rows(codes.reshape(-1, codes.shape[2])) if regress and codes.size else None
+    payload = _encode("code_codes", codes, int(trellis), alike)
+    return _pack(CODES, REGRESS * regress + TRELLIS * trellis, codes.shape, payload, codes)
 
 
-def decode_codes(stream: bytes, *, use_twin: bool = False) -> np.ndarray:
+def decode_codes(stream: bytes) -> np.ndarray:
     """Invert encode_codes. Raises ValueError on a truncated, damaged or foreign stream."""
     head, option, shape, payload, checksum = _unpack(stream, CODES)
     codes = np.zeros(shape, np.int8)
-    _code_values(codes, option, payload, use_twin)
+    alike = None
+    if option & REGRESS:
+        alike = np.zeros((shape[0] * shape[1], 2), np.int32)      # what it holds, the stream says
+    _decode("code_codes", payload, codes, int(option & TRELLIS > 0), alike)
     if zlib.crc32(codes.tobytes(), zlib.crc32(head)) != checksum:
         raise ValueError(f"stream of {len(stream)} bytes decodes to other codes than were written: damaged")
     return codes
@@ -2381,8 +2325,7 @@ def ordered(words: np.ndarray) -> np.ndarray:
     return np.where(words >> 15, ~words, words | 0x8000).astype(np.uint16)
 
 
-def encode_words(words: np.ndarray, *, stride: int = 1, base: np.ndarray | None = None,
-                 use_twin: bool = False) -> bytes:
+def encode_words(words: np.ndarray, *, stride: int = 1, base: np.ndarray | None = None) -> bytes:
     """Code uint16 bit patterns of fp16 values, exactly.
 
     stride   distance to an earlier word that is likely similar (the same channel in the layer before).
@@ -2391,56 +2334,61 @@ def encode_words(words: np.ndarray, *, stride: int = 1, base: np.ndarray | None 
     """
     words = np.ascontiguousarray(words, np.uint16).ravel()
     if stride < 1 or base is not None and len(base) != len(words):
-        raise ValueError(f"expected stride >= 1 and a base of {len(words)} words, found stride {stride}, base {base}")
+        raise ValueError(f"expected stride >= 1 and a base of {len(words)} words, found stride {stride}, "
+                         f"base {base}")
     values = ordered(words) - (0 if base is None else ordered(base))
-    candidates = [values, np.diff(values, prepend=values.dtype.type(0))]
-    coded = [_code_values(v.astype(np.uint16), stride, None, use_twin) for v in candidates]
-    best = len(coded[1]) < len(coded[0])
-    return _pack(WORDS, int(best), (1, len(words), stride), coded[best], words)
+    differences = np.diff(values, prepend=values.dtype.type(0))
+    plain, delta = (_encode("code_words", v.astype(np.uint16), stride) for v in (values, differences))
+    is_difference = len(delta) < len(plain)
+    return _pack(WORDS, int(is_difference), (1, len(words), stride), delta if is_difference else plain, words)
 
 
-def decode_words(stream: bytes, *, base: np.ndarray | None = None, use_twin: bool = False) -> np.ndarray:
-    """Invert encode_words; `base` as given there. Raises ValueError on a truncated, damaged or foreign stream."""
+def decode_words(stream: bytes, *, base: np.ndarray | None = None) -> np.ndarray:
+    """Invert encode_words, `base` as given there. ValueError on a truncated, damaged or foreign one."""
     head, is_difference, (_, length, stride), payload, checksum = _unpack(stream, WORDS)
     values = np.zeros(length, np.uint16)
-    _code_values(values, stride, payload, use_twin)
+    _decode("code_words", payload, values, stride)
     if is_difference:
         values = np.cumsum(values, dtype=np.uint16)
     if base is not None and len(base) != length:
         raise ValueError(f"stream holds {length} words, but base has {len(base)}")
     values = values + (np.uint16(0) if base is None else ordered(base))
-    words = np.where(values >> 15, values & 0x7FFF, ~values).astype(np.uint16)         # the inverse of ordered()
+    words = np.where(values >> 15, values & 0x7FFF, ~values).astype(np.uint16)     # the inverse of ordered()
     if zlib.crc32(words.tobytes(), zlib.crc32(head)) != checksum:
-        raise ValueError(f"stream of {len(stream)} bytes decodes to other words than were written: damaged, or "
-                         "another base")
+        raise ValueError(f"stream of {len(stream)} bytes decodes to other words than were written: damaged, "
+                         "or another base")
     return words
 
 
 # --- 10 artifact --------------------------------------------------------------------------------------------
-# Checked, atomic files of tensors; one code stream per tensor group; rate control and the size report.
+# Container: checked, atomic files. Layout: what the artifact holds, a code stream per tensor group. Rate
+# control: steps that make it fit, and the size report.
 
 FORMAT_VERSION = 3
 CHECKPOINT_MAGIC, ARTIFACT_MAGIC = b"GOLFWGHT", b"GOLFCODE"
-STREAM_GROUPS = ("tok_emb", "w_up", "w_down", "wq", "wo", "wk", "wv")      # the longest job first
-HALVED_GROUPS = STREAM_GROUPS[:3]                # two streams each, so that no thread works twice as long as the others
-MODEL_FIELDS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "num_loops",
-                "loop_start", "loop_end", "parallel_start_layer", "gate_window", "sparse_attn_gate_scale", "rope_base",
-                "rope_dims")
+MODEL_FIELDS = (
+    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "num_loops",
+    "loop_start", "loop_end", "parallel_start_layer", "gate_window", "sparse_attn_gate_scale", "rope_base",
+    "rope_dims")
 
 
 class ArtifactError(ValueError):
-    """A checkpoint or artifact is missing, damaged, or made with other model settings."""
+    """A checkpoint or artifact is missing, damaged, made with other settings, or cannot hold the model."""
+
+
+# --- 10a container ---
 
 
 def build_container(magic: bytes, cfg: Config, streams: Mapping[str, bytes],
                     notes: Mapping[str, Any] | None = None) -> bytes:
     """Named byte streams with the model's settings, notes (JSON) and a SHA-256.
-    Layout: magic (8), version u32, header length u32, header (zlib JSON), streams, SHA-256 of all before (32)."""
+    Layout: magic (8), version u32, header length u32, header (zlib JSON), streams, SHA-256 of all (32)."""
     header = zlib.compress(json.dumps({
         "settings": {name: getattr(cfg, name) for name in MODEL_FIELDS},
         "streams": [[name, len(stream)] for name, stream in streams.items()], "notes": notes or {}},
         separators=(",", ":")).encode(), 9)
-    body = b"".join([magic, np.array([FORMAT_VERSION, len(header)], "<u4").tobytes(), header, *streams.values()])
+    numbers = np.array([FORMAT_VERSION, len(header)], "<u4").tobytes()
+    body = b"".join([magic, numbers, header, *streams.values()])
     return body + hashlib.sha256(body).digest()
 
 
@@ -2463,38 +2411,44 @@ def read_container(path: Path, magic: bytes, cfg: Config) -> tuple[dict[str, byt
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); check RUN_ID, or run the earlier stage "
-                            "first") from error
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); check RUN_ID, or run the earlier "
+                            "stage first") from error
     if data[:8] != magic:
-        raise ArtifactError(f"{path}: expected a file beginning with {magic!r}, found {data[:8]!r}; this is not a "
-                            "file of that kind")
+        raise ArtifactError(f"{path}: expected a file beginning with {magic!r}, found {data[:8]!r}; this is "
+                            "not a file of that kind")
     if len(data) < 48 or hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise ArtifactError(f"{path}: checksum mismatch over {len(data):,} bytes; the file is truncated or "
                             "corrupted, write it again")
     version, header_bytes = np.frombuffer(data[8:16], "<u4").tolist()
     if version != FORMAT_VERSION:
-        raise ArtifactError(f"{path}: format version {version}, expected {FORMAT_VERSION}; write it again with this "
-                            "script")
+        raise ArtifactError(f"{path}: format version {version}, expected {FORMAT_VERSION}; write it again "
+                            "with this script")
     header = json.loads(zlib.decompress(data[16:16 + header_bytes]))
     differing = {name: (made, getattr(cfg, name)) for name, made in header["settings"].items()
                  if getattr(cfg, name, None) != made}
     if differing:
         changes = ", ".join(f"{name.upper()}={made} (now {now})" for name, (made, now) in differing.items())
         raise ArtifactError(f"{path}: made with other settings: {changes}; set them as they were")
-    cuts = np.cumsum([16 + header_bytes, *(length for _, length in header["streams"])]).tolist()
-    return {name: data[a:b] for (name, _), a, b in zip(header["streams"], cuts, cuts[1:])}, header["notes"]
+    streams = {}
+    at = 16 + header_bytes
+    for name, length in header["streams"]:
+        streams[name] = data[at:at + length]
+        at += length
+    return streams, header["notes"]
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """Names, dtypes, shapes and raw little-endian values in one byte string; unpack_tensors is the exact inverse."""
-    index = json.dumps([[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()])
+    """Names, dtypes, shapes and raw little-endian values in one byte string; unpack_tensors inverts it."""
+    index = json.dumps([[name, str(t.dtype).removeprefix("torch."), list(t.shape)]
+                        for name, t in tensors.items()])
     parts = [np.array([len(index)], "<u4").tobytes(), index.encode()]
     return b"".join(parts + [t.detach().cpu().contiguous().numpy().tobytes() for t in tensors.values()])
 
 
 def unpack_tensors(data: bytes) -> dict[str, Tensor]:
     length = int(np.frombuffer(data[:4], "<u4")[0])
-    tensors, offset = {}, 4 + length
+    tensors = {}
+    offset = 4 + length
     for name, dtype, shape in json.loads(data[4:4 + length]):
         count = math.prod(shape)
         values = np.frombuffer(data, np.dtype(dtype), count, offset)
@@ -2520,116 +2474,156 @@ def artifact_path(run: Run) -> Path:
 def write_checkpoint(cfg: Config, run: Run, model: GPT) -> None:
     """Save the averaged fp32 weights (rank 0)."""
     if run.rank == 0:
-        data = build_container(CHECKPOINT_MAGIC, cfg, {"weights": pack_tensors(dict(model.named_parameters()))})
+        weights = pack_tensors(dict(model.named_parameters()))
+        data = build_container(CHECKPOINT_MAGIC, cfg, {"weights": weights})
         write_file(checkpoint_path(run), data)
         run.log(f"Serialized model: {len(data)} bytes")
     run.barrier()
 
 
 def read_checkpoint(cfg: Config, run: Run, model: GPT) -> None:
-    model.load_state_dict(unpack_tensors(read_container(checkpoint_path(run), CHECKPOINT_MAGIC, cfg)[0]["weights"]))
+    streams, _ = read_container(checkpoint_path(run), CHECKPOINT_MAGIC, cfg)
+    model.load_state_dict(unpack_tensors(streams["weights"]))
+
+
+# --- 10b layout ---
+
+# Settings that say how many bits the codes have, in the order of the artifact's notes.
+BITS_SETTINGS = (*dict.fromkeys(spec.bits for spec in TENSOR_GROUPS.values()), "awq_lite_bits")
+CODING_ORDER = sorted(TENSOR_GROUPS, key=lambda group: TENSOR_GROUPS[group].coding_turn)
 
 
 def group_streams(group: str) -> list[str]:
-    return [f"{group}:1", f"{group}:2"] if group in HALVED_GROUPS else [group]
+    return [group] if TENSOR_GROUPS[group].halved_axis is None else [f"{group}:1", f"{group}:2"]
 
 
 def split_codes(group: str, codes: np.ndarray) -> list[np.ndarray]:
-    """The parts of codes (matrices, rows, cols) in group_streams: rows of the embedding, matrices of the others."""
-    axis, cut = (1, codes.shape[1] // 2 // TRELLIS_ROWS * TRELLIS_ROWS) if group == "tok_emb" else (0, len(codes) // 2)
-    return np.split(codes, [cut], axis) if group in HALVED_GROUPS else [codes]
+    """The parts of codes (matrices, rows, cols) in group_streams; rows are cut where the trellis restarts."""
+    axis = TENSOR_GROUPS[group].halved_axis
+    if axis is None:
+        return [codes]
+    middle = codes.shape[axis] // 2
+    if axis == 1:
+        middle -= middle % TRELLIS_ROWS
+    return np.split(codes, [middle], axis)
 
 
-def group_members(cfg: Config, group: str) -> list[str]:
-    return [group] if group == "tok_emb" else [f"{group}.{layer}" for layer in range(cfg.num_layers)]
+def join_codes(group: str, parts: Sequence[Tensor]) -> Tensor:
+    """Invert split_codes."""
+    return torch.cat(list(parts), TENSOR_GROUPS[group].halved_axis or 0)
 
 
 def _fp16_words(tensors: Sequence[Tensor]) -> np.ndarray:
     return torch.cat([t.detach().cpu().half().flatten() for t in tensors]).numpy().view(np.uint16)
 
 
-def _high_scale_base(scale: Tensor, bits: int, high_bits: int) -> np.ndarray:
-    """What scale_high is but for rounding, given scale: both sides derive it, only the difference is coded."""
-    return _fp16_words([scale.float() * (code_limit(bits) / code_limit(high_bits))])
+def _high_scale_base(scale: Tensor, group: str, bits: Mapping[str, int]) -> np.ndarray:
+    """What scale_high is but for rounding, given scale: both sides derive it and code the difference."""
+    ratio = code_limit(bits[TENSOR_GROUPS[group].bits]) / code_limit(bits["awq_lite_bits"])
+    return _fp16_words([scale.float() * ratio])
 
 
 def encode_model(cfg: Config, quantized: Mapping[str, Quantized],
                  passed: Mapping[str, Tensor]) -> tuple[dict[str, bytes], dict[str, Any]]:
     """(streams, notes) of the artifact: codes and scales per tensor group, corrections, pass-through tensors.
-    The notes say what the streams cannot: shapes of pass-through tensors, protected columns, kinds of corrections."""
+    Notes say what streams cannot: shapes of pass-through tensors, protected columns, kinds of corrections."""
+    bits = {name: getattr(cfg, name) for name in BITS_SETTINGS}
+    protected = {m.name: m.group for m in list_matrices(cfg) if quantized[m.name].protect_starts}
+    corrected = {name: q.factors for name, q in quantized.items() if q.factors is not None}
     wide = [name for name, t in passed.items() if t.shape[-1:] == (cfg.model_dim,)]
     rest = [name for name in passed if name not in wide]
     jobs: dict[str, Callable[[], bytes]] = {}             # the longest job first
-    for group in STREAM_GROUPS:
-        members = [quantized[name] for name in group_members(cfg, group)]
+    for group in CODING_ORDER:
+        members = [quantized[m.name] for m in list_matrices(cfg, [group])]
         codes = np.stack([q.codes.cpu().numpy() for q in members])
-        regress = group == "tok_emb" and can_regress(codes.shape)
+        regress = TENSOR_GROUPS[group].regress and can_regress(codes.shape)
         for name, part in zip(group_streams(group), split_codes(group, codes)):
             jobs[name] = functools.partial(encode_codes, part, regress=regress, trellis=cfg.rdo_lambda > 0)
-        jobs[f"{group}:scale"] = functools.partial(encode_words, _fp16_words([q.scale for q in members]),
-                                                   stride=codes.shape[1])
-    corrected = {name: q.factors for name, q in quantized.items() if q.factors is not None}
-    protected = {name: q for name, q in quantized.items() if q.protect_starts}
-    for name, q in protected.items():
-        bits = cfg.embed_bits if name == "tok_emb" else cfg.matrix_bits
+        scales = _fp16_words([q.scale for q in members])
+        jobs[f"{group}:scale"] = functools.partial(encode_words, scales, stride=codes.shape[1])
+    for name, group in protected.items():
+        q = quantized[name]
         jobs[f"{name}:high"] = functools.partial(encode_words, _fp16_words([q.scale_high]),
-                                                 base=_high_scale_base(q.scale, bits, cfg.awq_lite_bits))
+                                                 base=_high_scale_base(q.scale, group, bits))
     for name, f in corrected.items():
         jobs[f"{name}:qA"] = functools.partial(encode_codes, f.qA[None].cpu().numpy())
         jobs[f"{name}:qB"] = functools.partial(encode_codes, f.qB.mT[None].cpu().numpy())
-    scales = [part for f in corrected.values() for part in (f.sA, f.sB)]
-    jobs["wide"] = functools.partial(encode_words, _fp16_words([passed[name] for name in wide]), stride=cfg.model_dim)
-    jobs["rest"] = functools.partial(encode_words, _fp16_words([*(passed[name] for name in rest), *scales]))
-    notes = {"passed": [[name, list(passed[name].shape)] for name in (*wide, *rest)], "num_wide": len(wide),
-             "bits": [cfg.embed_bits, cfg.matrix_bits, cfg.awq_lite_bits],
-             "protected": {name: [q.group_size, *q.protect_starts] for name, q in protected.items()},
+    factor_scales = [scale for f in corrected.values() for scale in (f.sA, f.sB)]
+    wide_words = _fp16_words([passed[name] for name in wide])
+    rest_words = _fp16_words([passed[name] for name in rest] + factor_scales)
+    jobs["wide"] = functools.partial(encode_words, wide_words, stride=cfg.model_dim)
+    jobs["rest"] = functools.partial(encode_words, rest_words)
+    notes = {"passed": [[name, list(passed[name].shape)] for name in (*wide, *rest)],
+             "num_wide": len(wide),
+             "bits": list(bits.values()),
+             "protected": {name: [quantized[name].group_size, *quantized[name].protect_starts]
+                           for name in protected},
              "corrected": [[name, list(f.sA.shape), list(f.sB.shape)] for name, f in corrected.items()]}
-    return dict(zip(jobs, _in_threads(lambda job: job(), list(jobs.values())))), notes
+    streams = _in_threads(lambda job: job(), list(jobs.values()))
+    return dict(zip(jobs, streams)), notes
 
 
 def decode_model(cfg: Config, streams: Mapping[str, bytes], notes: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict the artifact stands for, fp32; the exact values dequantize() gave before encoding."""
-    coded = sum(map(group_streams, STREAM_GROUPS), []) + [name for name in streams if name.endswith((":qA", ":qB"))]
+    coded = [name for group in CODING_ORDER for name in group_streams(group)]
+    coded += [name for name in streams if name.endswith((":qA", ":qB"))]
     arrays = _in_threads(lambda name: decode_codes(streams[name]), coded)
     codes = {name: torch.from_numpy(array) for name, array in zip(coded, arrays)}
-
-    def words(name: str, base: np.ndarray | None = None) -> Tensor:
-        return torch.from_numpy(decode_words(streams[name], base=base).view(np.float16))
-
-    def take(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-        parts = flat.split([math.prod(shape) for shape in shapes])
-        return [part.reshape(tuple(shape)) for part, shape in zip(parts, shapes)]
-
-    passed, wide = notes["passed"], notes["num_wide"]
-    rest_shapes = [shape for _, shape in passed[wide:]]
-    rest = take(words("rest"), rest_shapes + [shape for _, *pair in notes["corrected"] for shape in pair])
-    values = take(words("wide"), [shape for _, shape in passed[:wide]]) + rest[:len(rest_shapes)]
-    state = {name: t.float() for (name, _), t in zip(passed, values)}
-    factor_scales = iter(rest[len(rest_shapes):])
-    factors = {name: Factors(codes[f"{name}:qA"][0], sA, codes[f"{name}:qB"][0].mT.contiguous(), sB)
-               for (name, *_), sA, sB in zip(notes["corrected"], factor_scales, factor_scales)}
-    embed_bits, matrix_bits, high_bits = notes["bits"]
-    for group in STREAM_GROUPS:
-        stack, members = torch.cat([codes[name] for name in group_streams(group)], int(group == "tok_emb")), []
-        for name, c, scale in zip(group_members(cfg, group), stack, words(f"{group}:scale").view(stack.shape[:2])):
-            q = Quantized(c, scale, factors=factors.get(name))
-            if name in notes["protected"]:
-                group_size, *starts = notes["protected"][name]
-                base = _high_scale_base(scale, embed_bits if name == "tok_emb" else matrix_bits, high_bits)
-                q = q._replace(protect_starts=tuple(starts), group_size=group_size,
-                               scale_high=words(f"{name}:high", base))
+    state, factors = decode_passed(streams, notes, codes)
+    bits = dict(zip(BITS_SETTINGS, notes["bits"]))
+    for group in CODING_ORDER:
+        stack = join_codes(group, [codes[name] for name in group_streams(group)])
+        scales = decode_fp16(streams[f"{group}:scale"]).view(stack.shape[:2])
+        members = []
+        for m, matrix_codes, scale in zip(list_matrices(cfg, [group]), stack, scales):
+            q = Quantized(matrix_codes, scale, factors=factors.get(m.name))
+            if m.name in notes["protected"]:
+                group_size, *starts = notes["protected"][m.name]
+                high = decode_fp16(streams[f"{m.name}:high"], _high_scale_base(scale, group, bits))
+                q = q._replace(protect_starts=tuple(starts), group_size=group_size, scale_high=high)
             members.append(dequantize(q))
-        state[group] = members[0] if group == "tok_emb" else torch.stack(members)
+        state[group] = torch.stack(members) if TENSOR_GROUPS[group].is_bank else members[0]
     return state
 
 
+def decode_fp16(stream: bytes, base: np.ndarray | None = None) -> Tensor:
+    """A stream of encode_words as the flat fp16 tensor it stands for."""
+    return torch.from_numpy(decode_words(stream, base=base).view(np.float16))
+
+
+def decode_passed(streams: Mapping[str, bytes], notes: Mapping[str, Any],
+                  codes: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Factors]]:
+    """Pass-through parameters, fp32, and low-rank corrections by matrix, whose scales end stream "rest"."""
+    names = [name for name, _ in notes["passed"]]
+    shapes = [shape for _, shape in notes["passed"]]
+    corrected = [name for name, _, _ in notes["corrected"]]
+    for _, shape_A, shape_B in notes["corrected"]:
+        shapes += [shape_A, shape_B]
+    num_wide = notes["num_wide"]
+    values = []
+    for stream, own_shapes in (("wide", shapes[:num_wide]), ("rest", shapes[num_wide:])):
+        parts = decode_fp16(streams[stream]).split([math.prod(shape) for shape in own_shapes])
+        values += [part.reshape(tuple(shape)) for part, shape in zip(parts, own_shapes)]
+    passed = {name: value.float() for name, value in zip(names, values)}
+    factor_scales = values[len(names):]
+    factors = {}
+    for name, sA, sB in zip(corrected, factor_scales[::2], factor_scales[1::2]):
+        factors[name] = Factors(codes[f"{name}:qA"][0], sA, codes[f"{name}:qB"][0].mT.contiguous(), sB)
+    return passed, factors
+
+
+# --- 10c rate control ---
+
+# The file that ships, when that is what runs: the loader of the packed script (pack.py) hands its own path to
+# the program under this name, before the first line runs. None when the readable script runs.
+PACKED_FILE: str | None = globals().get("PACKED_FILE")
 RATE_TOLERANCE, RATE_ATTEMPTS = 4096, 8          # bytes below the limit that are as good as none
 SMALLEST_SIGMA_FACTOR = 0.5                      # below, real weights would begin to clip
 
 
 def write_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration) -> None:
     """Quantize, encode, make it fit; rank 0 writes and reports the artifact."""
-    code_bytes = int(run.agree([report_code_size(run) if run.rank == 0 else 0])[0])
+    code_bytes = int(run.agree([report_code_size(run, PACKED_FILE) if run.rank == 0 else 0])[0])
     data = fit_artifact(cfg, run, model, stats, SIZE_LIMIT - code_bytes)
     if run.rank == 0:
         write_file(artifact_path(run), data)
@@ -2638,52 +2632,58 @@ def write_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration) -> Non
     run.barrier()
 
 
-def report_code_size(run: Run) -> int:
-    """Bytes of the script that ships: the packed one, its own length when it is what runs; logged."""
+def report_code_size(run: Run, packed_file: str | None) -> int:
+    """Bytes of the script that ships, logged: of `packed_file` when that runs, else of what pack.py makes."""
     source = Path(__file__).read_bytes()
-    packed_file = globals().get("PACKED_FILE")            # set by the loader of the packed script, see pack.py
-    if packed_file:
+    if packed_file is not None:
         form, code_bytes = "packed_file", os.path.getsize(packed_file)
     elif (REPO / "pack.py").is_file():
         import pack
         form, code_bytes = "packed", len(pack.pack_script(source.decode("utf-8")))
     else:
         form, code_bytes = "lzma_of_source", len(lzma.compress(source, preset=9 | lzma.PRESET_EXTREME))
-    run.log(f"artifact code_form:{form}" + (' reason:"pack.py is not beside the script"' if "lzma" in form else ""))
+    reason = ' reason:"pack.py is not beside the script"' if form == "lzma_of_source" else ""
+    run.log(f"artifact code_form:{form}{reason}")
     run.log(f"Code size (uncompressed): {len(source)} bytes")
     run.log(f"Code size (compressed): {code_bytes} bytes")
     return code_bytes
 
 
 def fit_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration, limit: int) -> bytes:
-    """The artifact's bytes (on rank 0), at most `limit`: the configured clip sigmas where they fit, else larger ones.
-    With FILL_ARTIFACT=1 smaller ones where there is room. Scaling all steps by f saves log2(f) bits per weight, which
-    finds the factor in a few attempts. Raises ArtifactError when none fits."""
-    weights = sum(getattr(model, name).numel() for name in STREAM_GROUPS)
+    """The artifact's bytes (on rank 0), at most `limit`: configured clip sigmas where they fit, else larger.
+    With FILL_ARTIFACT=1 smaller ones where there is room. Scaling all steps by f saves log2(f) bits per
+    weight, which finds the factor in a few attempts. Raises ArtifactError when none fits."""
+    weights = sum(getattr(model, group).numel() for group in TENSOR_GROUPS)
     factor, tried = 1.0, {}
     for attempt in range(RATE_ATTEMPTS):
         timer = Timer(run)
-        quantized, data, coding = quantize(cfg, run, model, stats, factor), b"", Timer(run)
+        quantized, passed = quantize(cfg, run, model, stats, factor)
+        coding = Timer(run)
+        data = b""
         if run.rank == 0:
-            streams, notes = encode_model(cfg, *quantized)
+            streams, notes = encode_model(cfg, quantized, passed)
             data = build_container(ARTIFACT_MAGIC, cfg, streams, notes)
-            codes = {group: sum(len(streams[name]) for name in group_streams(group)) for group in STREAM_GROUPS}
+            codes = {group: sum(len(streams[name]) for name in group_streams(group))
+                     for group in CODING_ORDER}
             run.log(f"artifact attempt:{attempt + 1} sigma_factor:{factor:.6f} model_bytes:{len(data)} "
-                    f"room_bytes:{limit - len(data)} elapsed_s:{timer.seconds():.1f} encode_s:{coding.seconds():.1f} "
+                    f"room_bytes:{limit - len(data)} elapsed_s:{timer.seconds():.1f} "
+                    f"encode_s:{coding.seconds():.1f} "
                     + " ".join(f"{name}_bytes:{size}" for name, size in codes.items())
                     + f" small_bytes:{sum(map(len, streams.values())) - sum(codes.values())}")
         room = limit - int(run.agree([len(data)])[0])
         tried[factor] = room, data
         if 0 <= room and (room <= RATE_TOLERANCE or (factor == 1.0 and not cfg.fill_artifact)):
             break
-        factor = max(factor * 2.0 ** min(4.0, (RATE_TOLERANCE / 2 - room) * 8 / weights), SMALLEST_SIGMA_FACTOR)
+        bits_to_save = (RATE_TOLERANCE / 2 - room) * 8 / weights              # per weight
+        factor = max(factor * 2.0 ** min(4.0, bits_to_save), SMALLEST_SIGMA_FACTOR)
         if factor in tried:
             break
     fitting = [f for f, (room, _) in tried.items() if room >= 0]
     if not fitting:
         smallest = limit - max(room for room, _ in tried.values())
-        raise ArtifactError(f"no clip sigmas found that fit {limit:,} bytes in {RATE_ATTEMPTS} attempts (smallest "
-                            f"{smallest:,}); raise ATTN_, MLP_ and EMBED_CLIP_SIGMAS or shrink the model")
+        raise ArtifactError(f"no clip sigmas found that fit {limit:,} bytes in {RATE_ATTEMPTS} attempts "
+                            f"(smallest {smallest:,}); raise ATTN_, MLP_ and EMBED_CLIP_SIGMAS or shrink the "
+                            "model")
     return tried[min(fitting)][1]
 
 
@@ -2795,38 +2795,8 @@ def closed_hints(count: int) -> Hints:
     return Hints(np.zeros(count, np.int32), np.zeros(count, bool), np.zeros(count, np.float32))
 
 
-def twin_ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarray, context: int,
-                      threshold: float) -> Hints:
-    """The definition: walk the targets in `order`; look each context up, then count the target.
-
-    tokens     (N,) uint16 stream; target i is tokens[i + 1].
-    order      (n,) int64 targets in the order in which they are scored, each at most once.
-    doc_start  (N - 1,) int64 first token of the document that target i is scored in; a context that would reach
-               before it gives no hint and is not counted.
-    The hint is the token that first reached the highest count; the gate opens where its share of all counts is at
-    least `threshold`, both as fp32.
-    """
-    hint, gate, confidence = hints = closed_hints(len(tokens) - 1)
-    table: dict[tuple, dict] = {}
-    for i in order.tolist():
-        begin = i + 1 - context
-        if begin < doc_start[i]:
-            continue
-        entry = table.setdefault(tuple(tokens[begin:i + 1].tolist()), {"counts": {}, "total": 0, "top": 0, "best": 0})
-        if entry["total"]:
-            confidence[i] = np.float32(entry["best"]) / np.float32(entry["total"])
-            if confidence[i] >= np.float32(threshold):
-                hint[i], gate[i] = entry["top"], True
-        target = int(tokens[i + 1])
-        count = entry["counts"][target] = entry["counts"].get(target, 0) + 1
-        entry["total"] += 1
-        if count > entry["best"]:
-            entry["top"], entry["best"] = target, count
-    return hints
-
-
 class NgramTable:
-    """twin_ngram_hints in C for targets that come in slices: what one has counted, the next one knows."""
+    """Hints from an exact table, in C, for targets that come in slices: what one has counted, the next one knows."""
 
     def __init__(self, tokens: np.ndarray, num_targets: int, context: int, threshold: float) -> None:
         """Room for num_targets targets of the stream tokens (N,) uint16; MemoryError when there is none."""
@@ -2860,7 +2830,18 @@ class NgramTable:
 
 def ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarray, context: int,
                 threshold: float) -> Hints:
-    """twin_ngram_hints in C, in one slice; raises MemoryError when the table does not fit."""
+    """Walk the targets in `order`; look each context of `context` tokens up, then count the target that follows it.
+
+    tokens     (N,) uint16 stream; target i is tokens[i + 1].
+    order      (n,) int64 targets in the order in which they are scored, each at most once.
+    doc_start  (N - 1,) int64 first token of the document that target i is scored in; a context that would reach
+               before it gives no hint and is not counted.
+    The hint is the token that first reached the highest count; the gate opens where its share of all counts is at
+    least `threshold`, both as fp32. Raises MemoryError when the table does not fit.
+    """
+    tokens = np.ascontiguousarray(tokens, np.uint16)
+    order = np.ascontiguousarray(order, np.int64)
+    doc_start = np.ascontiguousarray(doc_start, np.int64)
     n = len(tokens) - 1
     if len(doc_start) != n or (len(order) and not 0 <= order.min() <= order.max() < n):
         raise ValueError(f"ngram_hints: expected doc_start of {n} targets and order within them, found "
@@ -3834,7 +3815,7 @@ def run_pipeline(cfg: Config, run: Run) -> None:
         timer = Timer(run)
         stats = collect_hessians(cfg, run, model, data.train, cfg.gptq_calibration_batches)
         calibration_s = timer.seconds()
-        run.log(f"GPTQ:collected {1 + len(MATRIX_NAMES) * cfg.num_layers} Hessians in {calibration_s:.1f}s")
+        run.log(f"GPTQ:collected {len(list_matrices(cfg))} Hessians in {calibration_s:.1f}s")
         if not cfg.quantize_only:
             run.log(f"train clock_s:{train_s + calibration_s:.1f} steps_s:{train_s:.1f} "
                     f"calibration_s:{calibration_s:.1f} budget_s:{cfg.max_wallclock_seconds:g}")
@@ -5265,17 +5246,20 @@ def slot_adapters(bank: AdapterBank, flat: Tensor) -> tuple[list[SlotAdapters], 
 if triton is not None:
     @triton.jit
     def _trellis_kernel(x_ptr, limit_ptr, codes_ptr, took_ptr, N: tl.constexpr, STATES: tl.constexpr):
-        first, limit = tl.program_id(0) * N, tl.load(limit_ptr + tl.program_id(0))
-        x_ptr, codes_ptr, took_ptr = x_ptr + first, codes_ptr + first, took_ptr + first
+        line = tl.program_id(0)
+        limit = tl.load(limit_ptr + line)
+        x_ptr += line * N
+        codes_ptr += line * N
+        took_ptr += line * N
         state = tl.arange(0, STATES)
-        parity = state >> 5
-        from_0 = 2 * (state ^ 33 * parity) + parity
-        from_1 = 2 * (state ^ 33 * parity ^ 10) + parity
-        low = parity.to(tl.float32)
+        from_0 = _trellis_source(state, 0)
+        from_1 = _trellis_source(state, 1)
+        low = (from_0 & 1).to(tl.float32)
         cost = tl.where(state == 0, 0.0, 1e30)
         for i in range(N):
             x = tl.load(x_ptr + i)
-            at_0, at_1 = _trellis_point(x, low, limit), _trellis_point(x, low + 2, limit)
+            at_0 = _trellis_point(x, low, limit)
+            at_1 = _trellis_point(x, low + 2, limit)
             cost_0 = tl.gather(cost, from_0, 0) + (x - at_0) * (x - at_0)
             cost_1 = tl.gather(cost, from_1, 0) + (x - at_1) * (x - at_1)
             took = cost_1 < cost_0
@@ -5285,9 +5269,13 @@ if triton is not None:
         tl.debug_barrier()                           # what one thread has stored all are about to read
         for i in range(N - 1, -1, -1):
             bit = tl.load(took_ptr + i) >> at & 1
-            tl.store(codes_ptr + i, _trellis_point(tl.load(x_ptr + i), (2 * bit + (at >> 5)).to(tl.float32),
-                                                   limit))
-            at = 2 * (at ^ 33 * (at >> 5) ^ 10 * bit) + (at >> 5)
+            at = _trellis_source(at, bit)
+            tl.store(codes_ptr + i, _trellis_point(tl.load(x_ptr + i), (2 * bit + (at & 1)).to(tl.float32), limit))
+
+    @triton.jit
+    def _trellis_source(state, bit):                 # the state whose next_state(., bit) this is
+        parity = state >> 5
+        return 2 * (state ^ 33 * parity ^ 10 * bit) + parity
 
     @triton.jit
     def _trellis_point(x, residue, limit):
@@ -5300,8 +5288,9 @@ def trellis_round(x: Tensor, limit: Tensor) -> Tensor:
     """plain_trellis_round(x, limit); on a GPU by one kernel, a program per line."""
     if not x.is_cuda or triton is None:
         return plain_trellis_round(x, limit)
-    x, codes, took = x.contiguous(), torch.empty_like(x), torch.empty(x.shape, dtype=torch.int64,
-                                                                      device=x.device)
+    x = x.contiguous()
+    codes = torch.empty_like(x)
+    took = torch.empty(x.shape, dtype=torch.int64, device=x.device)
     _trellis_kernel[(len(x),)](x, limit, codes, took, N=x.shape[1], STATES=TRELLIS_STATES, num_warps=1)
     return codes
 
@@ -5496,81 +5485,143 @@ def graphs_made(steps: Callable) -> tuple[int, int]:
 
 @functools.cache
 def compile_c(source: str) -> ctypes.CDLL:
-    """Load C source, compiled once per process; RuntimeError with the compiler's message when that does not work."""
+    """Load C source, compiled once per process; RuntimeError with the compiler's message when that fails."""
+    compiler = os.environ.get("CC", "cc")
     with tempfile.TemporaryDirectory(prefix="train_gpt_") as folder:
-        library, compiler = f"{folder}/code.so", os.environ.get("CC", "cc")
+        library = f"{folder}/code.so"
         for target in (["-march=native"], []):            # not every compiler knows its own machine
             # -fwrapv: even a forged stream must not meet undefined behaviour.
-            command = [compiler, "-O3", *target, "-fwrapv", "-std=c99", "-shared", "-fPIC", "-o", library, "-xc", "-"]
+            command = [compiler, "-O3", *target, "-fwrapv", "-std=c99", "-shared", "-fPIC", "-o", library,
+                       "-xc", "-"]
             try:
                 done = subprocess.run(command, input=source, capture_output=True, text=True)
             except FileNotFoundError:
-                raise RuntimeError(f"no C compiler: expected `{compiler}` on the PATH; install gcc or clang") from None
+                raise RuntimeError(f"no C compiler: expected `{compiler}` on the PATH; install gcc or "
+                                   "clang") from None
             if done.returncode == 0:
                 return ctypes.CDLL(library)
         raise RuntimeError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
+
+
+def c_pointer(array: np.ndarray | None) -> ctypes.c_void_p:
+    """The address of a contiguous array, to hand to C; the caller keeps the array alive. None: NULL."""
+    return ctypes.c_void_p(None if array is None else array.ctypes.data)
 
 
 CODER_C = r"""
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-typedef uint8_t u8; typedef int16_t i16; typedef uint16_t u16;
-typedef int32_t i32; typedef uint32_t u32; typedef int64_t i64; typedef uint64_t u64;
+typedef uint8_t u8;
+typedef int16_t i16;
+typedef uint16_t u16;
+typedef int32_t i32;
+typedef uint32_t u32;
+typedef int64_t i64;
+typedef uint64_t u64;
 enum { VOTES = 4, NODES = 32, LEVELS = 128, TRELLIS_ROWS = 256 };
+
+static inline int clamp(i64 x, int lo, int hi) {
+    return x < lo ? lo : x > hi ? hi : x;
+}
+
+static inline i64 at_most(i64 x, i64 hi) {
+    return x < hi ? x : hi;
+}
+
+// --- arithmetic coder [lpaq], bounds of 64 bits ---
+
 typedef struct {
-    const i32 *squash, *stretch, *rate; const u32 *prior;  // tables of _tables()
-    u64 lo, hi, code; u8 *buf; i64 pos, cap; int decode;
+    const i32 *squash, *stretch, *rate;     // tables of _tables()
+    const u32 *prior;
+    u64 lo, hi, code;
+    u8 *buf;
+    i64 pos, cap;
+    int decode;
 } Coder;
-static inline int clamp(i64 x, int lo, int hi) { return x < lo ? lo : x > hi ? hi : x; }
-// Arithmetic coder [lpaq] with 64-bit bounds: `p` of 65536 goes to bit 1; equal leading bytes leave at once.
+
+static inline u8 next_byte(const Coder *c) {        // past the end the decoder reads zeros
+    return c->pos < c->cap ? c->buf[c->pos] : 0;
+}
+
+// `p` of 65536 of the interval goes to bit 1; leading bytes on which both bounds agree leave at once.
 static inline int code_bit(Coder *c, int bit, u32 p) {
     u64 mid = c->lo + ((c->hi - c->lo) >> 16) * p;
-    if (c->decode) bit = c->code <= mid;
-    if (bit) c->hi = mid; else c->lo = mid + 1;
-    for (; !((c->lo ^ c->hi) >> 56); c->lo <<= 8, c->hi = c->hi << 8 | 255, c->pos++)
-        if (c->decode) c->code = c->code << 8 | (c->pos < c->cap ? c->buf[c->pos] : 0);
-        else if (c->pos < c->cap) c->buf[c->pos] = c->hi >> 56;
+    if (c->decode)
+        bit = c->code <= mid;
+    if (bit)
+        c->hi = mid;
+    else
+        c->lo = mid + 1;
+    while (!((c->lo ^ c->hi) >> 56)) {
+        if (c->decode)
+            c->code = c->code << 8 | next_byte(c);
+        else if (c->pos < c->cap)
+            c->buf[c->pos] = c->hi >> 56;
+        c->lo <<= 8;
+        c->hi = c->hi << 8 | 255;
+        c->pos++;
+    }
     return bit;
 }
+
 static void start(Coder *c) {
-    if (c->decode) for (; c->pos < 8; c->pos++) c->code = c->code << 8 | (c->pos < c->cap ? c->buf[c->pos] : 0);
+    if (!c->decode)
+        return;
+    for (; c->pos < 8; c->pos++)
+        c->code = c->code << 8 | next_byte(c);
 }
-static i64 finish(Coder *c) {  // one byte suffices: past the end the decoder reads zeros
-    if (!c->decode && c->pos < c->cap) c->buf[c->pos] = (c->lo >> 56) + 1;
+
+static i64 finish(Coder *c) {       // one byte suffices, for zeros follow
+    if (!c->decode && c->pos < c->cap)
+        c->buf[c->pos] = (c->lo >> 56) + 1;
     return c->pos + 1;
 }
-// One decision. A counter is 22 bits of probability and 10 bits of age; it moves by 1/(age + 1.5).
-// Two weight sets, chosen by different contexts, are averaged; each learns from its own error.
-static inline int decide(Coder *c, u32 **cell, i32 *wa, i32 *wb, int bit, u32 max_age, int speed) {
-    int vote[VOTES]; i64 a = 0, b = 0;
+
+// --- one decision: counters vote, two weight sets mix the votes ---
+
+static inline int probability(const Coder *c, i64 logit) {
+    return c->squash[clamp(logit, -2047, 2047) + 2048];
+}
+
+// A counter is 22 bits of probability and 10 bits of age; it moves by 1/(age + 1.5).
+static inline void learn_counter(const Coder *c, u32 *cell, int bit, u32 max_age) {
+    u32 age = *cell & 1023;
+    i32 p = *cell >> 10;
+    p += ((i64)((bit ? 4194303 : 0) - p) * c->rate[age]) >> 16;
+    *cell = (u32)p << 10 | (age + (age < max_age));
+}
+
+// Counters tab[k][at] vote. Weight sets wa and wb, chosen by different contexts, are averaged; each learns
+// from its own error.
+static inline int decide(Coder *c, u32 *const *tab, int at, i32 *wa, i32 *wb, int bit,
+                         u32 max_age, int speed) {
+    int vote[VOTES];
+    i64 a = 0, b = 0;
     for (int k = 0; k < VOTES; k++) {
-        vote[k] = c->stretch[*cell[k] >> 20];
-        a += (i64)wa[k] * vote[k]; b += (i64)wb[k] * vote[k];
+        vote[k] = c->stretch[tab[k][at] >> 20];
+        a += (i64)wa[k] * vote[k];
+        b += (i64)wb[k] * vote[k];
     }
-    bit = code_bit(c, bit, c->squash[clamp((a + b) >> 19, -2047, 2047) + 2048]);
-    i64 ea = ((bit << 16) - c->squash[clamp(a >> 18, -2047, 2047) + 2048]) * speed;
-    i64 eb = ((bit << 16) - c->squash[clamp(b >> 18, -2047, 2047) + 2048]) * speed;
+    bit = code_bit(c, bit, probability(c, (a + b) >> 19));
+    i64 error_a = ((bit << 16) - probability(c, a >> 18)) * speed;
+    i64 error_b = ((bit << 16) - probability(c, b >> 18)) * speed;
     for (int k = 0; k < VOTES; k++) {
-        wa[k] += (vote[k] * ea + (1 << 19)) >> 20;
-        wb[k] += (vote[k] * eb + (1 << 19)) >> 20;
-        u32 age = *cell[k] & 1023; i32 p = *cell[k] >> 10;
-        p += ((i64)((bit ? 4194303 : 0) - p) * c->rate[age]) >> 16;
-        *cell[k] = (u32)p << 10 | (age + (age < max_age));
+        wa[k] += (vote[k] * error_a + (1 << 19)) >> 20;
+        wb[k] += (vote[k] * error_b + (1 << 19)) >> 20;
+        learn_counter(c, tab[k] + at, bit, max_age);
     }
     return bit;
 }
-static inline int level(i64 v) {  // variance in 1/256 code**2 -> step of the variance axis
-    v = v < 16 ? 16 : v > 1 << 19 ? 1 << 19 : v;
-    int e = 31 - __builtin_clz((u32)v);
-    return (e - 4) * 8 + (v >> (e - 3) & 7);
-}
+
 static int code_number(Coder *c, int value, int bits) {
     int v = 0;
-    while (bits--) v = v << 1 | code_bit(c, value >> bits & 1, 32768);
+    while (bits--)
+        v = v << 1 | code_bit(c, value >> bits & 1, 32768);
     return v;
 }
-static int code_share(Coder *c, int value, i32 *odds) {  // 3 bits, each with one fast counter
+
+static int code_share(Coder *c, int value, i32 *odds) {     // 3 bits, each with one fast counter
     int v = 1;
     for (int k = 2; k >= 0; k--) {
         int bit = code_bit(c, value >> k & 1, odds[v]);
@@ -5579,160 +5630,385 @@ static int code_share(Coder *c, int value, i32 *odds) {  // 3 bits, each with on
     }
     return v & 7;
 }
-// Ridge regression of every column on the columns to its left (column 0 is the constant).
-typedef struct { i64 n, next; i32 *gram; i64 *L; i16 *T; } Fit;
+
+// --- ridge regression of every column on the columns to its left (column 0 is the constant) ---
+
+typedef struct {
+    i64 n, next;        // rows seen; rows at which to fit again
+    i32 *gram;          // sums of products of two columns
+    i64 *L;             // unit lower triangle, 28 fractional bits
+    i16 *T;             // coefficients, 12 fractional bits
+} Fit;
+
 static i64 isqrt(i64 v) {
     i64 r = 0;
-    for (i64 b = 1ll << 31; b; b >>= 1) if ((r | b) * (r | b) <= v) r |= b;
+    for (i64 b = 1ll << 31; b; b >>= 1)
+        if ((r | b) * (r | b) <= v)
+            r |= b;
     return r;
 }
+
+// Row i of L and D[i]: L D L' = keep * correlations + (1 - keep) * identity. Trust grows with the rows seen.
+static void factor_row(const Fit *f, int d, int i, const i64 *sd, i64 *D) {
+    i64 keep = f->n * 250 / (f->n + 1000);
+    i64 *Li = f->L + (i64)i * d;
+    for (int j = 0; j < i; j++) {
+        const i64 *Lj = f->L + (i64)j * d;
+        i64 target = f->gram[(i64)i * d + j] * (1ll << 24) / (sd[i] * sd[j]) * keep >> 4;
+        i64 dot = 0;
+        for (int k = 0; k < j; k++)
+            dot += Li[k] * Lj[k];
+        Li[j] = target - (dot >> 28);
+    }
+    i64 explained = 0;
+    for (int j = 0; j < i; j++) {
+        i64 l = Li[j] * (1 << 28) / D[j];
+        explained += l * Li[j] >> 28;
+        Li[j] = l;
+    }
+    D[i] = (1 << 28) - explained;
+    if (D[i] < 1 << 16)
+        D[i] = 1 << 16;
+}
+
 static void refit(Fit *f, int d) {
-    i64 keep = f->n * 250 / (f->n + 1000), *L = f->L, *D = malloc(8 * d), *v = malloc(8 * d), *sd = malloc(8 * d);
-    for (int i = 0; i < d; i++) sd[i] = isqrt(f->gram[(i64)i * d + i] + f->n) + 1;
-    // L D L' = keep * correlations + (1 - keep) * identity, 28 fractional bits; trust grows with the rows seen
+    i64 *D = malloc(8 * d), *b = malloc(8 * d), *sd = malloc(8 * d);
+    for (int i = 0; i < d; i++)
+        sd[i] = isqrt(f->gram[(i64)i * d + i] + f->n) + 1;
     for (int i = 0; i < d; i++) {
-        i64 *Li = L + (i64)i * d, s = 0;
-        for (int j = 0; j < i; j++) {
-            i64 *Lj = L + (i64)j * d, c = f->gram[(i64)i * d + j] * (1ll << 24) / (sd[i] * sd[j]) * keep >> 4, dot = 0;
-            for (int k = 0; k < j; k++) dot += Li[k] * Lj[k];
-            Li[j] = c - (dot >> 28);
-        }
-        for (int j = 0; j < i; j++) { i64 l = Li[j] * (1 << 28) / D[j]; s += l * Li[j] >> 28; Li[j] = l; }
-        D[i] = (1 << 28) - s; if (D[i] < 1 << 16) D[i] = 1 << 16;
-        memcpy(v, Li, 8 * i);      // coefficients b of column i solve (left part of L)' b = row i of L
+        factor_row(f, d, i, sd, D);
+        memcpy(b, f->L + (i64)i * d, 8 * i);    // coefficients b of column i: (L left of i)' b = row i of L
         for (int j = i - 1; j >= 0; j--) {
-            for (int k = 0; k < j; k++) v[k] -= v[j] * L[(i64)j * d + k] >> 28;
-            f->T[(i64)i * d + j] = clamp((v[j] >> 8) * sd[i] / sd[j] >> 8, -32767, 32767);
+            for (int k = 0; k < j; k++)
+                b[k] -= b[j] * f->L[(i64)j * d + k] >> 28;
+            f->T[(i64)i * d + j] = clamp((b[j] >> 8) * sd[i] / sd[j] >> 8, -32767, 32767);
         }
     }
-    free(D); free(v); free(sd);
+    free(D);
+    free(b);
+    free(sd);
 }
-// Codes x[matrices][rows][cols]; returns the bytes written, or more than cap when they do not fit.
-i64 code_codes(const i32 *squash, const i32 *stretch, const i32 *rate, const u32 *prior, u8 *buf, i64 cap, int decode,
+
+// --- codes of a tensor group ---
+//
+// Predictions and errors are in 1/16 of an integer; column variances have 18 fractional bits. For each code:
+//   ratio  energy of this row's codes over what their columns lead to expect, 256 where they are equal
+//   A      variance of the column over all rows (slow), 8 fractional bits
+//   B      A scaled by ratio
+//   F      variance of the column over the last rows (fast), scaled by ratio
+//   blend  level of a mix of B, F and the variance of the row's last codes
+//   part   0..8: how far the prediction lies from an integer; without regression, where it is always 0,
+//          the level of ratio, plus 9 for the odd codes of the trellis
+// Four counters vote: of A and F (apart for odd codes without regression), of blend and B (apart by part).
+
+enum { PARTS = 18, WEIGHTS = NODES * VOTES };
+
+typedef struct {                    // what both sides learn while they code
+    i64 rows, cols;
+    int trellis, regress;
+    const i32 *rate;                // of learning, by age
+    i64 age;                        // rows that the column variances rest on
+    u32 *counters[VOTES];           // NODES for every value of a view
+    i32 *by_part, *by_blend;        // WEIGHTS for every part, every blend
+    i32 *slow, *fast;               // variance of each column
+    i64 energy;                     // sum of the variances of a typical row
+    u8 *state;                      // of the trellis, per column
+    i16 *left;                      // this row's codes so far, after the regression's constant
+    i16 *error;                     // regression error of every code
+    i32 odds[2][8];                 // of the shares of similar rows
+    Fit fit;
+} Model;
+
+typedef struct {                    // one row: means and sums of variances
+    i32 rate_slow, rate_fast;
+    i64 seen, expected, recent;     // of its codes so far, of their columns, of its last codes
+    i64 spent, rest, budget;        // sums: of its codes so far, of the columns to come, of a whole row
+    i16 *error;                     // its regression errors
+    const i16 *similar[2];          // those of earlier rows that resemble it, and their shares in 1/8
+    int share[2];
+} Row;
+
+typedef struct {                    // where a code is looked for
+    int own, mu;                    // prediction by the regression alone, and with the similar rows
+    int odd, m, flip;               // code: odd + (m + flip * t) whole steps; t is coded, flip points to mu
+    int part;
+    u32 *tab[VOTES];                // counters of its decisions, by node
+    i32 *wa, *wb;                   // weights of their votes
+} Place;
+
+// The trellis' machine (section 8): its parity is state & 1, `bit` the second-lowest bit of the code.
+static inline u8 next_state(u8 state, int bit) {
+    return state >> 1 ^ 33 * (state & 1) ^ 10 * bit;
+}
+
+static inline int level(i64 v) {    // variance, 8 fractional bits -> step of the variance axis
+    v = v < 16 ? 16 : at_most(v, 1 << 19);
+    int e = 31 - __builtin_clz((u32)v);
+    return (e - 4) * 8 + (v >> (e - 3) & 7);
+}
+
+static void open_model(Model *g, const u32 *prior, i64 matrices) {
+    static const int copies[VOTES] = {2, 2, PARTS, PARTS};      // values of each view per level
+    i64 d = g->cols + 1;
+    i64 pairs = g->regress ? d * d : 1;
+    for (int k = 0; k < VOTES; k++) {
+        g->counters[k] = malloc(4ll * NODES * LEVELS * copies[k]);
+        for (int l = 0; l < LEVELS * copies[k]; l++)
+            memcpy(g->counters[k] + l * NODES, prior + l / copies[k] * NODES, 4 * NODES);
+    }
+    g->by_part = malloc(4 * WEIGHTS * (PARTS + LEVELS));
+    g->by_blend = g->by_part + PARTS * WEIGHTS;
+    for (int i = 0; i < WEIGHTS * (PARTS + LEVELS); i++)
+        g->by_part[i] = (1 << 18) / VOTES;
+    g->slow = malloc(8 * g->cols);
+    g->fast = g->slow + g->cols;
+    g->state = calloc(d, 1);
+    g->left = calloc(d, 2);
+    g->left[0] = 8;
+    for (int i = 0; i < 16; i++)
+        g->odds[i / 8][i % 8] = 32768;
+    g->error = calloc(g->regress ? matrices * g->rows * g->cols : 1, 2);
+    g->fit = (Fit){0, 16, calloc(pairs, 4), calloc(pairs, 8), calloc(pairs, 2)};
+}
+
+static void close_model(Model *g) {
+    for (int k = 0; k < VOTES; k++)
+        free(g->counters[k]);
+    free(g->by_part);
+    free(g->slow);
+    free(g->state);
+    free(g->left);
+    free(g->error);
+    free(g->fit.gram);
+    free(g->fit.L);
+    free(g->fit.T);
+}
+
+// What is expected of a row before its first code.
+static Row start_row(Model *g, i64 row) {
+    i64 mean = 6 << 18;
+    if (row) {
+        mean = 0;
+        for (int j = 0; j < g->cols; j++)
+            mean += g->slow[j];
+        mean /= g->cols;
+    }
+    if (row % g->rows == 0) {       // a new matrix: one estimate starts from the last matrix, one afresh
+        g->age = row ? 12 : 6;
+        for (int j = 0; j < g->cols; j++) {
+            g->fast[j] = row ? g->slow[j] : mean;
+            g->slow[j] = mean;
+        }
+    }
+    if (row % g->rows % TRELLIS_ROWS == 0)
+        memset(g->state, 0, g->cols);
+    Row r;
+    r.rate_slow = g->rate[at_most(g->age, 1023)];
+    r.rate_fast = g->rate[at_most(g->age, 250)];
+    r.seen = r.expected = r.recent = mean;
+    r.spent = 0;
+    r.rest = mean * g->cols;
+    r.budget = row ? g->energy : r.rest;
+    r.error = g->error + (g->regress ? row * g->cols : 0);
+    r.similar[0] = r.similar[1] = g->error;
+    r.share[0] = r.share[1] = 0;
+    return r;
+}
+
+// Up to two earlier rows named by the encoder, whose regression errors this row is expected to share.
+static void code_similar_rows(Coder *c, Model *g, Row *r, i64 row, const i32 *alike) {
+    for (int k = 0; k < 2; k++) {
+        r->share[k] = code_share(c, alike[k] & 7, g->odds[k]);
+        if (!r->share[k])
+            break;
+        int which = code_number(c, alike[k] >> 3, 32 - __builtin_clz((u32)row));
+        if (which < row)            // a forged stream may name any
+            r->similar[k] += which * g->cols;
+    }
+}
+
+static inline void predict(const Model *g, const Row *r, int j, Place *p) {
+    p->own = p->mu = 0;
+    if (!g->regress)
+        return;
+    const i16 *T = g->fit.T + (j + 1) * (g->cols + 1);
+    i32 own = 0;
+    for (int k = 0; k <= j; k++)
+        own += T[k] * g->left[k];
+    p->own = (own + (128 << g->trellis)) >> (8 + g->trellis);
+    i32 shared = (r->similar[0][j] * r->share[0] + r->similar[1][j] * r->share[1]) >> 3;
+    p->mu = clamp(p->own + shared, -1023, 1023);
+}
+
+// The place nearest to the prediction. With the trellis codes count half steps; its state says odd or even.
+static inline void locate(const Model *g, int j, Place *p) {
+    p->odd = g->trellis & g->state[j];
+    int near = p->mu - 8 * p->odd;
+    p->m = (near + 8) >> 4;
+    int rest = near - p->m * 16;
+    p->flip = rest < 0 ? -1 : 1;
+    p->part = rest * p->flip;
+}
+
+// This row against its columns. All rows have nearly the same energy (their step is proportional to their
+// deviation), so what is left of it tells the scale of the codes to come, less surely towards the end; with
+// regression a row goes by its past.
+static inline i64 row_ratio(const Model *g, const Row *r, int j) {
+    if (g->regress)
+        return clamp((r->seen << 8) / (r->expected + 1), 64, 1024);
+    i64 rest = r->rest > 0 ? r->rest : 0;
+    i64 excess = clamp((r->budget - r->spent) * 256 / (rest + 1), 64, 1024) - 256;
+    i64 to_come = g->cols - j;
+    return 256 + excess * to_come / (to_come + (g->cols >> 6));
+}
+
+static inline void choose_views(const Model *g, const Row *r, int j, Place *p) {
+    i64 ratio = row_ratio(g, r, j);
+    int odd = 0;
+    if (!g->regress) {
+        odd = p->odd;
+        p->part = clamp(((ratio - 256) >> 5) + 4, 0, 8) + 9 * odd;
+    }
+    i64 A = g->slow[j] >> 10;
+    i64 B = A * ratio >> 8;
+    i64 F = (g->fast[j] >> 10) * ratio >> 8;
+    int blend = level((B * 4 + F * 3 + (r->recent >> 10)) >> 3);
+    p->tab[0] = g->counters[0] + (level(A) * 2 + odd) * NODES;
+    p->tab[1] = g->counters[1] + (level(F) * 2 + odd) * NODES;
+    p->tab[2] = g->counters[2] + (blend * PARTS + p->part) * NODES;
+    p->tab[3] = g->counters[3] + (level(B) * PARTS + p->part) * NODES;
+    p->wa = g->by_part + p->part * WEIGHTS;
+    p->wb = g->by_blend + blend * WEIGHTS;
+}
+
+static inline int decide_node(Coder *c, const Place *p, int node, int bit) {
+    return decide(c, p->tab, node, p->wa + node * VOTES, p->wb + node * VOTES, bit, 1000, 2);
+}
+
+// The distance t in whole steps: zero? negative? then is its size 2 or more, 3 or more, ...
+static inline int code_distance(Coder *c, const Place *p, int t) {
+    int size = t < 0 ? -t : t;
+    if (decide_node(c, p, 0, t == 0))
+        return 0;
+    int sign = decide_node(c, p, 1, t < 0) ? -1 : 1;
+    int found = 1;
+    while (found < NODES - 1 && decide_node(c, p, found + 1, size > found))
+        found++;
+    if (found == NODES - 1)
+        while (found < 255 && code_bit(c, size > found, 32768))
+            found++;
+    return sign * found;
+}
+
+static inline void learn_code(Model *g, Row *r, int j, int code, const Place *p) {
+    int value = code * (16 >> g->trellis);
+    g->left[j + 1] = code;
+    if (g->trellis)
+        g->state[j] = next_state(g->state[j], code >> 1 & 1);
+    if (g->regress)
+        r->error[j] = clamp(value - p->own, -32767, 32767);
+    i64 distance = clamp(value - p->mu, -1023, 1023);
+    i64 variance = distance * distance << 10;
+    i32 step = g->rate[at_most(j + 16, 400)];
+    r->seen += (variance - r->seen) * step >> 16;
+    r->expected += (g->slow[j] - r->expected) * step >> 16;
+    r->recent += (variance - r->recent) >> 4;
+    r->spent += variance;
+    r->rest -= g->slow[j];
+    g->slow[j] += (variance - g->slow[j]) * r->rate_slow >> 16;
+    g->fast[j] += (variance - g->fast[j]) * r->rate_fast >> 16;
+}
+
+static void learn_row(Model *g, const Row *r, i64 row) {
+    g->age++;
+    g->energy += row ? (r->spent - g->energy) * g->rate[at_most(row, 1023)] >> 16 : r->spent;
+    if (!g->regress)
+        return;
+    i64 d = g->cols + 1;
+    g->fit.n++;
+    for (int i = 0; i < d; i++)
+        for (int j = 0; j <= i; j++)
+            g->fit.gram[i * d + j] += g->left[i] * g->left[j];
+}
+
+// Codes x[matrices][rows][cols]; `alike` of similar_rows() asks for regression, NULL for none. Returns the
+// bytes written, more than cap when they do not fit, -1 when a code is off the trellis.
+i64 code_codes(const i32 *squash, const i32 *stretch, const i32 *rate, const u32 *prior,
+               u8 *buf, i64 cap, int decode,
                int8_t *x, i64 matrices, i64 rows, i64 cols, i64 trellis, const i32 *alike) {
     Coder c = {squash, stretch, rate, prior, 0, ~0ull, 0, buf, 0, cap, decode};
-    int d = cols + 1, n = 0, regress = alike != 0, valid = 1;
-    u32 *tab = malloc(4ll * NODES * LEVELS * 40), *tabs[VOTES] = {tab};
-    tabs[1] = tab + NODES * LEVELS * 2; tabs[2] = tabs[1] + NODES * LEVELS * 2; tabs[3] = tabs[2] + NODES * LEVELS * 18;
-    for (int k = 0; k < VOTES; k++)
-        for (int l = 0, copies = k < 2 ? 2 : 18; l < LEVELS * copies; l++)
-            memcpy(tabs[k] + l * NODES, prior + l / copies * NODES, 4 * NODES);
-    i32 *wa = malloc(4 * NODES * VOTES * (18 + LEVELS)), *wb = wa + 18 * NODES * VOTES;
-    for (int i = 0; i < NODES * VOTES * (18 + LEVELS); i++) wa[i] = (1 << 18) / VOTES;
-    u8 *state = calloc(d, 1);                                             // of the trellis, per column
-    i32 *slow = malloc(8 * cols), *fast = slow + cols;                    // column variances, 18 fractional bits
-    i16 *left = calloc(d, 2);
-    Fit f = {0, 16, calloc(regress ? d * d : 1, 4), calloc(regress ? d * d : 1, 8), calloc(regress ? d * d : 1, 2)};
-    i16 *error = calloc(regress ? matrices * rows * cols : 1, 2);         // of the regression, 1/16 code
-    i32 odds[16];
-    for (int i = 0; i < 16; i++) odds[i] = 32768;
-    i64 energy = 0;                                                       // of a typical row
+    Model g = {rows, cols, trellis, alike != 0, rate};
+    int valid = 1;
+    open_model(&g, prior, matrices);
     start(&c);
-    for (i64 row = 0; row < matrices * rows; row++, n++) {
-        i64 mean = 6 << 18;
-        if (row) { mean = 0; for (int j = 0; j < cols; j++) mean += slow[j]; mean /= cols; }
-        if (row % rows == 0) {     // a new matrix: one column estimate starts from the last matrix, one afresh
-            n = row ? 12 : 6;
-            for (int j = 0; j < cols; j++) { fast[j] = row ? slow[j] : mean; slow[j] = mean; }
+    for (i64 row = 0; row < matrices * rows; row++) {
+        Row r = start_row(&g, row);
+        if (g.regress && row)
+            code_similar_rows(&c, &g, &r, row, alike + 2 * row);
+        if (g.regress && g.fit.n >= g.fit.next) {
+            refit(&g.fit, cols + 1);
+            g.fit.next += g.fit.next / 3 + 1;
         }
-        i32 rate_slow = rate[n < 1023 ? n : 1023], rate_fast = rate[n < 250 ? n : 250];
-        i64 seen = mean, expected = mean, recent = mean, spent = 0;       // variances of the row so far
-        i64 rest = mean * cols, budget = row ? energy : rest;             // sums over the rest of the row
-        left[0] = 8;
-        if (row % rows % TRELLIS_ROWS == 0) memset(state, 0, d);
-        int share[2] = {0, 0}; const i16 *model[2] = {error, error};      // earlier rows that resemble this one
-        for (int k = 0; regress && row && k < 2; k++) {
-            if (!(share[k] = code_share(&c, alike[2 * row + k] & 7, odds + 8 * k))) break;
-            int which = code_number(&c, alike[2 * row + k] >> 3, 32 - __builtin_clz((u32)row));
-            model[k] += (which < row ? which : 0) * cols;
-        }
-        if (regress && f.n >= f.next) { refit(&f, d); f.next += f.next / 3 + 1; }
         for (int j = 0; j < cols; j++) {
-            i32 mu = 0, own = 0;                                          // prediction in 1/16 code
-            if (regress) {
-                const i16 *T = f.T + (i64)(j + 1) * d;
-                for (int k = 0; k <= j; k++) own += T[k] * left[k];
-                own = (own + (128 << trellis)) >> (8 + trellis);
-                mu = clamp(own + (model[0][j] * share[0] + model[1][j] * share[1] >> 3), -1023, 1023);
-            }
-            // Code the distance to the nearest integer m; mirrored so that the rest `part` is >= 0. With the trellis x
-            // counts half codes, and its state says whether this one is a half above an integer.
-            int odd = trellis & state[j], near = mu - 8 * odd, sided = 0;
-            int m = (near + 8) >> 4, part = near - m * 16, flip = part < 0 ? -1 : 1;
-            part *= flip;
-            // This row against its columns. All rows have nearly the same energy (their step is proportional to their
-            // deviation), so what is left of it tells the scale of the codes to come; predicted rows go by their past.
-            i64 ratio = clamp((seen << 8) / (expected + 1), 64, 1024);
-            if (!regress) {
-                ratio = clamp((budget - spent) * 256 / ((rest > 0 ? rest : 0) + 1), 64, 1024) - 256;
-                ratio = 256 + ratio * (cols - j) / (cols - j + (cols >> 6));   // less sure towards the end
-                part = clamp(((ratio - 256) >> 5) + 4, 0, 8) + 9 * odd; sided = odd;
-            }
-            i64 A = slow[j] >> 10, B = (A * ratio) >> 8, F = fast[j] >> 10;
-            int blend = level((B * 4 + (F * ratio >> 8) * 3 + (recent >> 10)) >> 3);
-            int views[VOTES] = {level(A) * 2 + sided, level(F * ratio >> 8) * 2 + sided, blend * 18 + part,
-                                level(B) * 18 + part};
-            u32 *cell[VOTES];
-            for (int k = 0; k < VOTES; k++) cell[k] = tabs[k] + views[k] * NODES;
-            i32 *pa = wa + part * NODES * VOTES, *pb = wb + blend * NODES * VOTES;
             i64 at = row * cols + j;
-            int t = decode ? 0 : ((x[at] - odd >> trellis) - m) * flip, size = t < 0 ? -t : t, found = 0, sign = 1;
-            for (int node = 0; node < NODES; node++, pa += VOTES, pb += VOTES) {
-                int bit = decide(&c, cell, pa, pb, node == 0 ? t == 0 : node == 1 ? t < 0 : size >= node, 1000, 2);
-                for (int k = 0; k < VOTES; k++) cell[k]++;
-                if (node == 1) { sign = bit ? -1 : 1; found = 1; }
-                else if (bit != (node > 0)) break;
-                else if (node) found = node;
-            }
-            if (found == NODES - 1) while (found < 255 && code_bit(&c, size > found, 32768)) found++;
-            if (decode) x[at] = clamp((found * sign * flip + m) * (1 << trellis) + odd, -128, 127);
-            left[j + 1] = x[at]; valid &= !trellis | (x[at] & 1) == odd;
-            if (trellis) state[j] = state[j] >> 1 ^ 33 * odd ^ 10 * (x[at] >> 1 & 1);
-            int value = x[at] * (16 >> trellis);
-            if (regress) error[at] = clamp(value - own, -32767, 32767);
-            i64 e = clamp(value - mu, -1023, 1023), var = e * e << 10;
-            i32 r = rate[j + 16 < 400 ? j + 16 : 400];
-            seen += (var - seen) * r >> 16; expected += (slow[j] - expected) * r >> 16;
-            recent += (var - recent) >> 4; spent += var; rest -= slow[j];
-            slow[j] += (var - slow[j]) * rate_slow >> 16; fast[j] += (var - fast[j]) * rate_fast >> 16;
+            Place p;
+            predict(&g, &r, j, &p);
+            locate(&g, j, &p);
+            choose_views(&g, &r, j, &p);
+            int t = decode ? 0 : (((x[at] - p.odd) >> trellis) - p.m) * p.flip;
+            t = code_distance(&c, &p, t);
+            if (decode)
+                x[at] = clamp((t * p.flip + p.m) * (1 << trellis) + p.odd, -128, 127);
+            if (trellis && (x[at] & 1) != p.odd)
+                valid = 0;
+            learn_code(&g, &r, j, x[at], &p);
         }
-        energy += row ? (spent - energy) * rate[row < 1023 ? row : 1023] >> 16 : spent;
-        if (regress) {
-            f.n++;
-            for (int i = 0; i < d; i++) for (int j = 0; j <= i; j++) f.gram[(i64)i * d + j] += left[i] * left[j];
-        }
+        learn_row(&g, &r, row);
     }
-    free(tab); free(wa); free(slow); free(left); free(error); free(f.gram); free(f.L); free(f.T); free(state);
+    close_model(&g);
     return valid ? finish(&c) : -1;
 }
-// Words x[n]: high byte, then low byte, bit by bit; views: none, the previous word, the word `stride` back.
+
+// --- words ---
+
+// Words x[n]: high byte, then low byte, bit by bit. Views: none, the previous word, the one `stride` back,
+// both of them.
 i64 code_words(const i32 *squash, const i32 *stretch, const i32 *rate, const u32 *prior,
                u8 *buf, i64 cap, int decode, u16 *x, i64 n, i64 stride) {
     Coder c = {squash, stretch, rate, prior, 0, ~0ull, 0, buf, 0, cap, decode};
-    u32 *tab = malloc(4ll * 8 << 16);
-    i32 w[16 * 2 * VOTES];
-    for (int i = 0; i < 8 << 16; i++) tab[i] = 1u << 31 | 2;
-    for (int i = 0; i < 16 * 2 * VOTES; i++) w[i] = 105000;
+    u32 *counters = malloc(4ll * 2 * VOTES << 16);
+    i32 weights[2 * 8 * 2 * VOTES];
+    for (int i = 0; i < 2 * VOTES << 16; i++)
+        counters[i] = 1u << 31 | 2;
+    for (int i = 0; i < 2 * 8 * 2 * VOTES; i++)
+        weights[i] = 105000;
     start(&c);
     for (i64 i = 0; i < n; i++) {
-        int prev = i ? x[i - 1] : 0, back = i >= stride ? x[i - stride] : 0, v = decode ? 0 : x[i], high = 0;
+        int prev = i ? x[i - 1] : 0;
+        int back = i >= stride ? x[i - stride] : 0;
+        int word = decode ? 0 : x[i];
+        int high = 0;
         for (int half = 0; half < 2; half++) {
-            int node = 1, view[VOTES] = {0, prev >> 8, back >> 8, prev >> 12 << 4 | back >> 12};
+            int node = 1;
+            int view[VOTES] = {0, prev >> 8, back >> 8, prev >> 12 << 4 | back >> 12};
             if (half) {
-                view[0] = 0; view[1] = high;
+                view[1] = high;
                 view[2] = prev >> 8 == high ? 1 + (prev >> 4 & 15) : 0;
                 view[3] = back >> 8 == high ? 1 + (back >> 1 & 127) : 0;
             }
+            u32 *tab[VOTES];
+            for (int s = 0; s < VOTES; s++)
+                tab[s] = counters + ((half * VOTES + s) << 16) + (view[s] << 8);
             for (int k = 7; k >= 0; k--) {
-                u32 *cell[VOTES]; i32 *pw = w + (half * 8 + k) * 2 * VOTES;
-                for (int s = 0; s < VOTES; s++) cell[s] = tab + ((half * VOTES + s) << 16) + (view[s] << 8) + node;
-                node = node << 1 | decide(&c, cell, pw, pw + VOTES, v >> (k + 8 - 8 * half) & 1, 250, 60);
+                i32 *w = weights + (half * 8 + k) * 2 * VOTES;
+                int bit = word >> (k + 8 - 8 * half) & 1;
+                node = node << 1 | decide(&c, tab, node, w, w + VOTES, bit, 250, 60);
             }
-            high = half ? high << 8 | (node & 255) : node & 255;
+            high = high << 8 | (node & 255);
         }
         x[i] = high;
     }
-    free(tab);
+    free(counters);
     return finish(&c);
 }
 """
@@ -5742,14 +6018,33 @@ NGRAM_C = r"""
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-/* A context is kept as the position that first showed it, and compared token by token: hashes only find a place. */
-typedef struct { uint32_t seen_at, total, best; uint16_t top; } Entry;        /* seen_at 0: empty */
-/* Counts per (context, token) exist only for contexts that were followed by more than one token. */
-typedef struct { uint64_t key; uint32_t count; } Count;                       /* count 0: empty */
-typedef struct { Count *slots; uint64_t mask, used; } Counts;
+
+// A context is kept as the position that first showed it, and compared token by token; hashes only find it.
+typedef struct {
+    uint32_t seen_at;           // 0: empty
+    uint32_t total, best;       // tokens that followed; those equal to `top`
+    uint16_t top;
+} Entry;
+
+// Counts per (context, token) exist only for contexts that were followed by more than one token.
+typedef struct {
+    uint64_t key;
+    uint32_t count;             // 0: empty
+} Count;
+
+typedef struct {
+    Count *slots;
+    uint64_t mask, used;
+} Counts;
+
 static uint64_t mix(uint64_t x) {
-    x ^= x >> 32; x *= 0xd6e8feb86659fd93u; x ^= x >> 32; x *= 0xd6e8feb86659fd93u; return x ^ (x >> 32);
+    x ^= x >> 32;
+    x *= 0xd6e8feb86659fd93u;
+    x ^= x >> 32;
+    x *= 0xd6e8feb86659fd93u;
+    return x ^ (x >> 32);
 }
+
 static uint64_t hash_context(const uint16_t *context, int length) {
     uint64_t h = 0;
     for (int i = 0; i < length; i += 4) {
@@ -5759,20 +6054,55 @@ static uint64_t hash_context(const uint16_t *context, int length) {
     }
     return mix(h);
 }
+
+// The count of a key, new ones zero; NULL when memory ran out.
 static uint32_t *find_count(Counts *c, uint64_t key) {
-    if (2 * (c->used + 1) > c->mask + 1) {                                    /* at most half full: grow fourfold */
-        Counts bigger = { calloc(4 * (c->mask + 1), sizeof(Count)), 4 * (c->mask + 1) - 1, 0 };
-        if (!bigger.slots) return NULL;
+    if (2 * (c->used + 1) > c->mask + 1) {          // at most half full: grow fourfold
+        uint64_t size = 4 * (c->mask + 1);
+        Counts bigger = {calloc(size, sizeof(Count)), size - 1, 0};
+        if (!bigger.slots)
+            return NULL;
         for (uint64_t i = 0; i <= c->mask; i++)
-            if (c->slots[i].count) *find_count(&bigger, c->slots[i].key) = c->slots[i].count;
+            if (c->slots[i].count)
+                *find_count(&bigger, c->slots[i].key) = c->slots[i].count;
         free(c->slots);
         *c = bigger;
     }
     uint64_t at = mix(key) & c->mask;
-    while (c->slots[at].count && c->slots[at].key != key) at = (at + 1) & c->mask;
-    if (!c->slots[at].count) { c->slots[at].key = key; c->used++; }
+    while (c->slots[at].count && c->slots[at].key != key)
+        at = (at + 1) & c->mask;
+    if (!c->slots[at].count) {
+        c->slots[at].key = key;
+        c->used++;
+    }
     return &c->slots[at].count;
 }
+
+// Token y followed the context of entry number `at`. Returns 0 when memory ran out.
+static int count_token(Entry *e, Counts *counts, uint64_t at, uint16_t y) {
+    int unanimous = e->total == e->best;
+    if (unanimous && y == e->top) {
+        e->total++;
+        e->best++;
+        return 1;
+    }
+    if (unanimous) {                                // the first token that deviates
+        uint32_t *top_count = find_count(counts, at << 16 | e->top);
+        if (!top_count)
+            return 0;
+        *top_count = e->best;
+    }
+    uint32_t *count = find_count(counts, at << 16 | y);
+    if (!count)
+        return 0;
+    e->total++;
+    if (++*count > e->best) {
+        e->top = y;
+        e->best = *count;
+    }
+    return 1;
+}
+
 typedef struct {
     const uint16_t *tokens;
     Entry *table;
@@ -5781,31 +6111,38 @@ typedef struct {
     int context;
     float threshold;
 } Ngrams;
+
 void ngram_close(Ngrams *g) {
-    if (!g) return;
+    if (!g)
+        return;
     free(g->table);
     free(g->counts.slots);
     free(g);
 }
-/* An empty table with room for num_targets; NULL when memory ran out. The tokens must outlive it. */
+
+// An empty table with room for num_targets; NULL when memory ran out. The tokens must outlive it.
 Ngrams *ngram_open(const uint16_t *tokens, int64_t num_targets, int context, float threshold) {
     Ngrams *g = calloc(1, sizeof(Ngrams));
-    if (!g) return NULL;
+    if (!g)
+        return NULL;
     g->tokens = tokens;
     g->context = context;
     g->threshold = threshold;
     g->capacity = 1024;
-    while (3 * g->capacity < 4 * (uint64_t)num_targets) g->capacity *= 2;
+    while (3 * g->capacity < 4 * (uint64_t)num_targets)
+        g->capacity *= 2;
     g->table = calloc(g->capacity, sizeof(Entry));
-    g->counts = (Counts){ calloc(1024, sizeof(Count)), 1023, 0 };
-    if (g->table && g->counts.slots) return g;
+    g->counts = (Counts){calloc(1024, sizeof(Count)), 1023, 0};
+    if (g->table && g->counts.slots)
+        return g;
     ngram_close(g);
     return NULL;
 }
-/* Looks up, then counts n targets in order. Returns 0, or 1 when memory ran out. */
+
+// Looks up, then counts n targets in order. Returns 0, or 1 when memory ran out.
 int ngram_feed(Ngrams *g, int64_t n, const int64_t *order, const int64_t *doc_start,
                int32_t *hint, float *confidence) {
-    enum { AHEAD = 16 };                                                      /* hides the latency of table look-ups */
+    enum { AHEAD = 16 };                            // look-ups begun early, for the table lies in slow memory
     const uint16_t *tokens = g->tokens;
     const int context = g->context;
     Entry *table = g->table;
@@ -5817,32 +6154,26 @@ int ngram_feed(Ngrams *g, int64_t n, const int64_t *order, const int64_t *doc_st
             hashes[(k + AHEAD) % (2 * AHEAD)] = h;
             __builtin_prefetch(&table[h]);
         }
-        if (k < 0) continue;
+        if (k < 0)
+            continue;
         int64_t i = order[k], begin = i + 1 - context;
         hint[k] = -1;
         confidence[k] = 0;
-        if (begin < doc_start[k]) continue;
+        if (begin < doc_start[k])
+            continue;
         uint64_t at = hashes[k % (2 * AHEAD)];
         while (table[at].seen_at && memcmp(tokens + table[at].seen_at - context, tokens + begin, 2 * context))
             at = (at + 1) & mask;
         Entry *e = &table[at];
-        uint16_t y = tokens[i + 1];
         if (!e->seen_at) {
-            *e = (Entry){ (uint32_t)(i + 1), 1, 1, y };
+            *e = (Entry){(uint32_t)(i + 1), 1, 1, tokens[i + 1]};
             continue;
         }
         confidence[k] = (float)e->best / (float)e->total;
-        if (confidence[k] >= g->threshold) hint[k] = e->top;
-        if (e->total == e->best && y == e->top) { e->total++; e->best++; continue; }
-        if (e->total == e->best) {                                            /* the first deviating token */
-            uint32_t *c = find_count(&g->counts, at << 16 | e->top);
-            if (!c) return 1;
-            *c = e->best;
-        }
-        uint32_t *c = find_count(&g->counts, at << 16 | y);
-        if (!c) return 1;
-        e->total++;
-        if (++*c > e->best) { e->top = y; e->best = *c; }
+        if (confidence[k] >= g->threshold)
+            hint[k] = e->top;
+        if (!count_token(e, &g->counts, at, tokens[i + 1]))
+            return 1;
     }
     return 0;
 }

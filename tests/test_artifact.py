@@ -1,6 +1,7 @@
 """Section 11: containers that refuse damage, codes and tensors that come back bit for bit."""
 import dataclasses
 import os
+import runpy
 
 import numpy as np
 import pytest
@@ -21,8 +22,7 @@ SHAPES = (dict(), dict(num_layers=3, model_dim=24, num_kv_heads=2, loop_end=1, p
 def model_with_statistics(cfg: gpt.Config, seed: int = 0) -> tuple[gpt.GPT, gpt.Calibration]:
     """A random model and the statistics of white calibration activations."""
     model = random_model(cfg, seed).requires_grad_(False)
-    keys = {"head": cfg.model_dim} | {f"{kind}.{layer}": cfg.mlp_dim if kind == "down" else cfg.model_dim
-                                      for layer in range(cfg.num_layers) for kind in ("qkv", "o", "up", "down")}
+    keys = {m.tap: getattr(model, m.group).shape[-1] for m in gpt.list_matrices(cfg)}
     return model, gpt.Calibration({key: 4 * torch.eye(cols) for key, cols in keys.items()}, dict.fromkeys(keys, 4), 1)
 
 
@@ -107,6 +107,23 @@ def test_restored_weights_equal_the_dequantized_ones_bit_for_bit(changes, tmp_pa
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+def test_one_line_of_the_table_changes_the_bits_of_a_group_everywhere(monkeypatch):
+    monkeypatch.setitem(gpt.TENSOR_GROUPS, "wk", gpt.TENSOR_GROUPS["wk"]._replace(bits="embed_bits"))
+    cfg = tiny_config(embed_bits=3, awq_lite_group_size=8, awq_lite_group_top_k=200, lqer_enabled=False)
+    quantized, passed = quantized_model(cfg)
+    assert all(q.protect_starts for q in quantized.values())
+    state = gpt.decode_model(cfg, *gpt.encode_model(cfg, quantized, passed))
+    for m in gpt.list_matrices(cfg):
+        q = quantized[m.name]
+        plain = torch.ones(q.codes.shape[1], dtype=torch.bool)
+        for start in q.protect_starts:
+            plain[start:start + q.group_size] = False
+        limit = gpt.code_limit(cfg.embed_bits if m.group in ("wk", "tok_emb") else cfg.matrix_bits)
+        assert not plain.any() or int(q.codes[:, plain].abs().max()) <= limit, m.name
+        restored = state[m.group][m.layer] if gpt.TENSOR_GROUPS[m.group].is_bank else state[m.group]
+        assert torch.equal(restored, gpt.dequantize(q)), m.name
+
+
 def test_artifacts_of_the_same_model_are_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = tiny_config()
@@ -126,6 +143,17 @@ def test_size_report_adds_the_file_and_the_code(tmp_path, monkeypatch, capsys):
     model_bytes = sizes["Serialized model quantized+pergroup"]
     assert model_bytes == gpt.artifact_path(run).stat().st_size
     assert sizes["Total submission size quantized+pergroup"] == model_bytes + sizes["Code size (compressed)"]
+
+
+def test_a_packed_script_counts_its_own_file(tmp_path, capsys, repo):
+    packed = tmp_path / "packed.py"
+    packed.write_bytes(bytes(1234))
+    assert gpt.report_code_size(gpt.Run(tiny_config()), str(packed)) == 1234
+    assert "artifact code_form:packed_file\n" in capsys.readouterr().out
+    # What the loader hands over arrives under its name, and the readable script has none.
+    program = runpy.run_path(str(repo / "train_gpt.py"), {"PACKED_FILE": str(packed)}, "program")
+    assert program["PACKED_FILE"] == str(packed)
+    assert gpt.PACKED_FILE is None
 
 
 @pytest.fixture

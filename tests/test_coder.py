@@ -1,24 +1,41 @@
-"""Properties of the weight coder: exact round trips, C equals twin, damaged streams are refused."""
+"""Properties of the weight coder: exact round trips, C equals its definition, damaged streams are refused."""
 import numpy as np
 import pytest
 import torch
 
 import train_gpt as coder
+import twins
 
-RNG = np.random.default_rng(5)
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Every test draws from a generator of its own."""
+    return np.random.default_rng(5)
 
 
-def gaussian_codes(matrices: int, rows: int, cols: int, max_code: int, std: float = 2.5) -> np.ndarray:
-    columns = np.exp(0.3 * RNG.standard_normal(cols))
-    codes = np.rint(RNG.standard_normal((matrices, rows, cols)) * columns * std + RNG.standard_normal(cols))
+def gaussian_codes(rng: np.random.Generator, matrices: int, rows: int, cols: int, max_code: int,
+                   std: float = 2.5) -> np.ndarray:
+    columns = np.exp(0.3 * rng.standard_normal(cols))
+    codes = np.rint(rng.standard_normal((matrices, rows, cols)) * columns * std + rng.standard_normal(cols))
     return np.clip(codes, -max_code, max_code).astype(np.int8)
 
 
-def trellis_codes(matrices: int, rows: int, cols: int, std: float = 5.0) -> np.ndarray:
-    x = torch.from_numpy(RNG.standard_normal((cols, matrices, rows)).astype(np.float32) * std)
+def trellis_codes(rng: np.random.Generator, matrices: int, rows: int, cols: int,
+                  std: float = 5.0) -> np.ndarray:
+    x = torch.from_numpy(rng.standard_normal((cols, matrices, rows)).astype(np.float32) * std)
     limit = torch.full((matrices, 1), 127.0)
     codes = [coder.round_column(column, limit, True) if column.numel() else column for column in x]
     return (torch.stack(codes, -1) if cols else torch.zeros(matrices, rows, 0)).to(torch.int8).numpy()
+
+
+def assert_c_and_definition_agree(codes: np.ndarray, **options: bool) -> bytes:
+    """Both write the same stream, and both read the codes from it; returns it."""
+    stream = coder.encode_codes(codes, **options)
+    assert np.array_equal(coder.decode_codes(stream), codes)
+    with twins.instead_of_c():
+        assert coder.encode_codes(codes, **options) == stream
+        assert np.array_equal(coder.decode_codes(stream), codes)
+    return stream
 
 
 SHAPES = [(1, 1, 1), (1, 1, 7), (2, 5, 1), (3, 9, 17), (1, 40, 12), (2, 0, 5), (2, 5, 0)]
@@ -26,83 +43,70 @@ SHAPES = [(1, 1, 1), (1, 1, 7), (2, 5, 1), (3, 9, 17), (1, 40, 12), (2, 0, 5), (
 
 @pytest.mark.parametrize("regress", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_c_and_twin_write_the_same_codes_stream(shape, regress):
-    codes = gaussian_codes(*shape, 31)
-    stream = coder.encode_codes(codes, regress=regress)
-    assert stream == coder.encode_codes(codes, regress=regress, use_twin=True)
-    for use_twin in (False, True):
-        assert np.array_equal(coder.decode_codes(stream, use_twin=use_twin), codes)
+def test_c_writes_the_codes_stream_of_its_definition(shape, regress, rng):
+    assert_c_and_definition_agree(gaussian_codes(rng, *shape, 31), regress=regress)
 
 
 @pytest.mark.parametrize("regress", [False, True])
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 270, 4)])
-def test_trellis_codes_round_trip_in_c_and_twin(shape, regress):
-    codes = trellis_codes(*shape)
-    stream = coder.encode_codes(codes, regress=regress, trellis=True)
-    assert stream == coder.encode_codes(codes, regress=regress, trellis=True, use_twin=True)
-    for use_twin in (False, True):
-        assert np.array_equal(coder.decode_codes(stream, use_twin=use_twin), codes)
+def test_c_writes_the_trellis_stream_of_its_definition(shape, regress, rng):
+    assert_c_and_definition_agree(trellis_codes(rng, *shape), regress=regress, trellis=True)
 
 
-def test_trellis_codes_cost_one_bit_less_than_their_range_suggests():
-    codes = trellis_codes(3, 256, 200)
+def test_trellis_codes_cost_one_bit_less_than_their_range_suggests(rng):
+    codes = trellis_codes(rng, 3, 256, 200)
     bits = [8 * len(coder.encode_codes(codes, trellis=trellis)) / codes.size for trellis in (False, True)]
     assert bits[1] < bits[0] - 0.9
 
 
-def test_codes_off_the_trellis_are_refused():
-    codes = gaussian_codes(1, 20, 10, 31)
-    for use_twin in (False, True):
-        with pytest.raises(ValueError, match="wrong parity"):
-            coder.encode_codes(codes, trellis=True, use_twin=use_twin)
+def test_codes_off_the_trellis_are_refused(rng):
+    codes = gaussian_codes(rng, 1, 20, 10, 31)
+    with pytest.raises(ValueError, match="wrong parity"):
+        coder.encode_codes(codes, trellis=True)
+    with twins.instead_of_c(), pytest.raises(ValueError, match="wrong parity"):
+        coder.encode_codes(codes, trellis=True)
 
 
-def test_c_and_twin_agree_while_the_regression_is_refitted():
-    codes = gaussian_codes(2, 150, 5, 63, std=5)
+def test_c_follows_its_definition_while_the_regression_is_refitted(rng):
+    codes = gaussian_codes(rng, 2, 150, 5, 63, std=5)
     codes[:, :, 3] = codes[:, :, 1] // 2 + codes[:, :, 0] // 3          # something to find
-    stream = coder.encode_codes(codes, regress=True)
-    assert stream == coder.encode_codes(codes, regress=True, use_twin=True)
-    assert np.array_equal(coder.decode_codes(stream), codes)
+    assert_c_and_definition_agree(codes, regress=True)
 
 
-def rows_that_repeat(rows: int, cols: int) -> np.ndarray:
-    codes = gaussian_codes(1, rows, cols, 31, std=6)
+def rows_that_repeat(rng: np.random.Generator, rows: int, cols: int) -> np.ndarray:
+    codes = gaussian_codes(rng, 1, rows, cols, 31, std=6)
     for row in range(rows // 2, rows):
-        earlier = codes[0, RNG.integers(row, size=2)].astype(int)
-        codes[0, row] = np.clip((5 * earlier[0] + 3 * earlier[1]) // 6 + RNG.integers(-1, 2, cols), -31, 31)
+        earlier = codes[0, rng.integers(row, size=2)].astype(int)
+        codes[0, row] = np.clip((5 * earlier[0] + 3 * earlier[1]) // 6 + rng.integers(-1, 2, cols), -31, 31)
     return codes
 
 
-def test_rows_that_resemble_earlier_rows_are_found_and_cost_less():
-    codes = rows_that_repeat(60, 48)
+def test_rows_that_resemble_earlier_rows_are_found_and_cost_less(rng):
+    codes = rows_that_repeat(rng, 60, 48)
     alike = coder.similar_rows(codes[0])
     assert (alike[:, 0] & 7).max() > 0 and (alike[:, 1] & 7).max() > 0
     assert all((entry >> 3) < row for row in range(1, 60) for entry in alike[row])
-    stream = coder.encode_codes(codes, regress=True)
+    stream = assert_c_and_definition_agree(codes, regress=True)
     assert len(stream) < 0.95 * len(coder.encode_codes(codes))
-    assert stream == coder.encode_codes(codes, regress=True, use_twin=True)
-    for use_twin in (False, True):
-        assert np.array_equal(coder.decode_codes(stream, use_twin=use_twin), codes)
 
 
-@pytest.mark.parametrize("values", [np.full(300, -127), np.full(300, 127), np.tile([-127, 127, 0], 100),
-                                    np.r_[np.zeros(299), 127], RNG.integers(-127, 128, 300)])
+@pytest.mark.parametrize("values", [
+    np.full(300, -127), np.full(300, 127), np.tile([-127, 127, 0], 100), np.r_[np.zeros(299), 127],
+    np.random.default_rng(6).integers(-127, 128, 300)], ids=("lowest", "highest", "both", "lone", "uniform"))
 def test_extreme_codes_round_trip(values):
     codes = values.astype(np.int8).reshape(2, 15, 10)
     for regress in (False, True):
-        stream = coder.encode_codes(codes, regress=regress)
-        assert stream == coder.encode_codes(codes, regress=regress, use_twin=True)
-        assert np.array_equal(coder.decode_codes(stream), codes)
+        assert_c_and_definition_agree(codes, regress=regress)
 
 
-def test_codes_larger_than_the_first_buffer_round_trip():
-    codes = RNG.choice(np.array([-127, 127, 0], np.int8), (1, 200, 200))
+def test_codes_larger_than_the_first_buffer_round_trip(rng):
+    codes = rng.choice(np.array([-127, 127, 0], np.int8), (1, 200, 200))
     stream = coder.encode_codes(codes)
     assert len(stream) > 2 * codes.size and np.array_equal(coder.decode_codes(stream), codes)
 
 
-def test_threads_that_race_for_the_tables_agree():
-    codes = gaussian_codes(2, 30, 32, 31)
+def test_threads_that_race_for_the_tables_agree(rng):
+    codes = gaussian_codes(rng, 2, 30, 32, 31)
     expected = coder.encode_codes(codes)
     for _ in range(5):
         coder._tables.cache_clear()
@@ -110,8 +114,8 @@ def test_threads_that_race_for_the_tables_agree():
             assert set(pool.map(lambda _: coder.encode_codes(codes), range(16), chunksize=1)) == {expected}
 
 
-def test_gaussian_codes_cost_about_their_entropy():
-    codes = gaussian_codes(4, 256, 128, 31)
+def test_gaussian_codes_cost_about_their_entropy(rng):
+    codes = gaussian_codes(rng, 4, 256, 128, 31)
     fresh = sum(column_entropy_bytes(codes[:, :, j]) for j in range(128))
     assert len(coder.encode_codes(codes)) < 1.03 * fresh + 2000
 
@@ -122,19 +126,22 @@ def column_entropy_bytes(x: np.ndarray) -> float:
     return float(-(p * np.log2(p)).sum() * x.size / 8)
 
 
-@pytest.mark.parametrize("values", [np.zeros(0), np.ones(1), np.linspace(-3, 3, 777), np.sort(RNG.standard_normal(500)),
-                                    RNG.standard_normal(600) * 1e-4, [np.inf, -np.inf, np.nan, -0.0, 0.0, 65504, 6e-8]])
+@pytest.mark.parametrize("values", [
+    np.zeros(0), np.ones(1), np.linspace(-3, 3, 777), np.sort(np.random.default_rng(7).standard_normal(500)),
+    np.random.default_rng(8).standard_normal(600) * 1e-4, [np.inf, -np.inf, np.nan, -0.0, 0.0, 65504, 6e-8]],
+    ids=("none", "one", "line", "sorted", "small", "special"))
 def test_fp16_words_round_trip_bit_for_bit(values):
     words = np.asarray(values, np.float16).view(np.uint16)
     stream = coder.encode_words(words, stride=50)
-    assert stream == coder.encode_words(words, stride=50, use_twin=True)
-    for use_twin in (False, True):
-        assert np.array_equal(coder.decode_words(stream, use_twin=use_twin), words)
+    assert np.array_equal(coder.decode_words(stream), words)
+    with twins.instead_of_c():
+        assert coder.encode_words(words, stride=50) == stream
+        assert np.array_equal(coder.decode_words(stream), words)
 
 
-def test_words_close_to_a_known_base_cost_little():
-    base = (RNG.random(3000) + 1).astype(np.float16).view(np.uint16)
-    words = (base + RNG.integers(-1, 2, 3000)).astype(np.uint16)
+def test_words_close_to_a_known_base_cost_little(rng):
+    base = (rng.random(3000) + 1).astype(np.float16).view(np.uint16)
+    words = (base + rng.integers(-1, 2, 3000)).astype(np.uint16)
     stream = coder.encode_words(words, base=base)
     assert len(stream) < 800 and np.array_equal(coder.decode_words(stream, base=base), words)
 
@@ -148,7 +155,7 @@ def test_arrays_that_are_no_code_matrices_are_refused():
 
 
 def damage(stream: bytes, rng: np.random.Generator) -> tuple[bytes, bool]:
-    """One random accident: flipped bits, a cut, extra bytes, a swap, foreign content, or a forged checksum."""
+    """One random accident: flipped bits, a cut, extra bytes, a swap, foreign content, a forged checksum."""
     data, kind = bytearray(stream), rng.integers(7)
     at = int(rng.integers(len(data)))
     if kind <= 1:
@@ -170,7 +177,8 @@ def damage(stream: bytes, rng: np.random.Generator) -> tuple[bytes, bool]:
 
 def test_a_thousand_damaged_streams_are_refused():
     rng = np.random.default_rng(11)
-    codes, words = rows_that_repeat(60, 24).reshape(3, 20, 24), RNG.standard_normal(200).astype(np.float16).view(np.uint16)
+    codes = rows_that_repeat(rng, 60, 24).reshape(3, 20, 24)
+    words = rng.standard_normal(200).astype(np.float16).view(np.uint16)
     cases = [(coder.encode_codes(codes, regress=True), coder.decode_codes, codes),
              (coder.encode_words(words, stride=20), coder.decode_words, words)]
     refused = 0
@@ -179,7 +187,7 @@ def test_a_thousand_damaged_streams_are_refused():
         broken, forged = damage(stream, rng)
         if broken == stream:
             continue
-        try:                                              # only a forged stream may pass, and only if nothing changed
+        try:                                      # only a forged stream may pass, and only if nothing changed
             decoded = decode(broken)
             assert forged and np.array_equal(decoded, original)
         except ValueError as error:

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt as gpt
+import twins
 
-BOTH = pytest.mark.parametrize("hints_of", (gpt.twin_ngram_hints, gpt.ngram_hints), ids=("plain", "c"))
+BOTH = pytest.mark.parametrize("hints_of", (twins.ngram_hints, gpt.ngram_hints), ids=("plain", "c"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,7 +87,7 @@ streams = dict(lengths=st.lists(st.integers(1, 60), max_size=6).map(lambda rest:
 def test_c_equals_the_definition_in_certified_orders(lengths, seed, alphabet, context, threshold):
     tokens, order, doc_start, _ = certified_stream(lengths, seed, alphabet)
     arguments = tokens, order, doc_start, context, threshold
-    assert same(gpt.ngram_hints(*arguments), gpt.twin_ngram_hints(*arguments))
+    assert same(gpt.ngram_hints(*arguments), twins.ngram_hints(*arguments))
 
 
 def test_c_equals_the_definition_when_its_tables_grow():
@@ -95,7 +96,7 @@ def test_c_equals_the_definition_when_its_tables_grow():
     tokens = np.append(gpt.BOS, rng.integers(8, 48, 12_000)).astype(np.uint16)
     n = len(tokens) - 1
     arguments = tokens, np.arange(n), np.zeros(n, np.int64), 2, 0.5
-    assert same(gpt.ngram_hints(*arguments), gpt.twin_ngram_hints(*arguments))
+    assert same(gpt.ngram_hints(*arguments), twins.ngram_hints(*arguments))
 
 
 @settings(max_examples=40)

@@ -421,7 +421,7 @@ def test_squared_gradients_are_those_of_the_training_loss():
     torch.testing.assert_close(found["tok_emb"][0], model.tok_emb.grad.square().mean())
     for layer in range(cfg.num_layers):
         torch.testing.assert_close(found["w_up"][layer], model.w_up.grad[layer].square().mean())
-    assert found.keys() == {"tok_emb", *gpt.MATRIX_NAMES}
+    assert found.keys() == set(gpt.TENSOR_GROUPS)
 
 
 def test_ranks_share_calibration_batches_without_changing_the_sum(tmp_path):
@@ -445,9 +445,69 @@ def test_every_parameter_is_either_quantized_or_passed_through(tmp_path):
     quantized, passed = gpt.quantize(cfg, run, model, stats)
     assert {name.split(".")[0] for name in quantized} | passed.keys() == {name for name, _ in model.named_parameters()}
     assert not {name.split(".")[0] for name in quantized} & passed.keys()
-    assert len(quantized) == 1 + len(gpt.MATRIX_NAMES) * cfg.num_layers
+    assert len(quantized) == 1 + 6 * cfg.num_layers
     assert all(t.dtype == torch.float16 for t in passed.values())
     for name, q in quantized.items():
         group, _, layer = name.partition(".")
         W = getattr(model, group)[int(layer)] if layer else getattr(model, group)
         assert float((gpt.dequantize(q) - W).norm() / W.norm()) < 0.3, name
+
+
+def test_a_value_too_large_for_fp16_is_refused_by_name_and_value():
+    model = random_model(tiny_config()).requires_grad_(False)
+    model.mlp_scale[1, 3] = 65_519.0                               # rounds to the largest fp16, 65,504
+    assert float(gpt.pass_through(model)["mlp_scale"][1, 3]) == 65_504
+    model.mlp_scale[2, 5] = -65_520.0
+    with pytest.raises(gpt.ArtifactError, match="mlp_scale .*found -65520.*SCALAR_LR"):
+        gpt.pass_through(model)
+    model.mlp_scale[2, 5] = float("nan")
+    with pytest.raises(gpt.ArtifactError, match="mlp_scale .*found nan"):
+        gpt.pass_through(model)
+
+
+def test_every_group_has_a_turn_of_its_own_and_its_parts_join_again():
+    turns = [spec.coding_turn for spec in gpt.TENSOR_GROUPS.values()]
+    assert sorted(turns) == list(range(len(turns)))
+    for group in gpt.TENSOR_GROUPS:
+        codes = np.random.default_rng(0).integers(-31, 32, (5, 600, 3)).astype(np.int8)
+        parts = gpt.split_codes(group, codes)
+        assert len(parts) == len(gpt.group_streams(group)) and all(part.size for part in parts)
+        assert np.array_equal(gpt.join_codes(group, [torch.from_numpy(part) for part in parts]), codes)
+
+
+# --- order of hidden units ----------------------------------------------------------------------------------
+
+def test_sorting_hidden_units_orders_their_deviations_and_keeps_the_function():
+    cfg = tiny_config()
+    model = random_model(cfg)
+    tokens = torch.randint(2, cfg.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(tokens, looping=True)
+        up, down = model.w_up.clone(), model.w_down.clone()
+        gpt.sort_hidden_units(model)
+        after = model(tokens, looping=True)
+    assert not torch.equal(model.w_up, up)
+    assert (model.w_up.std(-1).diff(dim=-1) >= 0).all()
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    for layer in range(cfg.num_layers):                    # the same units, each with its row and its column
+        pairs = [{(float(u.sum()), float(d.sum())) for u, d in zip(W_up[layer], W_down[layer].T)}
+                 for W_up, W_down in ((up, down), (model.w_up.detach(), model.w_down.detach()))]
+        assert pairs[0] == pairs[1]
+
+
+def test_hidden_units_that_cannot_be_sorted_are_refused():
+    cfg = tiny_config()
+    model = random_model(cfg).requires_grad_(False)
+    model.w_down[3, 2, 1] = float("inf")
+    before = model.w_up.clone()
+    with pytest.raises(ValueError, match="finite weights, found others in w_down"):
+        gpt.sort_hidden_units(model)
+    assert torch.equal(model.w_up, before)
+    model = random_model(cfg)
+    model.unit_bias = torch.nn.Parameter(torch.zeros(cfg.num_layers, cfg.mlp_dim))
+    with pytest.raises(ValueError, match=r"found \['unit_bias'\] with an axis of 64 too"):
+        gpt.sort_hidden_units(model)
+    model = random_model(cfg)
+    model.w_down = torch.nn.Parameter(torch.zeros(cfg.num_layers, cfg.model_dim, cfg.mlp_dim - 1))
+    with pytest.raises(ValueError, match=r"expected w_down \(5, 32, 64\), found \(5, 32, 63\)"):
+        gpt.sort_hidden_units(model)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt as gpt
+import twins
 from helpers import archive_config, archive_model, random_model, tiny_config
 from toy_data import change_tokens, random_byte_counts, random_stream
 
@@ -372,7 +373,7 @@ class Setup:
 
     def hints(self, tokens, phases) -> gpt.Hints:
         doc_start = np.repeat(self.docs.start, self.docs.length - 1)
-        return gpt.twin_ngram_hints(tokens, self.order(phases), doc_start, self.cfg.token_order - 1, 0.5)
+        return twins.ngram_hints(tokens, self.order(phases), doc_start, self.cfg.token_order - 1, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -739,7 +740,7 @@ def test_hints_are_counted_in_the_certified_order_inside_documents(setup, monkey
     scored = gpt.certified_order(phases, docs, C)
     order = gpt.targets_in_order(scored, docs, C)
     doc_start = np.repeat(docs.start, docs.length - 1)
-    want = gpt.twin_ngram_hints(tokens, order, doc_start, cfg.token_order - 1, cfg.token_threshold)
+    want = twins.ngram_hints(tokens, order, doc_start, cfg.token_order - 1, cfg.token_threshold)
     assert want.gate.any()
     scorer = gpt.Scorer(cfg, gpt.Run(cfg), setup.model, len(tokens))
     feed = gpt.HintFeed(cfg, scorer.run, tokens, docs, scored)
@@ -752,7 +753,7 @@ def test_hints_are_counted_in_the_certified_order_inside_documents(setup, monkey
     feed.close(scorer.stream)
     assert feed.loaded == n and feed.gated == want.gate.sum()
     assert set(scorer.stream.boost.tolist()) == {0.0, cfg.token_boost}
-    assert not np.array_equal(want.gate, gpt.twin_ngram_hints(tokens, np.sort(order), doc_start, cfg.token_order - 1,
+    assert not np.array_equal(want.gate, twins.ngram_hints(tokens, np.sort(order), doc_start, cfg.token_order - 1,
                                                               cfg.token_threshold).gate)
 
 
