@@ -19,11 +19,28 @@ from helpers import freeze_caps, random_model, tiny_config
 
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_kernels = pytest.mark.skipif(DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",
-                                   reason="no GPU, and TRITON_INTERPRET=0 keeps the interpreter off")
-pytestmark = needs_kernels
 MATH = gpt.autograd_attention(gpt.attend_math)
 ATTENTION = {False: MATH, True: MATH._replace(repeats_kv=True)}
+
+
+@gpt.jit
+def _count_kernel(out_ptr, N):
+    for row in range(gpt.tl.program_id(0), N, gpt.tl.num_programs(0)):
+        gpt.tl.store(out_ptr + row, row)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _something_runs_kernels():
+    if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("no GPU, and TRITON_INTERPRET=0 keeps the interpreter off")
+    out = torch.zeros(3, device=DEVICE)
+    try:
+        _count_kernel[(2,)](out, 3)
+    except Exception as error:                             # those of Triton 3.5 and 3.6 fail with numpy 2.4
+        if DEVICE == "cuda":
+            raise
+        pytest.skip(f"Triton {gpt.triton.__version__} cannot interpret a loop here: {error}")
+    assert out.tolist() == [0, 1, 2]
 
 
 def small_config(**changes):
@@ -60,9 +77,9 @@ def few_programs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpt, "walking_grid", lambda tile, N, heads=1: (2, heads))
         patch.setattr(gpt, "PROGRAMS", 2)
-        patch.setitem(gpt.HEAD_TILE, "ROWS", 2)
-        patch.setitem(gpt.OWN_TILE, "ROWS", 2)
-        patch.setitem(gpt.FLAT_TILE, "BLOCK", 16)
+        patch.setitem(gpt.HEAD_TILE, "ROWS", 4)
+        patch.setitem(gpt.OWN_TILE, "ROWS", 4)
+        patch.setitem(gpt.FLAT_TILE, "BLOCK", 64)
         yield
 
 
@@ -133,8 +150,8 @@ def test_norm_before_the_mlp(residual):
     assert_same({"n": state.n, "x": dx}, {"n": n, "x": expected})
 
 
-@pytest.mark.parametrize("repeats_kv", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads", "rope_dims"), [(2, 1, 6), (4, 4, 4), (4, 2, 2)])
+@pytest.mark.parametrize(("heads", "kv_heads", "rope_dims", "repeats_kv"), [
+    (2, 1, 6, False), (2, 1, 8, True), (2, 2, 4, False), (4, 2, 2, True)])
 def test_attention_with_prepare_qk_and_remove_own_value(heads, kv_heads, rope_dims, repeats_kv):
     model, N = small_model(model_dim=32, num_heads=heads, num_kv_heads=kv_heads, rope_dims=rope_dims), 9
     cfg = model.cfg
@@ -186,7 +203,7 @@ def test_a_value_of_zero_has_a_finite_gradient():
 
 
 def test_leaky_square():
-    n, w_up, w_down, dout = randn(7, 6).requires_grad_(), randn(10, 6), randn(6, 10), randn(7, 6)
+    n, w_up, w_down, dout = randn(7, 6).requires_grad_(), randn(20, 6), randn(6, 20), randn(7, 6)
     up = (n @ w_up.T).detach().requires_grad_()
     act = gpt.leaky_square(up)
     expected, = torch.autograd.grad(act @ w_down.T, up, dout)
@@ -384,7 +401,7 @@ def test_parallel_block(skip_kind, is_parting):
 
 @pytest.mark.parametrize("is_parallel", [False, True], ids=["serial", "parallel"])
 @pytest.mark.parametrize(("kinds", "has_mlp"), [("qv", False), ("qkv", True), ("qvo", False), ("qkvo", True)])
-def test_block_with_adapters(kinds, has_mlp, is_parallel):
+def test_block_with_adapters(kinds, has_mlp, is_parallel, wide_tiles):
     check_block(is_parallel, "other", kinds=kinds, has_mlp=has_mlp, repeats_kv="k" in kinds)
 
 
@@ -430,17 +447,17 @@ def wide_tiles():
 
 
 MODELS = {                                                 # every shape in which skips, lanes and loops can meet
-    "lanes begin in the decoder": dict(num_layers=4, loop_start=1, loop_end=2, parallel_start_layer=3),
-    "lanes begin in the encoder": dict(num_layers=4, loop_start=0, loop_end=0, parallel_start_layer=1, num_loops=0),
-    "one stream, odd number of layers": dict(num_layers=3, loop_start=1, loop_end=1, parallel_start_layer=3),
-    "two layers": dict(num_layers=2, num_kv_heads=2),
+    "lanes begin in the decoder": dict(num_layers=4, loop_start=1, loop_end=2, parallel_start_layer=3, num_loops=1),
+    "lanes begin in the encoder": dict(num_layers=4, loop_start=0, loop_end=0, parallel_start_layer=1, num_loops=1),
+    "one stream, odd number of layers": dict(num_layers=3, loop_start=1, loop_end=1, parallel_start_layer=3, num_loops=1),
+    "two layers": dict(num_layers=2, num_kv_heads=2, num_loops=1),
 }
 
 
 @pytest.mark.parametrize("looping", [False, True], ids=["loops_off", "loops_on"])
 @pytest.mark.parametrize("shape", MODELS)
 def test_gradients_of_a_row(shape, looping, wide_tiles):
-    check_model(small_config(**MODELS[shape]), looping, [4, 1, 0, 5, 1, 0], repeats_kv=looping)
+    check_model(small_config(**MODELS[shape]), looping, [4, 1, 0, 3, 1, 0], repeats_kv=looping)
 
 
 @st.composite
