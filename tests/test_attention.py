@@ -73,8 +73,12 @@ def test_the_first_token_of_a_segment_returns_its_own_value():
 
 
 def test_a_machine_without_gpu_gets_plain_math_and_the_log_says_why(capsys):
-    assert gpt.choose_attention(gpt.Run(tiny_config())) is gpt.attend_math
+    attend, kernel = gpt.choose_attention(gpt.Run(tiny_config()))
+    assert attend is gpt.attend_math and not kernel.repeats_kv
     assert capsys.readouterr().out == 'attention backend:math reason:"no GPU"\n'
+
+
+FA4_KERNEL = gpt.AttentionKernel(None, None, repeats_kv=True)
 
 
 def pretend_gpu(monkeypatch, capability, fa3=None, fa4=None):
@@ -87,14 +91,16 @@ def pretend_gpu(monkeypatch, capability, fa3=None, fa4=None):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(gpt, "_load_flash_attention_3", loader(fa3, "flash_attn_interface"))
     monkeypatch.setattr(gpt, "_load_flash_attention_4", loader(fa4, "flash_attn"))
+    monkeypatch.setattr(gpt, "flash_attention_4_kernel", lambda: FA4_KERNEL)
     return lambda **changes: gpt.Run(tiny_config(**changes), device=torch.device("cuda"))
 
 
 def test_flash_attention_3_comes_first_then_4(monkeypatch, capsys):
     three, four = object(), object()
-    assert gpt.choose_attention(pretend_gpu(monkeypatch, (9, 0), three, four)()) is three
+    attend, kernel = gpt.choose_attention(pretend_gpu(monkeypatch, (9, 0), three, four)())
+    assert attend is three and not kernel.repeats_kv       # made from `attend` by autograd
     assert 'attention backend:flash_attention_3 reason:"first choice"' in capsys.readouterr().out
-    assert gpt.choose_attention(pretend_gpu(monkeypatch, (9, 0), None, four)()) is four
+    assert gpt.choose_attention(pretend_gpu(monkeypatch, (9, 0), None, four)()) == (four, FA4_KERNEL)
     out = capsys.readouterr().out
     assert "attention backend:flash_attention_4" in out and "No module named 'flash_attn_interface'" in out
 
@@ -103,13 +109,27 @@ def test_a_gpu_without_fast_attention_stops_the_run_unless_slowness_is_allowed(m
     run = pretend_gpu(monkeypatch, (9, 0))
     with pytest.raises(gpt.ConfigError, match="no fast attention kernel .*requirements-gpu.txt.*ALLOW_SLOW=1"):
         gpt.choose_attention(run())
-    assert gpt.choose_attention(run(allow_slow=True)) is gpt.attend_torch_varlen
+    assert gpt.choose_attention(run(allow_slow=True))[0] is gpt.attend_torch_varlen
     assert "attention backend:torch_varlen reason:" in capsys.readouterr().out
 
 
 def test_an_older_gpu_is_told_which_compute_capability_is_needed(monkeypatch):
     with pytest.raises(gpt.ConfigError, match="needs compute capability 9.0, found 8.0"):
         gpt.choose_attention(pretend_gpu(monkeypatch, (8, 0), object(), object())())
+
+
+def test_an_attention_kernel_without_autograd_has_the_gradients_of_attend():
+    cu_seqlens = torch.tensor([0, 5, 5, 17, 20, 20], dtype=torch.int32)
+    inputs, dy = random_qkv(20, 4, 2, 8), random_qkv(20, 4, 4, 8, seed=1)[0]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    expected_y = gpt.attend_math(*leaves, cu_seqlens, 12)
+    expected = torch.autograd.grad(expected_y, leaves, dy)
+    kernel = gpt.autograd_attention(gpt.attend_math)
+    with torch.no_grad():
+        y, state = kernel.forward(*inputs, cu_seqlens, 12)
+        found = kernel.backward(dy, *inputs, y, state, cu_seqlens, 12)
+    assert not y.requires_grad and torch.equal(y, expected_y)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
 # GPU
@@ -144,4 +164,29 @@ def test_gpu_backend_equals_math_forward_and_backward(name, load, lengths):
         # bf16 keeps 8 bits: 2**-8 per rounding, a few roundings (probabilities, output, their gradients) in a row.
         error = (value.double() - reference).norm() / reference.norm()
         assert error < 0.015, f"{name}: relative error {error:.4f}"
+        assert (value.double() - reference).abs().max() < 0.06 * reference.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[300], [1, 17, 0, 128, 256, 3, 0, 0]], ids=["one", "mixed"])
+def test_flash_attention_4_without_autograd_equals_math(lengths):
+    try:
+        kernel = gpt.flash_attention_4_kernel()
+    except (ImportError, OSError) as error:
+        pytest.skip(f"flash_attention_4: {error}")
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("flash_attention_4 needs compute capability 9.0")
+    assert kernel.repeats_kv
+    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device="cuda")
+    q, k, v = random_qkv(sum(lengths), 8, 8, 64, dtype=torch.bfloat16, device="cuda")
+    dy = random_qkv(sum(lengths), 8, 8, 64, seed=1, dtype=torch.bfloat16, device="cuda")[0]
+    longest = max(lengths)
+    y, state = kernel.forward(q, k, v, cu_seqlens, longest)
+    found = [y, *kernel.backward(dy, q, k, v, y, state, cu_seqlens, longest)]
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    expected_y = attend_by_definition(*exact, cu_seqlens)
+    expected = [expected_y, *torch.autograd.grad(expected_y, exact, dy.double())]
+    for value, reference in zip(found, expected):          # bounds as for the backends above
+        assert value.shape == reference.shape
+        assert (value.double() - reference).norm() <= 0.015 * reference.norm()
         assert (value.double() - reference).abs().max() < 0.06 * reference.abs().max()
