@@ -232,17 +232,24 @@ def join_by_definition(tokens: np.ndarray, merges: Sequence[Merge]) -> tuple[np.
 def split_tokens(tokens: np.ndarray, merges: Sequence[Merge]) -> np.ndarray:
     """Return what `Joiner.join` was given: every joined id replaced by its parts."""
     lengths, firsts, parts = _part_table(merges)
-    return parts[_part_index(lengths[tokens], firsts[tokens])].astype(np.uint16)
+    parts = parts.astype(np.uint16)
+    blocks = [parts[_part_index(lengths[block], firsts[block])] for block in _blocks(tokens)]
+    return np.concatenate(blocks or [np.zeros(0, np.uint16)])
+
+
+def _blocks(values: np.ndarray) -> list[np.ndarray]:
+    # Blocks whose index arrays stay in the processor's cache.
+    return [values[at:at + (1 << 15)] for at in range(0, len(values), 1 << 15)]
 
 
 def _part_table(merges: Sequence[Merge]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the number of parts of every id, where its parts begin in one list, and that list."""
     lengths, firsts = np.ones(_NUM_IDS, np.int64), np.arange(_NUM_IDS)
-    parts = list(range(_NUM_IDS))
+    parts: list[int] = []
     for token, its_parts in parts_of(merges).items():
-        lengths[token], firsts[token] = len(its_parts), len(parts)
+        lengths[token], firsts[token] = len(its_parts), _NUM_IDS + len(parts)
         parts += its_parts
-    return lengths, firsts, np.array(parts)
+    return lengths, firsts, np.append(np.arange(_NUM_IDS), np.array(parts, np.int64))
 
 
 def _part_index(lengths: np.ndarray, firsts: np.ndarray) -> np.ndarray:
@@ -472,7 +479,13 @@ def _pair_counts(tokens: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 def join_bytes(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """Sum the byte counts (n,) uint16 of each joined token, int64 (m,); `starts` (m,) is what `join` gave."""
-    return np.add.reduceat(values.astype(np.int64), starts) if len(starts) else np.zeros(0, np.int64)
+    sums, first = [np.zeros(0, np.int64)], 0
+    for block in _blocks(starts):
+        end = int(starts[first + len(block)]) if first + len(block) < len(starts) else len(values)
+        first += len(block)
+        begin = int(block[0])
+        sums.append(np.add.reduceat(values[begin:end].astype(np.int64), block.astype(np.int64) - begin))
+    return np.concatenate(sums)
 
 
 def split_bytes(joined: np.ndarray, values: np.ndarray, merges: Sequence[Merge],
@@ -484,20 +497,26 @@ def split_bytes(joined: np.ndarray, values: np.ndarray, merges: Sequence[Merge],
     was joined is restored exactly only with the list that `byte_exceptions` gives.
     """
     lengths, firsts, parts = _part_table(merges)
-    usual = np.array([_usual_bytes(model, token) for token in range(len(model.pieces))])
-    part_values = np.zeros(len(parts), np.int64)
-    part_values[:len(usual)] = usual
-    part_values[_NUM_IDS:] = usual[parts[_NUM_IDS:]]
-    # The rest is added to one part of each token: to the token itself, when it was not joined.
-    usual_sum, takes_rest = part_values[:_NUM_IDS].copy(), np.zeros(_NUM_IDS, np.int64)
+    usual = np.zeros(_NUM_IDS, np.int64)
+    usual[:len(model.pieces)] = [_usual_bytes(model, token) for token in range(len(model.pieces))]
+    usual_sum, takes_rest = usual.copy(), np.zeros(_NUM_IDS, np.int64)
     for token, its_parts in parts_of(merges).items():
-        usual_sum[token] = sum(usual[part] for part in its_parts)
+        usual_sum[token] = usual[list(its_parts)].sum()
         spaces = [at for at, part in enumerate(its_parts) if model.pieces[part].text.startswith(SPACE_MARK)]
         takes_rest[token] = spaces[0] if spaces else len(its_parts) - 1
-    count = lengths[joined]
-    guess = part_values[_part_index(count, firsts[joined])]
-    guess[np.cumsum(count) - count + takes_rest[joined]] += values.astype(np.int64) - usual_sum[joined]
-    return np.clip(guess, 0, 0xFFFF).astype(np.uint16)
+    usual_of_parts = usual[parts]
+    blocks = [np.zeros(0, np.uint16)]
+    for ids, sums in zip(_blocks(joined), _blocks(values)):
+        count = lengths[ids]
+        starts = np.cumsum(count) - count
+        guess = np.empty(count.sum(), np.int64)
+        guess[starts] = sums              # right for every token that was not joined
+        is_joined = count > 1
+        ids, sums, count, starts = ids[is_joined], sums[is_joined], count[is_joined], starts[is_joined]
+        guess[_part_index(count, starts)] = usual_of_parts[_part_index(count, firsts[ids])]
+        guess[starts + takes_rest[ids]] += sums.astype(np.int64) - usual_sum[ids]
+        blocks.append(np.clip(guess, 0, 0xFFFF).astype(np.uint16))
+    return np.concatenate(blocks)
 
 
 def _usual_bytes(model: ModelFile, token: int) -> int:
