@@ -203,6 +203,22 @@ def test_joining_is_left_to_right_merge_after_merge_and_splitting_undoes_it(case
     assert (joined == BOS_ID).sum() == (tokens == BOS_ID).sum()
 
 
+def test_merges_of_merges_agree_with_the_definition_on_long_streams():
+    rng = np.random.default_rng(11)
+    deepest = 0
+    for _ in range(100):
+        ids, merges = [300, 301, 302], []
+        for number in range(8):
+            left, right = rng.choice(ids, 2).tolist()
+            merges.append(Merge(left, right, 20 + number))
+            ids.append(20 + number)
+        tokens = rng.choice([300, 301, 302, BOS_ID], 500, p=[0.5, 0.3, 0.15, 0.05]).astype(np.uint16)
+        want = joined_word_by_word(tokens.tolist(), merges)
+        assert Joiner(merges).join(tokens)[0].tolist() == join_by_definition(tokens, merges)[0].tolist() == want
+        deepest = max(deepest, *(len(parts_of(merges).get(token, ())) for token in want))
+    assert deepest > 4
+
+
 def test_forbidden_ids_are_named(routine):
     joiner = Joiner([Merge(300, 301, 20)], forbidden=[25])
     for tokens, where in (([300, 301, 20], "token 2 is 20"), ([300, 25], "token 1 is 25"),
