@@ -11,9 +11,9 @@ DUMP.npz holds, for every target that has a hint, in the order in which targets 
     bytes        ()   bytes of the original text
 
 Each boost b makes a distribution: the hint's probability times exp(b), renormalized. The hedge predicts with
-their weighted mean, again a distribution. A weight is proportional to the probability that its boost gave to the
-targets scored so far, so a prediction depends on earlier targets only, and the total loss exceeds that of the
-best single boost by at most ln(number of boosts) nats. `share` gives up some of that to follow changes.
+their weighted mean, again a distribution. A weight is proportional to the probability that its boost gave to
+the targets scored so far, so a prediction depends on earlier targets only, and the total loss exceeds that of
+the best single boost by at most ln(number of boosts) nats. `share` gives up some of that to follow changes.
 """
 from __future__ import annotations
 
