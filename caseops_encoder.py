@@ -532,6 +532,16 @@ class CompileError(Exception):
 def compile_encoder() -> Path:
     """Compile the C routine, once per process, check that it loads, and return the library's path.
 
+    Raises CompileError with the reason.
+    """
+    library = compile_c(_C_SOURCE, "caseops_encoder")
+    _load(library)
+    return library
+
+
+def compile_c(source: str, name: str) -> Path:
+    """Compile C source to the shared library `name`.so and return its path.
+
     The file lies in a private temporary directory until this process ends, so that workers can load it, too.
     Raises CompileError with the reason.
     """
@@ -541,16 +551,15 @@ def compile_encoder() -> Path:
     try:
         folder = tempfile.TemporaryDirectory(prefix="caseops_")
         atexit.register(folder.cleanup)
-        source, library = Path(folder.name) / "caseops_encoder.c", Path(folder.name) / "caseops_encoder.so"
-        source.write_text(_C_SOURCE, "utf-8")
-        done = subprocess.run([compiler, "-std=c99", "-O2", "-shared", "-fPIC", "-o", library, source],
+        code, library = Path(folder.name) / f"{name}.c", Path(folder.name) / f"{name}.so"
+        code.write_text(source, "utf-8")
+        done = subprocess.run([compiler, "-std=c99", "-O2", "-shared", "-fPIC", "-o", library, code],
                               capture_output=True, text=True, check=False)
     except OSError as error:
         raise CompileError(f"{Path(compiler).name} cannot be run ({error})") from None
     if done.returncode:
         last_line = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise CompileError(f"{Path(compiler).name} failed: {last_line}")
-    _load(library)
     return library
 
 

@@ -21,8 +21,8 @@ import tempfile
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent
-COMPANIONS = ("run.sh", "lossless_caps.py", "caseops_encoder.py", "prepare_caseops_data.py", "requirements.txt",
-              "requirements-gpu.txt", "tokenizers", "LICENSE", "README.md")
+COMPANIONS = ("run.sh", "lossless_caps.py", "caseops_encoder.py", "caseops_merges.py", "prepare_caseops_data.py",
+              "requirements.txt", "requirements-gpu.txt", "tokenizers", "LICENSE", "README.md")
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 0, "pb": 0,
                  "dict_size": 1 << 20}]
 # Latin-1 makes every byte one character, so that the payload needs no base64. PACKED_FILE tells the program its own

@@ -4,18 +4,21 @@
     python prepare_caseops_data.py --docs docs.jsonl --train-tokenizer 8192 --sp my.model
     python prepare_caseops_data.py verify DIR                                     # say what is wrong
     python prepare_caseops_data.py download                                       # fetch the published ones
+    python prepare_caseops_data.py fuse DIR OUT --merges 40                       # join frequent token pairs
+    python prepare_caseops_data.py unfuse OUT DIR                                 # and take them apart again
 
 Documents are JSON Lines with a string field `text` (plain, .gz, .xz or .zst). The first --val-docs documents
 are the validation split and never enter the training shards. The output does not depend on --workers.
 
 Contents: documents · encoding batches · shards · build · training a tokenizer · verify · download ·
-command line
+fuse · command line
 """
 
 import argparse
 import contextlib
 import dataclasses
 import errno
+import functools
 import gzip
 import hashlib
 import io
@@ -57,6 +60,18 @@ from caseops_encoder import (
     compile_encoder,
     proto_bytes_field,
     proto_fields,
+)
+from caseops_merges import (
+    MERGES_NAME,
+    Joiner,
+    Merge,
+    Merges,
+    byte_exceptions,
+    free_ids,
+    join_bytes,
+    learn,
+    split_bytes,
+    split_tokens,
 )
 
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
@@ -325,10 +340,14 @@ _worker_encoder: DocumentEncoder | None = None
 
 def _start_worker(model: ModelFile, library: Path | str) -> None:
     global _worker_encoder
+    _follow_parent()
+    _worker_encoder = DocumentEncoder(Tokenizer(model), library)
+
+
+def _follow_parent() -> None:
     # The parent decides when to stop; a second traceback from every worker would bury its message.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker_encoder = DocumentEncoder(Tokenizer(model), library)
 
 
 def _end_with_parent() -> None:
@@ -871,6 +890,10 @@ def _check_manifest_shape(manifest: dict) -> None:
         sums = manifest.get(split)
         if not isinstance(sums, dict) or not all(type(value) is int for value in sums.values()):
             raise ValueError(f"no whole numbers in `{split}`")
+    merges = manifest.get("merges", {"file": "", "sha256": ""})
+    texts = [merges.get("file"), merges.get("sha256")] if isinstance(merges, dict) else []
+    if not all(type(text) is str for text in texts) or not texts or Path(texts[0]).name != texts[0]:
+        raise ValueError("no `merges` with the name of a file and its SHA-256")
 
 
 class DirectoryCheck:
@@ -889,7 +912,10 @@ class DirectoryCheck:
         if not self.folder.is_dir():
             raise PrepareError(f"{folder}: expected a directory of shards, found none; check the path")
         self._manifest = self._read_manifest()
+        self._model: ModelFile | None = None
         self._vocab_size = self._read_vocab_size()
+        self._joiner = self._read_merges()
+        self._is_impossible = self._impossible_ids()
         self._find_shards()
         size = sum((self.folder / name).stat().st_size for name in self._values)
         self._bar = tqdm(total=size, unit="B", unit_scale=True, desc="verify",
@@ -945,6 +971,7 @@ class DirectoryCheck:
         except PrepareError as error:
             self.violations.append(f"The tokenizer is unusable: {error}.")
             return stated.get("vocab_size")
+        self._model = model
         if stated and (model.sha256, len(model.pieces)) != (stated.get("sha256"), stated.get("vocab_size")):
             self.violations.append(f"{model.path.name} is not the tokenizer that the manifest names: it has "
                                    f"{len(model.pieces):,} pieces and SHA-256 {model.sha256[:16]}..., the "
@@ -955,6 +982,36 @@ class DirectoryCheck:
                                    f"one has {PUBLISHED_TOKENIZER_SHA256[:16]}....")
         print(f"verify tokenizer:{model.path.name} vocab_size:{len(model.pieces)} sha256:{model.sha256[:16]}")
         return len(model.pieces)
+
+    def _read_merges(self) -> Joiner | None:
+        if "merges" not in (self._manifest or {}):
+            return None
+        if self._model is None:
+            print("verify merges:unchecked (they need the tokenizer)")
+            return None
+        try:
+            merges = _merges_of(self.folder, self._manifest, self._model)
+        except PrepareError as error:
+            self.violations.append(f"The merges are unusable: {error}.")
+            return None
+        for name, sha256 in self._manifest["merges"].get("exceptions", {}).items():
+            path = self.folder / name
+            if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+                self.violations.append(f"{name} is missing or another one, so that `unfuse` could not "
+                                       "restore the sidecar; copy it from where the shards were joined.")
+        print(f"verify merges:{len(merges.merges)} sha256:{merges.sha256[:16]}")
+        return Joiner(merges.merges)
+
+    def _impossible_ids(self) -> np.ndarray:
+        """Return for every id whether, as far as is known, neither the tokenizer nor a merge can give it."""
+        is_impossible = np.zeros(1 << 16, bool)
+        has_merges = "merges" in (self._manifest or {})
+        if self._model is None or self._model.slow_reason or has_merges and self._joiner is None:
+            return is_impossible
+        is_impossible[free_ids(self._model)] = True
+        if self._joiner is not None:
+            is_impossible[[merge.id for merge in self._joiner.merges]] = False
+        return is_impossible
 
     def _find_shards(self) -> None:
         numbers: dict[str, list[int]] = {series: [] for series in self._facts}
@@ -1033,7 +1090,7 @@ class DirectoryCheck:
     def _documents(self, series: str) -> Iterator[bytes]:
         """Yield a 16-byte hash for each document that has tokens besides BOS, checking ids on the way."""
         facts = self._facts[series]
-        largest, specials = -1, 0
+        largest, specials, impossible, is_joined = -1, 0, 0, True
         is_first = True
         # Hashed as it comes, because in data without BOS the whole split is one document.
         document, length = hashlib.blake2b(digest_size=16), 0
@@ -1045,6 +1102,10 @@ class DirectoryCheck:
             is_first = False
             largest = max(largest, int(tokens.max()))
             specials += int(np.isin(tokens, _NEVER_FROM_TEXT).sum())
+            impossible += int(self._is_impossible[tokens].sum())
+            if self._joiner is not None and is_joined:
+                original = split_tokens(tokens, self._joiner.merges)
+                is_joined = np.array_equal(self._joiner.join(original)[0], tokens)
             starts = np.flatnonzero(tokens == BOS_ID)
             facts.bos += len(starts)
             for number, part in enumerate(np.split(tokens, starts)):
@@ -1062,6 +1123,13 @@ class DirectoryCheck:
         if specials:
             self.violations.append(f"The {series} split has {specials:,} ids among {_NEVER_FROM_TEXT} "
                                    "(padding, end of sequence, unknown), which documents never give.")
+        if impossible:
+            self.violations.append(f"The {series} split has {impossible:,} ids that the tokenizer never "
+                                   "gives; it was made with another one, or pairs were joined and the "
+                                   "manifest does not say so.")
+        if not is_joined:
+            self.violations.append(f"The {series} split has pairs of tokens that the merges should have "
+                                   "joined; join the original shards again.")
 
     def _check_sidecar(self) -> None:
         token_lengths, byte_lengths = ([self._values.get(name) for name in self._names[series]]
@@ -1285,12 +1353,371 @@ def _check_download(path: Path, file, staging: Path) -> None:
 
 
 # -----------------------------------------------------------------------------
+# Fuse: join frequent token pairs into ids that cannot occur, in every shard of a directory; and the way back
+
+DEFAULT_LEARN_TOKENS = 2 * 10**7
+FUSED_SETTINGS_NAME = "settings.json"
+_FACTS_SUFFIX = ".facts.json"
+
+
+def fuse(folder: Path, out: Path, num_merges: int, sp: Path | None = None, merges_from: Path | None = None,
+         learn_tokens: int = DEFAULT_LEARN_TOKENS, workers: int = 1, show_progress: bool = True) -> dict:
+    """Write the shards of `folder` to `out` with frequent pairs of tokens joined; return the new manifest.
+
+    num_merges    pairs to join, each into one of the ids that the tokenizer can never give.
+    sp            tokenizer file (None: the one in `folder`).
+    merges_from   a merges.json whose first `num_merges` merges to use. None: learn them on the first
+                  `learn_tokens` tokens of the training shards.
+    workers       processes, each with one shard; the output does not depend on it.
+    Shards are joined one by one: a pair across two of them stays as it is. Sidecar values are summed, so the
+    total stays. Raises PrepareError for unsound input, for input that holds an id which cannot occur (joined
+    before, or made with another tokenizer) and when `out` exists; an interrupted run is continued by the same
+    call.
+    """
+    source = _ShardFolder(folder, sp)
+    if source.manifest is not None and "merges" in source.manifest:
+        raise PrepareError(f"{folder}: expected shards as a tokenizer gives them, found pairs joined "
+                           "already; `unfuse` them first")
+    if source.manifest is None:
+        violations = verify(folder, show_progress=show_progress)
+        if violations:
+            raise PrepareError(f"{folder}: expected sound shards, found: {violations[0]}"
+                               f"{f' ({len(violations) - 1} more)' if violations[1:] else ''} Run `verify` "
+                               "on them")
+    free = free_ids(source.model)
+    given = None if merges_from is None else Merges.read(merges_from, source.model)
+    limit = len(free) if given is None else len(given.merges)
+    if not 1 <= num_merges <= limit:
+        raise PrepareError(f"--merges {num_merges}: expected 1 to {limit}, the number of "
+                           f"{'ids that the tokenizer never gives' if given is None else 'merges given'}")
+    settings = {"source": source.identity(), "merges": num_merges, "learn_tokens": learn_tokens,
+                "merges_from": given and given.sha256}
+    with _continued(out, settings) as staging:
+        if (staging / MERGES_NAME).exists():
+            merges = Merges.read(staging / MERGES_NAME, source.model)
+        else:
+            merges = (given.first(num_merges) if given is not None
+                      else _learn_merges(source, num_merges, free, learn_tokens))
+            temporary = staging / (MERGES_NAME + STAGING_NAME)
+            temporary.write_bytes(merges.data)
+            os.replace(temporary, staging / MERGES_NAME)
+        convert = functools.partial(_fuse_shard, source.folder, staging, source.stated(), source.model,
+                                    Joiner(merges.merges, free))
+        facts = _convert_shards(convert, source, staging, workers, "fuse", show_progress)
+        manifest = _fused_manifest(source, merges, facts)
+        source.copy_tokenizer(staging)
+        _write_json(staging / MANIFEST_NAME, manifest)
+    return manifest
+
+
+def unfuse(folder: Path, out: Path, sp: Path | None = None, workers: int = 1,
+           show_progress: bool = True) -> None:
+    """Write to `out` what `fuse` made `folder` from: shards equal to the last byte, and their manifest.
+
+    Raises PrepareError when `folder` was not made by `fuse`, is damaged or `out` exists; an interrupted run
+    is continued by the same call.
+    """
+    source = _ShardFolder(folder, sp)
+    if source.manifest is None or not isinstance(source.manifest.get("fused_from"), dict):
+        raise PrepareError(f"{folder}: expected shards made by `fuse`, found none that a manifest calls so; "
+                           "nothing to undo")
+    merges = _merges_of(source.folder, source.manifest, source.model)
+    original = source.manifest["fused_from"]
+    with _continued(out, {"source": source.identity(), "unfuse": True}) as staging:
+        convert = functools.partial(_unfuse_shard, source.folder, staging, source.stated(), source.model,
+                                    merges.merges, original["files"])
+        _convert_shards(convert, source, staging, workers, "unfuse", show_progress)
+        source.copy_tokenizer(staging)
+        if original["manifest"] is not None:
+            _write_json(staging / MANIFEST_NAME, original["manifest"])
+
+
+class _ShardFolder:
+    """A directory of shards with its tokenizer: which files there are and what its manifest says of them."""
+
+    def __init__(self, folder: Path, sp: Path | None):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise PrepareError(f"{folder}: expected a directory of shards, found none; check the path")
+        self.manifest = None
+        if (self.folder / MANIFEST_NAME).exists():
+            try:
+                self.manifest = json.loads((self.folder / MANIFEST_NAME).read_text("utf-8"))
+                _check_manifest_shape(self.manifest)
+            except (ValueError, AttributeError) as error:
+                raise PrepareError(f"{self.folder / MANIFEST_NAME}: expected a manifest of this format, "
+                                   f"found {error}; build or fetch the shards again") from None
+        self.names = self._find_names()
+        self.model = self._find_tokenizer(sp)
+
+    def _find_names(self) -> list[str]:
+        numbers: dict[str, list[int]] = {"train": [], "val": [], "val_bytes": []}
+        for path in self.folder.glob("fineweb_*.bin"):
+            match = SHARD_NAME.fullmatch(path.name)
+            if match:
+                numbers[match[1]].append(int(match[2]))
+        listed = {} if self.manifest is None else self.manifest["files"]
+        for series, found in numbers.items():
+            stated = sum(name.startswith(f"fineweb_{series}_0") for name in listed)
+            if sorted(found) != list(range(len(found))) or series != "train" and len(found) < max(1, stated):
+                raise PrepareError(f"{self.folder}: expected fineweb_{series} shards without gaps, found "
+                                   f"{len(found)}; fetch or build the missing ones")
+        if len(numbers["val"]) != len(numbers["val_bytes"]):
+            raise PrepareError(f"{self.folder}: expected a sidecar for every validation shard, found "
+                               f"{len(numbers['val_bytes'])} for {len(numbers['val'])}; fetch or build it "
+                               "again")
+        return [f"fineweb_{series}_{number:06d}.bin" for series in ("val", "train")
+                for number in range(len(numbers[series]))]
+
+    def _find_tokenizer(self, sp: Path | None) -> ModelFile:
+        stated = {} if self.manifest is None else self.manifest["tokenizer"]
+        inside = [self.folder / stated["file"]] if stated else sorted(self.folder.glob("*.model"))
+        if sp is None and len(inside) != 1:
+            raise PrepareError(f"{self.folder}: expected one tokenizer file, found {len(inside)}; name one "
+                               "with --sp")
+        model = ModelFile.read(sp or inside[0])
+        wanted = stated.get("sha256", PUBLISHED_TOKENIZER_SHA256)
+        if model.sha256 != wanted:
+            raise PrepareError(f"{model.path}: expected the tokenizer of these shards, with SHA-256 "
+                               f"{str(wanted)[:16]}..., found {model.sha256[:16]}...; name the right one "
+                               "with --sp")
+        return model
+
+    def stated(self) -> dict[str, dict]:
+        """Facts that the manifest states of each file; {} without a manifest."""
+        return {} if self.manifest is None else self.manifest["files"]
+
+    def identity(self) -> list:
+        """Return what tells this directory from another, or from a later state of itself, by file facts."""
+        facts = [(path.name, path.stat()) for path in sorted(self.folder.iterdir())]
+        return [str(self.folder.resolve()), self.model.sha256,
+                [[name, stat.st_size, stat.st_mtime_ns] for name, stat in facts]]
+
+    def copy_tokenizer(self, target: Path) -> None:
+        (target / self.model.path.name).write_bytes(self.model.data)
+
+
+def _sidecar_name(name: str) -> str:
+    return name.replace("fineweb_val_", "fineweb_val_bytes_")
+
+
+@contextlib.contextmanager
+def _continued(out: Path, settings: dict) -> Iterator[Path]:
+    """Give a directory beside `out` to write to and rename it to `out` at the end.
+
+    What an interrupted run with equal `settings` left there is kept; refused input leaves nothing.
+    """
+    out = Path(out)
+    if out.exists():
+        raise PrepareError(f"{out}: expected a new directory to write to, found one that exists; choose "
+                           "another OUT")
+    staging = out.with_name(out.name + STAGING_NAME)
+    recorded = staging / FUSED_SETTINGS_NAME
+    settings = json.loads(json.dumps(settings))
+    try:
+        if not recorded.exists() or json.loads(recorded.read_text("utf-8")) != settings:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            _write_json(recorded, settings)
+        yield staging
+        for path in [recorded, *staging.glob("*" + _FACTS_SUFFIX)]:
+            path.unlink()
+        os.rename(staging, out)
+    except PrepareError:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    except OSError as error:
+        raise PrepareError(f"{out}: expected to read the shards and write new ones, found: "
+                           f"{error.strerror or error}; check the disk and run again, finished shards are "
+                           "kept") from error
+
+
+def _convert_shards(convert, source: _ShardFolder, staging: Path, workers: int, what: str,
+                    show_progress: bool) -> dict[str, dict]:
+    """Call convert(name) for every shard that has no facts in `staging` yet; return the facts by name."""
+    if workers < 1:
+        raise PrepareError(f"--workers {workers}: expected at least 1")
+    todo = [name for name in source.names if not (staging / (name + _FACTS_SUFFIX)).exists()]
+    sizes = {name: (source.folder / name).stat().st_size for name in source.names}
+    size, size_left = sum(sizes.values()), sum(sizes[name] for name in todo)
+    bar = tqdm(total=size, initial=size - size_left, unit="B", unit_scale=True, desc=what,
+               disable=None if show_progress else True)
+    with bar:
+        if workers == 1:
+            for name in todo:
+                convert(name)
+                bar.update(sizes[name])
+        else:
+            context = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(min(workers, len(todo) or 1), context, _follow_parent)
+            try:
+                for name, _ in zip(todo, pool.map(convert, todo)):
+                    bar.update(sizes[name])
+            except BrokenProcessPool:
+                raise PrepareError(f"expected {workers} worker processes to live, found one dead (out of "
+                                   "memory?); run again with fewer --workers") from None
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+    return {name: json.loads((staging / (name + _FACTS_SUFFIX)).read_text("utf-8")) for name in source.names}
+
+
+def _learn_merges(source: _ShardFolder, num_merges: int, free: list[int], learn_tokens: int) -> Merges:
+    parts, missing = [], learn_tokens
+    for name in source.names:
+        if name.startswith("fineweb_train_") and missing > 0:
+            _, values, _ = _read_shard(source.folder / name, source.stated().get(name))
+            parts.append(values[:missing])
+            missing -= len(parts[-1])
+    if not parts:
+        raise PrepareError(f"{source.folder}: expected training shards to learn merges on, found none; give "
+                           "a list with --merges-from")
+    tokens = np.concatenate(parts)
+    learnt_on = {"tokens": len(tokens), "shards": len(parts)}
+    return Merges.make(learn(tokens, num_merges, free), source.model, learnt_on)
+
+
+def _read_shard(path: Path, stated: dict | None) -> tuple[bytes, np.ndarray, dict]:
+    """Return (header, values, {"values", "sha256"}) of a whole shard; it must be what a manifest states."""
+    with open(path, "rb") as file:
+        header, data = file.read(HEADER_BYTES), file.read()
+    magic, version, count = np.frombuffer(header[:12].ljust(12, b"\0"), "<i4").tolist()
+    if (magic, version, len(data)) != (SHARD_MAGIC, SHARD_VERSION, 2 * count) or count < 1:
+        raise PrepareError(f"{path}: expected a complete token shard, found a damaged one; run `verify` on "
+                           "its directory")
+    sha256 = hashlib.sha256(header)
+    sha256.update(data)
+    facts = {"values": count, "sha256": sha256.hexdigest()}
+    if stated is not None and stated != facts:
+        raise PrepareError(f"{path}: expected the file that the manifest lists "
+                           f"({str(stated.get('sha256'))[:16]}...), found another "
+                           f"({facts['sha256'][:16]}...); build or fetch it again")
+    return header, np.frombuffer(data, "<u2"), facts
+
+
+def _write_shard(path: Path, header: bytes, values: np.ndarray) -> dict:
+    """Write `values` under `header` with a new count; return {"values", "sha256"}."""
+    header = header[:8] + len(values).to_bytes(4, "little") + header[12:]
+    data = values.astype("<u2").tobytes()
+    with open(path, "wb") as file:
+        file.write(header)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    sha256 = hashlib.sha256(header)
+    sha256.update(data)
+    return {"values": len(values), "sha256": sha256.hexdigest()}
+
+
+def _fuse_shard(folder: Path, staging: Path, stated: dict, model: ModelFile, joiner: Joiner,
+                name: str) -> None:
+    """Join one token shard and its sidecar, and write what came out to NAME.facts.json."""
+    header, tokens, source = _read_shard(folder / name, stated.get(name) if stated else None)
+    has_sidecar = name.startswith("fineweb_val_")
+    try:
+        joined, starts = joiner.join(tokens, with_starts=has_sidecar)
+    except ValueError as error:
+        raise PrepareError(f"{folder / name}: expected ids that the tokenizer gives, found: {error}; the "
+                           "shard was joined before or made with another tokenizer") from None
+    facts = {"sources": {name: source}, "files": {name: _write_shard(staging / name, header, joined)},
+             "bos": int((joined == BOS_ID).sum())}
+    if has_sidecar:
+        sidecar = _sidecar_name(name)
+        header, values, source = _read_shard(folder / sidecar, stated.get(sidecar) if stated else None)
+        if len(values) != len(tokens):
+            raise PrepareError(f"{folder / sidecar}: expected {len(tokens):,} values like {name}, found "
+                               f"{len(values):,}; fetch or build both again")
+        sums = join_bytes(values, starts)
+        if sums.max() > 0xFFFF:
+            raise PrepareError(f"{folder / sidecar}: expected at most 65,535 original bytes per joined "
+                               f"token, found {sums.max():,}; ask for fewer --merges")
+        exceptions = byte_exceptions(values, split_bytes(joined, sums, joiner.merges, model))
+        data = io.BytesIO()
+        np.save(data, exceptions)
+        kept = _exceptions_name(sidecar)
+        (staging / kept).write_bytes(data.getvalue())
+        facts["sources"][sidecar] = source
+        facts["files"][sidecar] = _write_shard(staging / sidecar, header, sums)
+        facts["exceptions"] = {kept: hashlib.sha256(data.getvalue()).hexdigest()}
+        facts["sidecar_bytes"] = int(sums.sum())
+    _write_json(staging / (name + _FACTS_SUFFIX), facts)
+
+
+def _exceptions_name(sidecar: str) -> str:
+    return sidecar.replace(".bin", ".exceptions.npy")
+
+
+def _unfuse_shard(folder: Path, staging: Path, stated: dict, model: ModelFile, merges: tuple[Merge, ...],
+                  original: dict, name: str) -> None:
+    """Split one token shard and its sidecar and check that what comes out is exactly what was joined."""
+    header, joined, _ = _read_shard(folder / name, stated.get(name))
+    restored = {name: _write_shard(staging / name, header, split_tokens(joined, merges))}
+    if name.startswith("fineweb_val_"):
+        sidecar = _sidecar_name(name)
+        header, sums, _ = _read_shard(folder / sidecar, stated.get(sidecar))
+        values = split_bytes(joined, sums, merges, model)
+        kept = folder / _exceptions_name(sidecar)
+        try:
+            exceptions = np.load(kept, allow_pickle=False)
+            values[exceptions["place"]] = exceptions["bytes"]
+        except (OSError, ValueError, IndexError) as error:
+            raise PrepareError(f"{kept}: expected the byte counts that sums forget, found: {error}; copy the "
+                               "file from where the shards were joined") from None
+        restored[sidecar] = _write_shard(staging / sidecar, header, values)
+    for each, facts in restored.items():
+        if facts != original.get(each):
+            raise PrepareError(f"{folder / each}: expected to restore the shard with SHA-256 "
+                               f"{str(original.get(each, {}).get('sha256'))[:16]}..., found "
+                               f"{facts['sha256'][:16]}...; the joined shards are damaged, fetch or join "
+                               "them again")
+    _write_json(staging / (name + _FACTS_SUFFIX), {})
+
+
+def _merges_of(folder: Path, manifest: dict, model: ModelFile) -> Merges:
+    """Read the merges that a manifest names; raise PrepareError unless it was written with them."""
+    merges = Merges.read(folder / manifest["merges"]["file"], model)
+    if merges.sha256 != manifest["merges"]["sha256"]:
+        raise PrepareError(f"{folder / manifest['merges']['file']}: expected the merges that the shards were "
+                           f"made with (SHA-256 {manifest['merges']['sha256'][:16]}...), found others "
+                           f"({merges.sha256[:16]}...); copy the file from where the shards were made")
+    return merges
+
+
+def _fused_manifest(source: _ShardFolder, merges: Merges, facts: dict[str, dict]) -> dict:
+    """Return the manifest of joined shards; it holds that of the source, so that `unfuse` can restore it."""
+    series = {"val": [facts[name] for name in source.names if "_val_" in name],
+              "train": [facts[name] for name in source.names if "_train_" in name]}
+    model = source.model
+    base = source.manifest or {
+        "format": 1, "transform": lossless_caps.TRANSFORM,
+        "tokenizer": {"file": model.path.name, "sha256": model.sha256, "vocab_size": len(model.pieces),
+                      "bos_id": BOS_ID, "operator_ids": OPERATOR_IDS},
+        "shard_tokens": DEFAULT_SHARD_TOKENS, "edge_bytes": "drop", "train": {}, "val": {}}
+    documents = {split: sum(each["bos"] for each in parts) for split, parts in series.items()}
+    tokens = {split: sum(values["values"] for each in parts for name, values in each["files"].items()
+                         if "_val_bytes_" not in name) for split, parts in series.items()}
+    everything = series["train"] + series["val"]
+    return base | {
+        "docs_val": documents["val"], "docs_train": documents["train"],
+        "files": {name: values for each in everything for name, values in each["files"].items()},
+        "train": base["train"] | {"tokens": tokens["train"], "bos": documents["train"]},
+        "val": base["val"] | {"tokens": tokens["val"], "bos": documents["val"],
+                              "sidecar_bytes": sum(each["sidecar_bytes"] for each in series["val"])},
+        "merges": {"file": MERGES_NAME, "sha256": merges.sha256, "count": len(merges.merges),
+                   "exceptions": {name: sha256 for each in series["val"]
+                                  for name, sha256 in each["exceptions"].items()}},
+        "fused_from": {"manifest": source.manifest,
+                       "files": {name: values for each in everything
+                                 for name, values in each["sources"].items()}}}
+
+
+# -----------------------------------------------------------------------------
 # Command line
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit code (0 done, 1 a check or the run failed, 2 bad usage)."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"build": _build_command, "verify": _verify_command, "download": _download_command}
+    commands = {"build": _build_command, "verify": _verify_command, "download": _download_command,
+                "fuse": _fuse_command, "unfuse": _unfuse_command}
     is_named = bool(arguments) and arguments[0] in commands
     command = commands[arguments[0]] if is_named else _build_command
     try:
@@ -1354,11 +1781,64 @@ def _download_command(arguments: list[str]) -> int:
     return exit_code
 
 
+def _fuse_command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="prepare_caseops_data.py fuse",
+        description="Join frequent pairs of tokens into ids that the tokenizer can never give, in every "
+                    "shard and in the byte sidecar of a directory. Run again to resume; `unfuse` is the "
+                    "exact inverse.",
+        epilog="The merges are learnt on training shards only and kept in OUT/merges.json.")
+    parser.add_argument("folder", type=Path, metavar="IN")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a directory that does not exist yet")
+    parser.add_argument("--merges", type=int, required=True, metavar="N",
+                        help="pairs to join, one free id for each")
+    parser.add_argument("--merges-from", type=Path, metavar="FILE",
+                        help="use the first N merges of this merges.json instead of learning them")
+    parser.add_argument("--learn-tokens", type=int, default=DEFAULT_LEARN_TOKENS, metavar="N",
+                        help="learn on the first N tokens of the training shards (default %(default)s)")
+    _add_conversion_options(parser)
+    options = parser.parse_args(arguments)
+    if options.learn_tokens < 1:
+        parser.error(f"--learn-tokens {options.learn_tokens}: expected at least 1")
+    manifest = fuse(options.folder, options.out, options.merges, options.sp, options.merges_from,
+                    options.learn_tokens, options.workers)
+    for series in ("train", "val"):
+        before = sum(facts["values"] for name, facts in manifest["fused_from"]["files"].items()
+                     if name.startswith(f"fineweb_{series}_0"))
+        after = manifest[series]["tokens"]
+        print(f"fuse series:{series} tokens_before:{before} tokens:{after} "
+              f"saved:{1 - after / max(1, before):.4f}")
+    print(f"fuse merges:{manifest['merges']['count']} sha256:{manifest['merges']['sha256'][:16]} "
+          f"sidecar_bytes:{manifest['val']['sidecar_bytes']}")
+    print(f"DATA_PATH={options.out}")
+    return 0
+
+
+def _unfuse_command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="prepare_caseops_data.py unfuse",
+        description="Restore the directory that `fuse` made IN from, to the last byte. Run again to resume.")
+    parser.add_argument("folder", type=Path, metavar="IN")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a directory that does not exist yet")
+    _add_conversion_options(parser)
+    options = parser.parse_args(arguments)
+    unfuse(options.folder, options.out, options.sp, options.workers)
+    print(f"DATA_PATH={options.out}")
+    return 0
+
+
+def _add_conversion_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sp", type=Path, metavar="MODEL", help="tokenizer (default: the one in IN)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N",
+                        help="processes, one shard each; the output does not depend on it (default 1)")
+
+
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prepare_caseops_data.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Build CaseOps token shards from documents, or train a CaseOps tokenizer, or both.\n"
-                    "Other commands: `verify DIR` and `download`, each with its own --help.",
+                    "Other commands: `verify DIR`, `download`, `fuse IN OUT` and `unfuse IN OUT`, each with\n"
+                    "its own --help.",
         epilog="The validation split is the first --val-docs documents of --docs. With --val-docs-file it\n"
                "is the first ones of that file (all by default), and all of --docs is training data.")
     add = parser.add_argument

@@ -657,6 +657,12 @@ def check_tokenizer(cfg: Config, data: Dataset) -> Path:
         if want and want != digest:
             raise DataError(f"{path}: SHA-256 {digest[:16]}..., but {source} says {want[:16]}...; use the tokenizer "
                             "the shards were made with")
+    if merges := (data.manifest or {}).get("merges"):     # pairs of tokens joined by `prepare_caseops_data.py fuse`
+        file = data.folder / Path(str(merges["file"])).name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != merges["sha256"]:
+            raise DataError(f"{file}: expected the merges that the shards were made with, SHA-256 "
+                            f"{merges['sha256'][:16]}..., found {'others' if file.is_file() else 'no file'}; copy it "
+                            "from where the shards were made")
     import sentencepiece                                  # only this check needs it
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
