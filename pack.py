@@ -5,12 +5,15 @@
     python report.py pack FOLDER   the same
 
 The packed script is a small Python file whose one string literal holds the program, without comments and docstrings,
-compressed by LZMA. It unpacks itself to a private temporary folder and runs from there, because Triton reads the source
-of its kernels from a file. Its length on disk is the code size that a run counts.
+compressed by LZMA. It unpacks the program in memory and leaves the lines where Python's `inspect` looks for them,
+because Triton reads the source of its kernels; no file is written. Its length on disk is the code size that a run
+counts. Any Python from 3.10 on packs the same bytes, and runs them.
 """
 from __future__ import annotations
 
 import ast
+import io
+import itertools
 import lzma
 import os
 import re
@@ -18,80 +21,169 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent
-COMPANIONS = ("run.sh", "lossless_caps.py", "caseops_encoder.py", "prepare_caseops_data.py", "requirements.txt",
+COMPANIONS = ("run.sh", "launch.py", "lossless_caps.py", "caseops_encoder.py", "prepare_caseops_data.py", "requirements.txt",
               "requirements-gpu.txt", "tokenizers", "LICENSE", "README.md")
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 0, "pb": 0,
                  "dict_size": 1 << 20}]
-# Latin-1 makes every byte one character, so that the payload needs no base64. PACKED_FILE tells the program its own
-# length on disk; everything else about it is as if the readable script ran.
+# Latin-1 makes every byte one character, so that the payload needs no base64. __file__ stays that of the packed script;
+# the program's own file name exists in linecache only, and its time None says that there is no file to compare with.
 LOADER = """#coding:latin1
-import lzma,os,runpy,tempfile
-with tempfile.TemporaryDirectory(prefix="train_gpt_") as d:
- p=os.path.join(d,"train_gpt.py")
- with open(p,"wb") as f:f.write(lzma.decompress("%s".encode("latin1"),lzma.FORMAT_RAW,filters=%s))
- runpy.run_path(p,{"PACKED_FILE":os.path.abspath(__file__)},"__main__")
+import linecache,lzma
+p=__file__+".unpacked.py"
+s=lzma.decompress("%s".encode("latin1"),lzma.FORMAT_RAW,filters=%s).decode()
+linecache.cache[p]=len(s),None,s.splitlines(True),p
+exec(compile(s,p,"exec"))
 """
 ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\0": "\\0"}
 
 
-def strip_c(source: str) -> str:
-    """C source without comments, indentation and blank lines."""
-    source = re.sub(r"/\*.*?\*/|//[^\n]*", "", source, flags=re.S)
-    return "\n".join(line.strip() for line in source.splitlines() if line.strip()) + "\n"
+# --- minify: spans to drop come from the syntax tree, the rest is copied token by token. Unlike ast.unparse, whose
+# output depends on Python's version, this gives the same text everywhere.
 
+class _Spans(ast.NodeVisitor):
+    """Spans (start, end, replacement) of what the program does not need to run: docstrings, hints, twins; C source is
+    shortened. A twin is the plain definition of a C routine, kept for readers and tests; its name says so. Hints stay
+    where they are read: class fields, and arguments of decorated functions (custom operators, kernels)."""
 
-class _Strip(ast.NodeTransformer):
-    """Drop what the program does not need to run: docstrings, hints, twins; shorten C source.
+    def __init__(self, source: str) -> None:
+        self.source, self.spans = source, []
+        self._lines = _lines(source)
+        self._starts = [0, *itertools.accumulate(map(len, self._lines))]
+        self._in_function = False
+        self.visit(ast.parse(source))
 
-    A twin is the plain definition of a C routine, kept for readers and tests; its name says so.
-    Hints stay where they are read: class fields, and arguments of decorated functions (custom operators, kernels).
-    """
+    def at(self, line: int, byte: int) -> int:
+        """Index in the source of a position of the syntax tree, whose columns count bytes."""
+        return self._starts[line - 1] + len(self._lines[line - 1].encode()[:byte].decode())
 
-    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+    def start(self, node: ast.AST) -> int:
+        return self.at(node.lineno, node.col_offset)
+
+    def end(self, node: ast.AST) -> int:
+        return self.at(node.end_lineno, node.end_col_offset)
+
+    def drop(self, start: int, end: int, replacement: str = "") -> None:
+        self.spans.append((start, end, replacement))
+
+    def visit_Constant(self, node: ast.Constant) -> None:
         if isinstance(node.value, str) and node.value.lstrip().startswith("#include"):
-            return ast.Constant(strip_c(node.value))
-        return node
+            text = self.source[self.start(node):self.end(node)]
+            if not text.startswith(C_QUOTE):
+                raise ValueError(f"line {node.lineno}: expected C source in {C_QUOTE} quotes, found {text[:8]}")
+            self.drop(self.start(node), self.end(node), f'{C_QUOTE}{strip_c(node.value)}"""')
 
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST | None:
-        return None if _is_twin(node.name) else self._without_docstring(node)
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
+        """Nothing inside an f-string changes; older Pythons do not know positions there."""
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST | None:
-        if _is_twin(node.name):
-            return None
-        if not node.decorator_list:
-            node.returns = None
-            arguments = node.args
-            for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg,
-                             arguments.kwarg):
-                if argument is not None:
-                    argument.annotation = None
-        node.body = [_without_hint(statement) for statement in node.body]
-        return self._without_docstring(node)
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        self._visit_definition(node, in_function=False)
 
-    def _without_docstring(self, node):
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        if not node.decorator_list and not _is_twin(node.name):
+            self._drop_hints(node)
+        self._visit_definition(node, in_function=True)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if self._in_function and node.value is not None:
+            self.drop(self.end(node.target), self.end(node.annotation))
         self.generic_visit(node)
+
+    def _visit_definition(self, node: ast.ClassDef | ast.FunctionDef, in_function: bool) -> None:
+        if _is_twin(node.name):
+            self.drop(self.start(node), self.end(node))
+            return
+        outside, self._in_function = self._in_function, in_function
+        self.generic_visit(node)
+        self._in_function = outside
         first = node.body[0]
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-            node.body = node.body[1:] or [ast.Pass()]
-        return node
+            self.drop(self.start(first), self.end(first), "" if len(node.body) > 1 else "pass")
+
+    def _drop_hints(self, node: ast.FunctionDef) -> None:
+        args = node.args
+        for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg):
+            if arg is not None and arg.annotation is not None:
+                self.drop(self.start(arg) + len(arg.arg), self.end(arg.annotation))
+        if node.returns is not None:
+            self.drop(self.source.rindex("->", 0, self.start(node.returns)), self.end(node.returns))
+
+
+C_QUOTE = 'r"""'
+# Operators that two neighbours must not become.
+LONG_OPERATORS = {"**", "//", "<<", ">>", "->", ":=", "==", "!=", "<=", ">=", "+=", "-=", "*=", "/=", "%=", "&=", "|=", "^=",
+                  "@=", "..."}
 
 
 def _is_twin(name: str) -> bool:
     return name.lower().lstrip("_").startswith("twin")
 
 
-def _without_hint(statement: ast.stmt) -> ast.stmt:
-    if isinstance(statement, ast.AnnAssign) and statement.value is not None:
-        return ast.Assign([statement.target], statement.value)
-    return statement
+def strip_c(source: str) -> str:
+    """C source without comments, indentation and blank lines; string and character literals stay as they are."""
+    literal_or_comment = r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|/\*.*?\*/|//[^\n]*"""
+    source = re.sub(literal_or_comment, lambda m: m[1] or " ", source, flags=re.S)
+    return "\n".join(line.strip() for line in source.splitlines() if line.strip()) + "\n"
 
 
 def minify(source: str) -> str:
-    """The same program without what _Strip drops. The module's docstring stays: --help prints it."""
-    return ast.unparse(ast.fix_missing_locations(_Strip().visit(ast.parse(source)))) + "\n"
+    """The same program without what _Spans drops, comments and spare blanks. The module's docstring stays: --help prints
+    it."""
+    for start, end, replacement in sorted(_Spans(source).spans, reverse=True):
+        source = source[:start] + replacement + source[end:]
+    lines, line, depth, starts_line = [], "", 0, True
+    for kind, text in _tokens(source):
+        if kind == tokenize.INDENT:
+            depth += 1
+        elif kind == tokenize.DEDENT:
+            depth -= 1
+        elif kind == tokenize.NEWLINE:
+            lines.append(line)
+            line, starts_line = "", True
+        elif starts_line:
+            line, starts_line, previous = " " * depth + text, False, text
+        else:
+            line += " " * _needs_blank(previous, text) + text
+            previous = text
+    return "\n".join(lines) + "\n"
+
+
+def _lines(source: str) -> list[str]:
+    return io.StringIO(source).readlines()             # str.splitlines would also cut at other characters
+
+
+def _tokens(source: str) -> Iterator[tuple[int, str]]:
+    """(kind, text) of every token that counts; an f-string is one token, as it was before Python 3.12."""
+    lines, depth, begin = _lines(source), 0, (0, 0)
+    opening, closing = (getattr(tokenize, name, None) for name in ("FSTRING_START", "FSTRING_END"))
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == opening:
+            begin, depth = token.start if depth == 0 else begin, depth + 1
+        elif token.type == closing:
+            depth -= 1
+            if depth == 0:
+                yield tokenize.STRING, _slice(lines, begin, token.end)
+        elif depth == 0 and token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER):
+            yield token.type, token.string
+
+
+def _slice(lines: list[str], begin: tuple[int, int], end: tuple[int, int]) -> str:
+    (first, left), (last, right) = begin, end
+    if first == last:
+        return lines[first - 1][left:right]
+    return lines[first - 1][left:] + "".join(lines[first:last - 1]) + lines[last - 1][:right]
+
+
+def _needs_blank(left: str, right: str) -> bool:
+    """Whether two neighbouring tokens would read as something else without a blank between them."""
+    a, b = left[-1], right[0]
+    if (a.isalnum() or a == "_") and (b.isalnum() or b == "_"):
+        return True
+    return a + b in LONG_OPERATORS or left[0].isdigit() and b == "."
 
 
 def as_literal(data: bytes) -> str:
