@@ -27,7 +27,8 @@ def free_port() -> int:
 
 
 def start(count: int, command: list[str]) -> list[subprocess.Popen]:
-    shared = {"OMP_NUM_THREADS": "1", **os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+    # torch's C++ side warns at length when a rank is gone, which another rank has then explained.
+    shared = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [subprocess.Popen([sys.executable, *command], env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(count)]

@@ -210,39 +210,62 @@ def write_folder(folder: Path) -> int:
 
 
 def write_toy_shards(folder: Path) -> None:
-    """Random documents in the shard format, enough for three steps of a small model."""
+    """Documents that repeat themselves, in the shard format: enough to train a few steps and to open hints."""
     import numpy as np
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
-    for name, count, byte_counts in (("train", 20_000, False), ("val", 2_000, False), ("val_bytes", 2_000, True)):
-        values = np.full(count, 3) if byte_counts else rng.integers(8, 8192, count)
-        values[::97] = 0 if byte_counts else 1
+    phrase = rng.integers(8, 8192, 40)
+    for name, count in (("train", 20_000), ("val", 480), ("val_bytes", 480)):
+        if name == "val_bytes":
+            values = np.full(count, 3)
+        else:
+            values = np.where(rng.random(count) < 0.9, np.resize(phrase, count), rng.integers(8, 8192, count))
+        values[::97] = 0 if name == "val_bytes" else 1
         header = np.zeros(256, "<i4")
         header[:3] = 20240520, 1, count
         (folder / f"fineweb_{name}_000000.bin").write_bytes(header.tobytes() + values.astype("<u2").tobytes())
 
 
+# A pipeline with every part of the record's, small enough for seconds.
+TOY_SETTINGS = dict(
+    RUN_ID="toy", ALLOW_UNVERIFIED=1, ITERATIONS=2, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=0, COMPILE=0, NUM_LAYERS=4,
+    LOOP_START=1, LOOP_END=1, PARALLEL_START_LAYER=3, MODEL_DIM=32, NUM_HEADS=2, NUM_KV_HEADS=1, ROPE_DIMS=8,
+    TRAIN_BATCH_TOKENS=512, TRAIN_SEQ_LEN=64, VAL_BATCH_TOKENS=1024, EVAL_SEQ_LEN=64, GPTQ_CALIBRATION_BATCHES=2,
+    TTT_EVAL_SEQ_LEN=64, TTT_CHUNK_SIZE=32, TTT_BATCH_SIZE=2, TTT_LORA_RANK=4, PHASED_TTT_PREFIX_DOCS=2,
+    GLOBAL_TTT_CHUNK_TOKENS=64, TOKEN_ORDER=4)
+NUMBERS = re.compile(r"\d+/\d+ train_loss: \S+|Serialized model.*|artifact written.*|.*val_loss:\S+ val_bpb:\S+"
+                     r"|ngram_tilt:hints.*|ttt_phased:.*")
+
+
+def run_pipeline(script: Path, folder: Path) -> tuple[str, list[str]]:
+    """(--help, every number of a whole toy run) of a script, started from another folder; RuntimeError if it fails."""
+    settings = {name: str(value) for name, value in TOY_SETTINGS.items()}
+    settings |= {"DATA_PATH": str(folder.parent / "data"), "CUDA_VISIBLE_DEVICES": "",
+                 "TOKENIZER_PATH": str(REPO / "tokenizers" / "caseops_8192.model")}
+    folder.mkdir()
+    outputs = []
+    for arguments in (["--help"], []):
+        done = subprocess.run([sys.executable, str(script), *arguments], cwd=folder, text=True, capture_output=True,
+                              env={**os.environ, **settings})
+        if done.returncode:
+            raise RuntimeError(f"{script} fails: {(done.stderr or done.stdout).strip()[-2000:]}")
+        outputs.append(done.stdout)
+    return outputs[0], [match[0] for line in outputs[1].splitlines() if (match := NUMBERS.match(line))]
+
+
 def compare(packed: Path, readable: Path) -> list[str]:
-    """Run both scripts: --help, then three steps of a small model. Returns what differs, in sentences."""
+    """Train, quantize, restore and score with both scripts. Returns what differs, in sentences."""
     with tempfile.TemporaryDirectory(prefix="train_gpt_check_") as work:
         write_toy_shards(Path(work) / "data")
-        settings = dict(
-            os.environ, DATA_PATH="data", ALLOW_UNVERIFIED="1", TOKENIZER_PATH=str(REPO / "tokenizers/caseops_8192.model"),
-            ITERATIONS="3", MAX_WALLCLOCK_SECONDS="0", WARMUP_STEPS="0", COMPILE="0", PREQUANT_ONLY="1", MODEL_DIM="32",
-            NUM_HEADS="2", NUM_KV_HEADS="1", ROPE_DIMS="8", TRAIN_BATCH_TOKENS="2048", TRAIN_SEQ_LEN="64",
-            VAL_BATCH_TOKENS="2048", EVAL_SEQ_LEN="64", CUDA_VISIBLE_DEVICES="")
-        outputs = []
-        for script in (packed, readable):
-            help_text, run = (subprocess.run([sys.executable, str(script), *arguments], cwd=work, text=True,
-                                             capture_output=True, env=settings) for arguments in (["--help"], []))
-            losses = [line.split(" train_time")[0] for line in run.stdout.splitlines() if "train_loss" in line]
-            if help_text.returncode or run.returncode:
-                return [f"{script} fails: {(help_text.stderr + run.stderr).strip()[-2000:]}"]
-            outputs.append((help_text.stdout, losses))
-    (packed_help, packed_losses), (readable_help, readable_losses) = outputs
-    return [*(["--help differs"] if packed_help != readable_help else []),
-            *([f"losses differ: {packed_losses} packed, {readable_losses} readable"]
-              if packed_losses != readable_losses or len(packed_losses) != 3 else [])]
+        try:
+            (packed_help, found), (readable_help, expected) = (
+                run_pipeline(script, Path(work) / name) for name, script in (("packed", packed), ("readable", readable)))
+        except RuntimeError as error:
+            return [str(error)]
+    differences = ["--help differs"] if packed_help != readable_help else []
+    if len(expected) < 10:
+        differences.append(f"expected a whole run, found only {expected}")
+    return differences + [f"packed: {a}, readable: {b}" for a, b in itertools.zip_longest(found, expected) if a != b]
 
 
 def main(argv: list[str]) -> int:

