@@ -1323,7 +1323,7 @@ def _check_download(path: Path, file, staging: Path) -> None:
 # Command line
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return its exit code (0 done, 1 a check or the run failed, 2 bad usage)."""
+    """Run the command line; return its exit code (0 done, 1 a check or the run failed, 2 bad usage, 130 interrupted)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {"build": _build_command, "verify": _verify_command, "download": _download_command}
     is_named = bool(arguments) and arguments[0] in commands
@@ -1337,6 +1337,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("prepare_caseops_data.py: interrupted; no half-written file has a final name, run again",
               file=sys.stderr)
+        return 130
     except OSError as error:
         if error.filename is None:
             # Standard output: close it on our terms, or the interpreter reports the error again at exit.

@@ -470,33 +470,23 @@ def test_rows_of_one_rank_equal_the_reference(load_vectors, tmp_path):
         assert_is_row(stream[batch], vectors, f"pack_ws1_rank{rank}_batch{batch}", int(vectors["cu_pad_multiple"]))
 
 
-def test_rows_of_several_ranks_equal_the_reference_where_it_drops_no_row(load_vectors, tmp_path):
-    """The reference drops what is left of a shard below one row per rank; here those rows go to the next ranks."""
+def test_rows_of_several_ranks_are_one_stream_dealt_in_turn(load_vectors, tmp_path):
+    """Row micro-step * R + rank of the stream of one rank; nothing is dropped at the end of a shard."""
     vectors = load_vectors("loader")
-    paths, span = archive_shards(vectors, tmp_path), int(vectors["local_tokens"]) + 1
-    per_shard = []
-    for path in paths:
-        tokens = gpt.read_shard(path)
-        starts = np.flatnonzero(tokens == gpt.BOS)
-        per_shard.append((len(tokens) - int(starts[0])) // span if len(starts) else 0)
+    paths = archive_shards(vectors, tmp_path)
+    row_tokens, cap = int(vectors["local_tokens"]), int(vectors["segment_cap"])
     sizes = sorted({int(m[1]) for key in vectors if (m := re.match(r"pack_ws(\d+)_", key))} - {1})
     assert sizes
     for world_size in sizes:
         keys = pack_keys(vectors, world_size)
-        needed = world_size * (1 + max(batch for _, batch in keys))
-        kept = []
-        passes = 1 + -(-needed // sum(n // world_size * world_size for n in per_shard))
-        stream = rows_of(paths, passes * sum(per_shard), span - 1, int(vectors["segment_cap"]))
-        at = 0
-        for _ in range(passes):
-            for shard, count in enumerate(per_shard):
-                rows = stream[at:at + count]
-                assert {row.shard for row in rows} <= {shard}
-                kept += rows[:count // world_size * world_size]
-                at += count
+        batches = 1 + max(batch for _, batch in keys)
+        stream = rows_of(paths, batches * world_size, row_tokens, cap)
+        mine = [rows_of(paths, batches, row_tokens, cap, rank=rank, world_size=world_size)
+                for rank in range(world_size)]
         for rank, batch in keys:
-            assert_is_row(kept[batch * world_size + rank], vectors, f"pack_ws{world_size}_rank{rank}_batch{batch}",
-                          int(vectors["cu_pad_multiple"]))
+            for row in (stream[batch * world_size + rank], mine[rank][batch]):
+                assert_is_row(row, vectors, f"pack_ws{world_size}_rank{rank}_batch{batch}",
+                              int(vectors["cu_pad_multiple"]))
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
