@@ -253,19 +253,23 @@ def run_pipeline(script: Path, folder: Path) -> tuple[str, list[str]]:
     return outputs[0], [match[0] for line in outputs[1].splitlines() if (match := NUMBERS.match(line))]
 
 
+def differences(packed: tuple[str, list[str]], readable: tuple[str, list[str]]) -> list[str]:
+    """What differs between two results of run_pipeline, in sentences."""
+    (packed_help, found), (readable_help, expected) = packed, readable
+    told = ["--help differs"] if packed_help != readable_help else []
+    if len(expected) < 10:
+        told.append(f"expected a whole run, found only {expected}")
+    return told + [f"packed: {a}, readable: {b}" for a, b in itertools.zip_longest(found, expected) if a != b]
+
+
 def compare(packed: Path, readable: Path) -> list[str]:
     """Train, quantize, restore and score with both scripts. Returns what differs, in sentences."""
     with tempfile.TemporaryDirectory(prefix="train_gpt_check_") as work:
         write_toy_shards(Path(work) / "data")
         try:
-            (packed_help, found), (readable_help, expected) = (
-                run_pipeline(script, Path(work) / name) for name, script in (("packed", packed), ("readable", readable)))
+            return differences(run_pipeline(packed, Path(work) / "packed"), run_pipeline(readable, Path(work) / "readable"))
         except RuntimeError as error:
             return [str(error)]
-    differences = ["--help differs"] if packed_help != readable_help else []
-    if len(expected) < 10:
-        differences.append(f"expected a whole run, found only {expected}")
-    return differences + [f"packed: {a}, readable: {b}" for a, b in itertools.zip_longest(found, expected) if a != b]
 
 
 def main(argv: list[str]) -> int:
@@ -279,11 +283,11 @@ def main(argv: list[str]) -> int:
     except FileExistsError:
         print(f"error: {folder} exists; name a new folder or remove it", file=sys.stderr)
         return 2
-    differences = compare((folder / "train_gpt.py").resolve(), REPO / "train_gpt.py")
-    print(f"pack folder:{folder} code_bytes:{code_bytes} same_program:{int(not differences)}")
-    for difference in differences:
+    found = compare((folder / "train_gpt.py").resolve(), REPO / "train_gpt.py")
+    print(f"pack folder:{folder} code_bytes:{code_bytes} same_program:{int(not found)}")
+    for difference in found:
         print(f"error: {difference}", file=sys.stderr)
-    return 1 if differences else 0
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
