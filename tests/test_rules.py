@@ -167,15 +167,19 @@ def test_bytes_are_those_of_the_targets_themselves(setting):
 
 # Size
 
-@pytest.mark.parametrize("short_by", [1, 1000])
-def test_an_artifact_over_the_limit_is_not_accepted(setting, monkeypatch, short_by):
+@pytest.mark.parametrize("short_by, tries", [(1, [50_000]), (1000, [50_000]), (1000, [50_000, 48_500])])
+def test_an_artifact_over_the_limit_is_not_accepted(setting, monkeypatch, short_by, tries):
+    """Larger steps are tried instead; without any that fit the run ends."""
     cfg, run, data, model = setting()
-    sizes = itertools.repeat(50_000)
+    sizes = itertools.chain([50_000], tries, itertools.repeat(tries[-1]))
     monkeypatch.setattr(gpt, "quantize", lambda *args: ({}, {}))
     monkeypatch.setattr(gpt, "encode_model", lambda *args: (dict.fromkeys(map(str, itertools.chain.from_iterable(
         map(gpt.group_streams, gpt.STREAM_GROUPS))), b""), {}))
     monkeypatch.setattr(gpt, "build_container", lambda *args: bytes(next(sizes)))
     assert len(gpt.fit_artifact(cfg, run, model, None, 50_000)) == 50_000
+    if len(tries) > 1:
+        assert len(gpt.fit_artifact(cfg, run, model, None, 50_000 - short_by)) == tries[-1]
+        return
     with pytest.raises(gpt.ArtifactError, match="no clip sigmas found that fit"):
         gpt.fit_artifact(cfg, run, model, None, 50_000 - short_by)
 
