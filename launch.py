@@ -3,8 +3,10 @@
 
     python launch.py PROCESSES SCRIPT [ARGUMENTS]
 
-Sets the variables that torchrun sets (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Unlike
-torchrun it adds nothing to what the script says and keeps its exit code: 0 when every rank succeeded, 130 or 143 after
+Sets the variables that torchrun sets (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR,
+MASTER_PORT). Unlike
+torchrun it adds nothing to what the script says and keeps its exit code: 0 when every rank succeeded, 130 or
+143 after
 SIGINT or SIGTERM, else the largest code of a rank that ended by itself. `torchrun` works too.
 """
 from __future__ import annotations
@@ -28,10 +30,11 @@ def free_port() -> int:
 
 def start(count: int, command: list[str]) -> list[subprocess.Popen]:
     # torch's C++ side warns at length when a rank is gone, which another rank has then explained.
-    shared = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+    shared = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ,
+              "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [subprocess.Popen([sys.executable, *command], env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(count)]
+    ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [subprocess.Popen([sys.executable, *command], env=env) for env in ranks]
 
 
 def wait(processes: list[subprocess.Popen], seconds: float = float("inf")) -> None:
@@ -72,7 +75,8 @@ def main(arguments: list[str]) -> int:
         return 128 + received[0]
     killed = [rank for rank, process in enumerate(processes) if process.returncode == -signal.SIGKILL]
     if -signal.SIGKILL in ended:
-        print(f"error: rank {killed[0]} was killed; the machine may be out of memory, look at its log", file=sys.stderr)
+        print(f"error: rank {killed[0]} was killed; the machine may be out of memory, look at its "
+              f"log", file=sys.stderr)
     return max((1 if code < 0 else code for code in ended), default=1)
 
 

@@ -5,8 +5,10 @@
     python report.py pack FOLDER   the same
 
 The packed script is a small Python file whose one string literal holds the program, without comments and docstrings,
-compressed by LZMA. It unpacks the program in memory and leaves the lines where Python's `inspect` looks for them,
-because Triton reads the source of its kernels; no file is written. Its length on disk is the code size that a run
+compressed by LZMA. It unpacks the program in memory and leaves the lines where Python's `inspect` looks for
+them,
+because Triton reads the source of its kernels; no file is written. Its length on disk is the code size that a
+run
 counts. Any Python from 3.10 on packs the same bytes, and runs them.
 """
 from __future__ import annotations
@@ -26,12 +28,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent
-COMPANIONS = ("run.sh", "launch.py", "lossless_caps.py", "caseops_encoder.py", "prepare_caseops_data.py", "requirements.txt",
-              "requirements-gpu.txt", "tokenizers", "LICENSE", "README.md")
+COMPANIONS = ("run.sh", "launch.py", "lossless_caps.py", "caseops_encoder.py", "prepare_caseops_data.py",
+              "requirements.txt", "requirements-gpu.txt", "tokenizers", "LICENSE", "README.md")
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 0, "pb": 0,
                  "dict_size": 1 << 20}]
-# Latin-1 makes every byte one character, so that the payload needs no base64. __file__ stays that of the packed script;
-# the program's own file name exists in linecache only, and its time None says that there is no file to compare with.
+# Latin-1 makes every byte one character, so that the payload needs no base64. __file__ stays that of the
+# packed script;
+# the program's own file name exists in linecache only, and its time None says that there is no file to
+# compare with.
 LOADER = """#coding:latin1
 import linecache,lzma
 p=__file__+".unpacked.py"
@@ -42,12 +46,15 @@ exec(compile(s,p,"exec"))
 ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\0": "\\0"}
 
 
-# --- minify: spans to drop come from the syntax tree, the rest is copied token by token. Unlike ast.unparse, whose
+# --- minify: spans to drop come from the syntax tree, the rest is copied token by token. Unlike ast.unparse,
+# whose
 # output depends on Python's version, this gives the same text everywhere.
 
 class _Spans(ast.NodeVisitor):
-    """Spans (start, end, replacement) of what the program does not need to run: docstrings, hints, twins; C source is
-    shortened. A twin is the plain definition of a C routine, kept for readers and tests; its name says so. Hints stay
+    """Spans (start, end, replacement) of what the program does not need to run: docstrings, hints, twins; C
+    source is
+    shortened. A twin is the plain definition of a C routine, kept for readers and tests; its name says so.
+    Hints stay
     where they are read: class fields, and arguments of decorated functions (custom operators, kernels)."""
 
     def __init__(self, source: str) -> None:
@@ -74,7 +81,8 @@ class _Spans(ast.NodeVisitor):
         if isinstance(node.value, str) and node.value.lstrip().startswith("#include"):
             text = self.source[self.start(node):self.end(node)]
             if not text.startswith(C_QUOTE):
-                raise ValueError(f"line {node.lineno}: expected C source in {C_QUOTE} quotes, found {text[:8]}")
+                raise ValueError(f"line {node.lineno}: expected C source in {C_QUOTE} quotes, found "
+                                 f"{text[:8]}")
             self.drop(self.start(node), self.end(node), f'{C_QUOTE}{strip_c(node.value)}"""')
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
@@ -115,8 +123,8 @@ class _Spans(ast.NodeVisitor):
 
 C_QUOTE = 'r"""'
 # Operators that two neighbours must not become.
-LONG_OPERATORS = {"**", "//", "<<", ">>", "->", ":=", "==", "!=", "<=", ">=", "+=", "-=", "*=", "/=", "%=", "&=", "|=", "^=",
-                  "@=", "..."}
+LONG_OPERATORS = {"**", "//", "<<", ">>", "->", ":=", "==", "!=", "<=", ">=", "+=", "-=", "*=", "/=", "%=", "&=",
+                  "|=", "^=", "@=", "..."}
 
 
 def _is_twin(name: str) -> bool:
@@ -124,14 +132,16 @@ def _is_twin(name: str) -> bool:
 
 
 def strip_c(source: str) -> str:
-    """C source without comments, indentation and blank lines; string and character literals stay as they are."""
+    """C source without comments, indentation and blank lines; string and character literals stay as they
+    are."""
     literal_or_comment = r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|/\*.*?\*/|//[^\n]*"""
     source = re.sub(literal_or_comment, lambda m: m[1] or " ", source, flags=re.S)
     return "\n".join(line.strip() for line in source.splitlines() if line.strip()) + "\n"
 
 
 def minify(source: str) -> str:
-    """The same program without what _Spans drops, comments and spare blanks. The module's docstring stays: --help prints
+    """The same program without what _Spans drops, comments and spare blanks. The module's docstring stays:
+    --help prints
     it."""
     for start, end, replacement in sorted(_Spans(source).spans, reverse=True):
         source = source[:start] + replacement + source[end:]
@@ -210,7 +220,8 @@ def write_folder(folder: Path) -> int:
 
 
 def write_toy_shards(folder: Path) -> None:
-    """Documents that repeat themselves, in the shard format: enough to train a few steps and to open hints."""
+    """Documents that repeat themselves, in the shard format: enough to train a few steps and to open
+    hints."""
     import numpy as np
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
@@ -228,25 +239,29 @@ def write_toy_shards(folder: Path) -> None:
 
 # A pipeline with every part of the record's, small enough for seconds.
 TOY_SETTINGS = dict(
-    RUN_ID="toy", ALLOW_UNVERIFIED=1, ITERATIONS=2, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=0, COMPILE=0, NUM_LAYERS=4,
+    RUN_ID="toy", ALLOW_UNVERIFIED=1, ITERATIONS=2, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=0, COMPILE=0,
+    NUM_LAYERS=4,
     LOOP_START=1, LOOP_END=1, PARALLEL_START_LAYER=3, MODEL_DIM=32, NUM_HEADS=2, NUM_KV_HEADS=1, ROPE_DIMS=8,
-    TRAIN_BATCH_TOKENS=512, TRAIN_SEQ_LEN=64, VAL_BATCH_TOKENS=1024, EVAL_SEQ_LEN=64, GPTQ_CALIBRATION_BATCHES=2,
+    TRAIN_BATCH_TOKENS=512, TRAIN_SEQ_LEN=64, VAL_BATCH_TOKENS=1024, EVAL_SEQ_LEN=64,
+    GPTQ_CALIBRATION_BATCHES=2,
     TTT_EVAL_SEQ_LEN=64, TTT_CHUNK_SIZE=32, TTT_BATCH_SIZE=2, TTT_LORA_RANK=4, PHASED_TTT_PREFIX_DOCS=2,
     GLOBAL_TTT_CHUNK_TOKENS=64, TOKEN_ORDER=4)
-NUMBERS = re.compile(r"\d+/\d+ train_loss: \S+|Serialized model.*|artifact written.*|.*val_loss:\S+ val_bpb:\S+"
+NUMBERS = re.compile(r"\d+/\d+ train_loss: \S+|Serialized model.*|artifact written.*|.*val_loss:\S+ "
+                     r"val_bpb:\S+"
                      r"|ngram_tilt:hints.*|ttt_phased:.*")
 
 
 def run_pipeline(script: Path, folder: Path) -> tuple[str, list[str]]:
-    """(--help, every number of a whole toy run) of a script, started from another folder; RuntimeError if it fails."""
+    """(--help, every number of a whole toy run) of a script, started from another folder; RuntimeError if it
+    fails."""
     settings = {name: str(value) for name, value in TOY_SETTINGS.items()}
     settings |= {"DATA_PATH": str(folder.parent / "data"), "CUDA_VISIBLE_DEVICES": "",
                  "TOKENIZER_PATH": str(REPO / "tokenizers" / "caseops_8192.model")}
     folder.mkdir()
     outputs = []
     for arguments in (["--help"], []):
-        done = subprocess.run([sys.executable, str(script), *arguments], cwd=folder, text=True, capture_output=True,
-                              env={**os.environ, **settings})
+        done = subprocess.run([sys.executable, str(script), *arguments], cwd=folder, text=True,
+                              capture_output=True, env={**os.environ, **settings})
         if done.returncode:
             raise RuntimeError(f"{script} fails: {(done.stderr or done.stdout).strip()[-2000:]}")
         outputs.append(done.stdout)
@@ -267,7 +282,8 @@ def compare(packed: Path, readable: Path) -> list[str]:
     with tempfile.TemporaryDirectory(prefix="train_gpt_check_") as work:
         write_toy_shards(Path(work) / "data")
         try:
-            return differences(run_pipeline(packed, Path(work) / "packed"), run_pipeline(readable, Path(work) / "readable"))
+            return differences(run_pipeline(packed, Path(work) / "packed"),
+                               run_pipeline(readable, Path(work) / "readable"))
         except RuntimeError as error:
             return [str(error)]
 

@@ -780,7 +780,8 @@ def _run_trainer(texts: Iterator[str], **fields) -> bytes:
             raise
 
     try:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=noting_interrupts(), model_writer=model, **fields)
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=noting_interrupts(), model_writer=model,
+                                                 **fields)
     except (RuntimeError, OSError) as error:
         if stopped and not isinstance(stopped[0], GeneratorExit):
             raise stopped[0] from None
@@ -789,7 +790,8 @@ def _run_trainer(texts: Iterator[str], **fields) -> bytes:
                            "fewer pieces") from None
     found = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
     if found != fields["vocab_size"]:
-        raise PrepareError(f"training the tokenizer failed: expected enough text for {fields['vocab_size']:,} pieces, "
+        raise PrepareError(f"training the tokenizer failed: expected enough text for "
+                           f"{fields['vocab_size']:,} pieces, "
                            f"found text for {found:,}; give more documents or ask for fewer pieces")
     return model.getvalue()
 
@@ -857,7 +859,8 @@ PUBLISHED_TARGETS = 47_851_520
 PUBLISHED_TARGET_BYTES, PUBLISHED_TARGET_BYTES_TOLERANCE = 151_074_499, 2
 PUBLISHED_TRAIN_SHARDS = 80
 
-CHECKED_NAME = ".checked.json"            # what train_gpt.py remembers of files that it has read; `verify` fills it
+# what train_gpt.py remembers of files that it has read; `verify` fills it
+CHECKED_NAME = ".checked.json"
 OVERLAP_LIMIT = 0.001                     # share of validation documents that may recur in training by chance
 _VALUES_AT_ONCE = 1 << 22
 _NEVER_FROM_TEXT = (0, 2, 3)              # pad, end of sequence, unknown
@@ -939,11 +942,13 @@ class DirectoryCheck:
         return self.violations
 
     def _remember(self) -> None:
-        """Let runs of train_gpt.py start without reading these files again (sizes and times must not change)."""
+        """Let runs of train_gpt.py start without reading these files again (sizes and times must not
+        change)."""
         path = self.folder / CHECKED_NAME
         try:
-            path.with_name(CHECKED_NAME + STAGING_NAME).write_text(json.dumps({"format": 1, "files": self._checked}))
-            os.replace(path.with_name(CHECKED_NAME + STAGING_NAME), path)
+            temporary = path.with_name(CHECKED_NAME + STAGING_NAME)
+            temporary.write_text(json.dumps({"format": 1, "files": self._checked}))
+            os.replace(temporary, path)
         except OSError as error:
             print(f"verify remembered:0 reason:\"{error.strerror}\"")
 
@@ -1036,7 +1041,8 @@ class DirectoryCheck:
             stated = (self._manifest or {}).get("files", {}).get(name)
             facts.shards += 1
             sha256, status = hashlib.sha256(), (self.folder / name).stat()
-            head = max(0, min(PUBLISHED_TARGETS + 1 - facts.values, self._values[name])) if series != "train" else 0
+            head = 0 if series == "train" else PUBLISHED_TARGETS + 1 - facts.values
+            head = max(0, min(head, self._values[name]))
             about, seen = {"first": None, "largest": 0, "total": 0, "head_total": 0}, 0
             with open(self.folder / name, "rb") as file:
                 sha256.update(file.read(HEADER_BYTES))
@@ -1056,7 +1062,8 @@ class DirectoryCheck:
                     facts.total += int(values.sum(dtype=np.int64))
                     self._bar.update(len(data))
                     yield values
-            self._checked[name] = [[status.st_size, status.st_mtime_ns, head], {"sha256": sha256.hexdigest(), **about}]
+            stamp = [status.st_size, status.st_mtime_ns, head]
+            self._checked[name] = [stamp, {"sha256": sha256.hexdigest(), **about}]
             if self._manifest is not None and not stated:
                 self.violations.append(f"{name} is not in the manifest; it comes from another build.")
             elif stated and stated != {"values": self._values[name], "sha256": sha256.hexdigest()}:
@@ -1323,7 +1330,8 @@ def _check_download(path: Path, file, staging: Path) -> None:
 # Command line
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return its exit code (0 done, 1 a check or the run failed, 2 bad usage, 130 interrupted)."""
+    """Run the command line; return its exit code (0 done, 1 a check or the run failed, 2 bad usage, 130
+    interrupted)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {"build": _build_command, "verify": _verify_command, "download": _download_command}
     is_named = bool(arguments) and arguments[0] in commands

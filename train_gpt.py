@@ -303,7 +303,8 @@ ROWS_PER_STEP = 8            # one optimizer step is 8 rows on any number of GPU
 BOS = 1
 OPERATOR_IDS = (4, 5, 6, 7)  # the four CaseOps operators
 SIZE_LIMIT = 16_000_000      # bytes of code plus weights
-CODE_MARGIN = 256            # left free, should another release of liblzma pack the same script a little longer
+# left free, should another release of liblzma pack the same script a little longer
+CODE_MARGIN = 256
 
 
 def _number(text: str, kind: type = float) -> float:
@@ -361,7 +362,8 @@ def settings_table() -> str:
 # Rank, device, collectives and the log file. At world size 1 every collective is a no-op.
 
 REPO = Path(__file__).resolve().parent
-HANG_LIMIT_S, START_LIMIT_S = 100.0, 1800.0       # silence allowed to a stage; hashing and compiling may take longer
+# silence allowed to a stage; hashing and compiling may take longer
+HANG_LIMIT_S, START_LIMIT_S = 100.0, 1800.0
 SIGNAL_GRACE_S = 3.0                              # then a call that does not return is abandoned
 DISK_RETRY_S = 5.0
 LONGEST_RUN_ID = 100
@@ -404,20 +406,25 @@ class Run:
 
     @classmethod
     def start(cls, cfg: Config, env: Mapping[str, str] = os.environ) -> "Run":
-        """Join the ranks that the launcher started (or run alone), pick the device, claim RUN_ID on rank 0."""
+        """Join the ranks that the launcher started (or run alone), pick the device, claim RUN_ID on rank
+        0."""
         rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         local_rank = int(env.get("LOCAL_RANK", 0))
         if ROWS_PER_STEP % world_size:
             raise ConfigError(f"WORLD_SIZE={world_size}: expected 1, 2, 4 or 8, because one optimizer step is "
                               f"{ROWS_PER_STEP} rows dealt evenly to the ranks; change --nproc_per_node")
         if cfg.run_id in (".", "..") or len(cfg.run_id) > LONGEST_RUN_ID:
-            raise ConfigError(f"RUN_ID={cfg.run_id[:20]!r} ({len(cfg.run_id)} characters): expected the beginning of a "
-                              f"file name, at most {LONGEST_RUN_ID} characters and neither . nor ..; choose another")
+            raise ConfigError(f"RUN_ID={cfg.run_id[:20]!r} ({len(cfg.run_id)} characters): expected the "
+                              f"beginning of a "
+                              f"file name, at most {LONGEST_RUN_ID} characters and neither . nor ..; choose "
+                              f"another")
         device = torch.device("cpu")
         if torch.cuda.is_available():
-            last = int(env.get("LOCAL_WORLD_SIZE", local_rank + 1)) - 1      # so that all ranks refuse, not only some
+            # so that all ranks refuse, not only some
+            last = int(env.get("LOCAL_WORLD_SIZE", local_rank + 1)) - 1
             if last >= torch.cuda.device_count():
-                raise ConfigError(f"LOCAL_RANK={last}: expected below {torch.cuda.device_count()}, the GPUs of "
+                raise ConfigError(f"LOCAL_RANK={last}: expected below {torch.cuda.device_count()}, the GPUs "
+                                  f"of "
                                   "this machine; lower NPROC_PER_NODE")
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
@@ -425,7 +432,8 @@ class Run:
         run = cls(cfg, rank, world_size, device)
         if world_size > 1:
             run._join_ranks()
-        run.run_id = run.share(run.run_id or datetime.datetime.now().strftime(f"seed{cfg.seed}_%Y%m%d_%H%M%S"))
+        started = datetime.datetime.now().strftime(f"seed{cfg.seed}_%Y%m%d_%H%M%S")
+        run.run_id = run.share(run.run_id or started)
         run.log_path = Path("logs") / f"{run.run_id}.txt"
         if rank == 0:
             run._claim_run_id()
@@ -459,8 +467,10 @@ class Run:
                 if path.exists() and path.stat().st_size]
         if left and not resumes:
             self._close_log()
-            raise ConfigError(f"RUN_ID={self.run_id}: {left[0]} exists from an earlier run; choose another RUN_ID, "
-                              "remove that run's files, or go on from it with QUANTIZE_ONLY=1 or TTT_EVAL_ONLY=1")
+            raise ConfigError(f"RUN_ID={self.run_id}: {left[0]} exists from an earlier run; choose another "
+                              f"RUN_ID, "
+                              "remove that run's files, or go on from it with QUANTIZE_ONLY=1 or "
+                              "TTT_EVAL_ONLY=1")
 
     def begin(self) -> None:
         """Call when every check of the start has passed: from here on the log is kept."""
@@ -505,10 +515,12 @@ class Run:
                 self._write_log()
 
     def progress(self, text: str) -> None:
-        """Show `text` in one line that rewrites itself: on a terminal, on rank 0, unless QUIET=1. "" removes it."""
+        """Show `text` in one line that rewrites itself: on a terminal, on rank 0, unless QUIET=1. "" removes
+        it."""
         self.beat()
         now = time.monotonic()
-        if not self._shows_progress or (text and now - self._progress_at < 0.2) or not (text or self._progress_width):
+        is_due = now - self._progress_at >= 0.2 if text else self._progress_width > 0
+        if not (self._shows_progress and is_due):
             return
         text = text[:shutil.get_terminal_size().columns - 1]
         print(f"\r{text:<{self._progress_width}}" + ("" if text else "\r"), end="", flush=True)
@@ -524,19 +536,23 @@ class Run:
         self._beat_at = time.monotonic()
 
     def _watch(self) -> None:
-        """End this rank when it makes no progress: it hangs, or waits in a collective for another that does."""
+        """End this rank when it makes no progress: it hangs, or waits in a collective for another that
+        does."""
         while not self._ended.wait(min(1.0, self._limit_s / 4)):
             silence_s = time.monotonic() - self._beat_at
             if silence_s > self._limit_s:
                 self.report(f"error: rank {self.rank} made no progress for {silence_s:.0f} s in stage "
-                            f"{self.stage_name}: it hangs, or waits for a rank that does; look at the GPUs and start again")
+                            f"{self.stage_name}: it hangs, or waits for a rank that does; look at the GPUs "
+                            f"and start again")
                 os._exit(1)
 
     def report(self, sentence: str) -> bool:
-        """Print an error on stderr unless another rank has told one already; says whether this rank was the first."""
+        """Print an error on stderr unless another rank has told one already; says whether this rank was the
+        first."""
         is_first = self.rank == 0
         if self._store is not None:
-            with contextlib.suppress(RuntimeError):          # the store ends with rank 0, which has then told its error
+            # the store ends with rank 0, which has then told its error
+            with contextlib.suppress(RuntimeError):
                 is_first = self._store.add("errors_told", 1) == 1
         if is_first:
             self.progress("")
@@ -607,30 +623,35 @@ class Timer:
 
 
 def require_finite(run: Run, what: str, *values: Tensor | float) -> None:
-    """Raise RunError unless every value is finite. On a GPU it waits for the values: not for use inside steps."""
+    """Raise RunError unless every value is finite. On a GPU it waits for the values: not for use inside
+    steps."""
     for value in values:
         if not bool(torch.isfinite(torch.as_tensor(value)).all()):
             shown = f" is {value}" if isinstance(value, float) else " holds NaN or infinity"
-            raise RunError(f"{what}{shown} in stage {run.stage_name}; last good value: {run.last_good}; lower MATRIX_LR "
+            raise RunError(f"{what}{shown} in stage {run.stage_name}; last good value: {run.last_good}; "
+                           f"lower MATRIX_LR "
                            "or check the data")
 
 
 def save(run: Run, path: Path, data: bytes) -> None:
-    """write_file that loses nothing to a full disk: says what is missing and waits, until it works or is interrupted."""
+    """write_file that loses nothing to a full disk: says what is missing and waits, until it works or is
+    interrupted."""
     told = None
     while True:
         try:
             return write_file(path, data)
         except OSError as error:
             if told != (told := error.strerror):
-                run.log(f'write waiting file:{path.name} bytes:{len(data)} reason:"{told}; make {len(data):,} bytes of '
+                run.log(f'write waiting file:{path.name} bytes:{len(data)} reason:"{told}; make '
+                        f'{len(data):,} bytes of '
                         f'room in {path.parent.name}, the weights wait in memory"')
             time.sleep(DISK_RETRY_S)
 
 
 @contextlib.contextmanager
 def catch_signals(give_up: Callable[[int], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM raise Interrupted in the main thread. Where that is stuck in a call that does not return,
+    """SIGINT and SIGTERM raise Interrupted in the main thread. Where that is stuck in a call that does not
+    return,
     give_up(signal number) is called from another thread after SIGNAL_GRACE_S; it must end the process."""
     def interrupt(number: int, frame: Any) -> None:
         for handled in previous:
@@ -638,7 +659,8 @@ def catch_signals(give_up: Callable[[int], None]) -> Iterator[None]:
         raise Interrupted(number)
 
     def watch() -> None:
-        number = os.read(receiver, 1)                    # written by the C handler, whatever the main thread does
+        # written by the C handler, whatever the main thread does
+        number = os.read(receiver, 1)
         if number and not ended.wait(SIGNAL_GRACE_S):
             give_up(number[0])
 
@@ -685,7 +707,8 @@ def read_shard_header(path: Path) -> int:
     with open(path, "rb") as file:
         raw = file.read(SHARD_HEADER_BYTES)
     if len(raw) < SHARD_HEADER_BYTES:
-        raise DataError(f"{path}: expected a token shard with a header of {SHARD_HEADER_BYTES:,} bytes, found a file of "
+        raise DataError(f"{path}: expected a token shard with a header of {SHARD_HEADER_BYTES:,} bytes, "
+                        f"found a file of "
                         f"{len(raw):,}; it is cut off, fetch this shard again")
     header = np.frombuffer(raw, dtype="<i4")
     if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
@@ -720,7 +743,8 @@ def find_shards(folder: Path, series: str) -> list[Path]:
 
 
 def read_facts(path: Path, head: int) -> dict[str, Any]:
-    """SHA-256 of a shard and its first, largest and summed values; head_total sums the first `head` of them."""
+    """SHA-256 of a shard and its first, largest and summed values; head_total sums the first `head` of
+    them."""
     sha256, first, largest, total, head_total, seen = hashlib.sha256(), None, 0, 0, 0, 0
     with open(path, "rb") as file:
         sha256.update(file.read(SHARD_HEADER_BYTES))
@@ -732,7 +756,8 @@ def read_facts(path: Path, head: int) -> dict[str, Any]:
             total += int(values.sum(dtype=np.int64))
             head_total += int(values[:max(0, head - seen)].sum(dtype=np.int64))
             seen += len(values)
-    return {"sha256": sha256.hexdigest(), "first": first, "largest": largest, "total": total, "head_total": head_total}
+    return {"sha256": sha256.hexdigest(), "first": first, "largest": largest, "total": total,
+            "head_total": head_total}
 
 
 def file_stamp(path: Path, head: int) -> list[int]:
@@ -780,7 +805,8 @@ class Dataset:
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             listed = {name: int(entry["values"]) for name, entry in manifest["files"].items()}
-            needed = (manifest["tokenizer"]["file"], manifest["val"]["tokens"], manifest["val"]["sidecar_bytes"],
+            totals = manifest["val"]
+            needed = (manifest["tokenizer"]["file"], totals["tokens"], totals["sidecar_bytes"],
                       *(entry["sha256"] for entry in manifest["files"].values()))
             if None in needed:
                 raise ValueError("a hash or a total is null")
@@ -796,9 +822,12 @@ class Dataset:
         return manifest
 
     def check_values(self, cfg: Config, run: Run, split: str, read: bool = True) -> bool:
-        """Check every value of the files of `split` ("train" or "val"): hashes and totals against the manifest or the
-        published figures, token range, first BOS. What is found is remembered beside the shards, so that only new or
-        changed files are read. False, without reading, if read=False and something is not remembered; DataError names
+        """Check every value of the files of `split` ("train" or "val"): hashes and totals against the
+        manifest or the
+        published figures, token range, first BOS. What is found is remembered beside the shards, so that only
+        new or
+        changed files are read. False, without reading, if read=False and something is not remembered;
+        DataError names
         what is wrong."""
         timer = Timer(run)
         series = [self.train] if split == "train" else [self.val, self.val_bytes]
@@ -815,15 +844,20 @@ class Dataset:
         unread = [path for path in heads if path not in facts]
         if unread and not read:
             return False
-        stamps = {path: file_stamp(path, heads[path]) for path in unread}          # before reading: a later change shows
+        # before reading: a later change shows
+        stamps = {path: file_stamp(path, heads[path]) for path in unread}
         with ThreadPool(max(1, min(len(unread), os.cpu_count() or 1))) as pool:
-            facts.update(zip(unread, pool.map(lambda path: read_facts(path, heads[path]), unread, chunksize=1)))
+            found = pool.map(lambda path: read_facts(path, heads[path]), unread, chunksize=1)
+        facts.update(zip(unread, found))
         self._judge(cfg, series, facts)
         if unread:
             remembered.update({path.name: [stamps[path], facts[path]] for path in unread})
-            with contextlib.suppress(OSError):                           # a folder that cannot be written is read again
-                write_file(self.folder / CHECKED_NAME, json.dumps({"format": 1, "files": remembered}).encode())
-        run.log(f"data checked split:{split} files:{len(heads)} read:{len(unread)} elapsed_ms:{1000 * timer.seconds():.0f}")
+            # a folder that cannot be written is read again
+            with contextlib.suppress(OSError):
+                content = json.dumps({"format": 1, "files": remembered})
+                write_file(self.folder / CHECKED_NAME, content.encode())
+        run.log(f"data checked split:{split} files:{len(heads)} read:{len(unread)} "
+                f"elapsed_ms:{1000 * timer.seconds():.0f}")
         return True
 
     def _remembered(self) -> dict[str, Any]:
@@ -833,16 +867,19 @@ class Dataset:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}                                                    # nothing remembered: read everything
 
-    def _judge(self, cfg: Config, series: Sequence[Sequence[Path]], facts: Mapping[Path, dict[str, Any]]) -> None:
+    def _judge(self, cfg: Config, series: Sequence[Sequence[Path]],
+               facts: Mapping[Path, dict[str, Any]]) -> None:
         for path in facts if self.manifest else ():
             want, found = self.manifest["files"][path.name]["sha256"], facts[path]["sha256"]
             if want != found:
-                raise DataError(f"{path}: SHA-256 {found[:16]}..., but manifest.json says {want[:16]}...; the file is "
+                raise DataError(f"{path}: SHA-256 {found[:16]}..., but manifest.json says {want[:16]}...; "
+                                f"the file is "
                                 "damaged or from another preparation run, fetch or prepare it again")
         for path in series[0]:
             if facts[path]["largest"] >= cfg.vocab_size:
                 raise DataError(f"{path}: expected tokens below VOCAB_SIZE={cfg.vocab_size}, found "
-                                f"{facts[path]['largest']}; set VOCAB_SIZE as in the preparation, or prepare again")
+                                f"{facts[path]['largest']}; set VOCAB_SIZE as in the preparation, or "
+                                f"prepare again")
         if len(series) == 1:
             return
         if facts[series[0][0]]["first"] != BOS:
@@ -854,15 +891,18 @@ class Dataset:
             found = {"tokens": self.val_tokens, "sidecar_bytes": total}
             said = {name: stated[name] for name in found}
             if said != found:
-                raise DataError(f"{self.folder}: validation split with {found}, but manifest.json says {said}; prepare "
+                raise DataError(f"{self.folder}: validation split with {found}, but manifest.json says "
+                                f"{said}; prepare "
                                 "the data again")
         elif not cfg.allow_unverified:
             published = CHECK_FIGURES["val_bytes"]
             head = sum(facts[path]["head_total"] for path in series[1]) - facts[series[1][0]]["first"]
             if abs(head - published["bytes"]) > published["tolerance"]:
                 raise DataError(
-                    f"{self.folder}: the first {published['targets']:,} validation targets stand for {head:,} bytes, "
-                    f"the published export's for {published['bytes']:,}; fetch the fineweb_val_bytes shards again")
+                    f"{self.folder}: the first {published['targets']:,} validation targets stand for "
+                    f"{head:,} bytes, "
+                    f"the published export's for {published['bytes']:,}; fetch the fineweb_val_bytes shards "
+                    f"again")
 
     def load_validation(self) -> tuple[np.ndarray, np.ndarray]:
         """All validation tokens and their byte counts, uint16 (tokens,) each."""
@@ -888,7 +928,8 @@ def check_tokenizer(cfg: Config, data: Dataset) -> Path:
     beside = (recorded.read_text().split() or ["(nothing)"])[0] if recorded.exists() else None
     for name, want in ((source, stated.get("sha256")), (recorded.name, beside)):
         if want and want != digest:
-            raise DataError(f"{path}: SHA-256 {digest[:16]}..., but {name} says {want[:16]}...; use the tokenizer "
+            raise DataError(f"{path}: SHA-256 {digest[:16]}..., but {name} says {want[:16]}...; use the "
+                            f"tokenizer "
                             "the shards were made with")
     import sentencepiece                                  # only this check needs it
     try:
@@ -1646,7 +1687,8 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
             encoder, decoder = execution_order(cfg, True)
             run.log(f"layer_loop:enabled step:{step} frac:{progress:.3f} encoder:{encoder} decoder:{decoder}")
         loss = train_rows(cfg, run, model, optimizer, loader, ROWS_PER_STEP // run.world_size, looping)
-        loss_sum += loss                                  # NaN and infinity stay in a sum: no step goes unchecked
+        # NaN and infinity stay in a sum: no step goes unchecked
+        loss_sum += loss
         optimizer.step(step, lr_factor(cfg, progress))
         average.update()
         clock.step_done()
@@ -1655,7 +1697,8 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
             mean_loss, every_loss = (run.sum(torch.stack([loss, loss_sum])) / ROWS_PER_STEP).tolist()
             seconds = time.perf_counter() - clock.timer.start
             run.log(f"{done}/{cfg.iterations} train_loss: {mean_loss:.4f} train_time: {seconds / 60:.1f}m "
-                    f"tok/s: {done * cfg.train_batch_tokens / seconds:.0f} train_time_ms:{1000 * seconds:.0f}")
+                    f"tok/s: {done * cfg.train_batch_tokens / seconds:.0f} "
+                    f"train_time_ms:{1000 * seconds:.0f}")
             require_finite(run, f"train_loss up to step {done}", every_loss)
             run.last_good = f"train_loss {mean_loss:.4f} at step {done}"
     steps = step if stop else cfg.iterations
@@ -2475,13 +2518,15 @@ FORMAT_VERSION = 4
 CHECKPOINT_MAGIC, ARTIFACT_MAGIC = b"GOLFWGHT", b"GOLFCODE"
 STREAM_GROUPS = ("tok_emb", "w_up", "w_down", "wq", "wo", "wk", "wv")      # the longest job first
 HALVED_GROUPS = STREAM_GROUPS[:3]                # two streams each, so that no thread works twice as long as the others
-# Settings that do not shape what a file holds: how and where a run goes, scoring, and for a checkpoint quantization.
+# Settings that do not shape what a file holds: how and where a run goes, scoring, and for a checkpoint
+# quantization.
 # Every other setting does, so that a new one is compared unless it is listed here.
-RUN_FIELDS = tuple("run_id data_path tokenizer_path compile allow_ prequant_only quantize_only ttt_eval_only audit "
+RUN_FIELDS = tuple("run_id data_path tokenizer_path compile allow_ prequant_only quantize_only "
+                   "ttt_eval_only audit "
                    "checkpoint_dir skip_check quiet fused_ce_enabled".split())
 SCORING_FIELDS = ("val_batch_tokens", "eval_", "ttt_", "phased_ttt_", "global_ttt_", "ngram_", "token_")
-QUANTIZATION_FIELDS = ("matrix_bits", "embed_bits", "gptq_calibration", "attn_clip", "mlp_clip", "embed_clip", "fill_",
-                       "rdo_", "compressor", "awq_", "lqer_")
+QUANTIZATION_FIELDS = ("matrix_bits", "embed_bits", "gptq_calibration", "attn_clip", "mlp_clip", "embed_clip",
+                       "fill_", "rdo_", "compressor", "awq_", "lqer_")
 
 
 class ArtifactError(ValueError):
@@ -2495,7 +2540,8 @@ def shaping_settings(magic: bytes, cfg: Config) -> dict[str, Any]:
             if not field.name.startswith(others)}
 
 
-def build_container(magic: bytes, cfg: Config, streams: Mapping[str, bytes], notes: Mapping[str, Any] | None = None,
+def build_container(magic: bytes, cfg: Config, streams: Mapping[str, bytes],
+                    notes: Mapping[str, Any] | None = None,
                     origin: Mapping[str, str] | None = None) -> bytes:
     """Named byte streams with the settings that shaped them, notes (JSON), Run.origin and a SHA-256.
     Layout: magic (8), version u32, header length u32, header (zlib JSON), streams, SHA-256 of all before (32)."""
@@ -2523,7 +2569,8 @@ def write_file(path: Path, data: bytes) -> None:
 
 def read_container(path: Path, magic: bytes, cfg: Config, run: Run | None = None,
                    sha256: str = "") -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Streams and notes of a file made by build_container; raises ArtifactError unless every check holds: the file's
+    """Streams and notes of a file made by build_container; raises ArtifactError unless every check holds: the
+    file's
     SHA-256 where given, settings, and with `run` its tokenizer. Other code is a warning."""
     try:
         data = path.read_bytes()
@@ -2537,7 +2584,8 @@ def read_container(path: Path, magic: bytes, cfg: Config, run: Run | None = None
         raise ArtifactError(f"{path}: checksum mismatch over {len(data):,} bytes; the file is truncated or "
                             "corrupted, write it again")
     if sha256 not in ("", found := hashlib.sha256(data).hexdigest()):
-        raise ArtifactError(f"{path}: SHA-256 {found[:16]}..., but rank 0 has {sha256[:16]}...; all ranks must "
+        raise ArtifactError(f"{path}: SHA-256 {found[:16]}..., but rank 0 has {sha256[:16]}...; all ranks "
+                            f"must "
                             "read the same file, look at the disk and start again")
     version, header_bytes = np.frombuffer(data[8:16], "<u4").tolist()
     if version != FORMAT_VERSION:
@@ -2561,7 +2609,8 @@ def _check_origin(path: Path, made: Mapping[str, str], run: Run | None) -> None:
         raise ArtifactError(f"{path}: made with a tokenizer of SHA-256 {made['tokenizer'][:16]}..., now "
                             f"{now['tokenizer'][:16]}...; set TOKENIZER_PATH and DATA_PATH as they were")
     if "code" in differing:
-        run.log(f"artifact warning file:{path.name} made_with_code:{made['code'][:16]} code:{now['code'][:16]}")
+        run.log(f"artifact warning file:{path.name} made_with_code:{made['code'][:16]} "
+                f"code:{now['code'][:16]}")
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
@@ -2709,7 +2758,8 @@ SMALLEST_SIGMA_FACTOR = 0.5                      # below, real weights would beg
 
 
 def write_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration) -> str:
-    """Quantize, encode, make it fit; rank 0 writes and reports the artifact. Returns its SHA-256 on every rank."""
+    """Quantize, encode, make it fit; rank 0 writes and reports the artifact. Returns its SHA-256 on every
+    rank."""
     code_bytes = int(run.agree([report_code_size(run) if run.rank == 0 else 0])[0])
     data, digest = fit_artifact(cfg, run, model, stats, SIZE_LIMIT - code_bytes - CODE_MARGIN), ""
     if run.rank == 0:
@@ -2720,7 +2770,8 @@ def write_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration) -> str
         run.log(f"Serialized model quantized+{cfg.compressor}: {model_bytes} bytes")
         run.log(f"Total submission size quantized+{cfg.compressor}: {model_bytes + code_bytes} bytes")
         if model_bytes + code_bytes > SIZE_LIMIT:
-            raise ArtifactError(f"{path}: {model_bytes:,} bytes and {code_bytes:,} of code exceed {SIZE_LIMIT:,}; raise "
+            raise ArtifactError(f"{path}: {model_bytes:,} bytes and {code_bytes:,} of code exceed "
+                                f"{SIZE_LIMIT:,}; raise "
                                 "ATTN_, MLP_ and EMBED_CLIP_SIGMAS")
     return run.share(digest)
 
@@ -2740,7 +2791,8 @@ def program_source() -> str:
 
 @functools.cache
 def shipped_code() -> ShippedCode:
-    """What counts as code: the packed script, this very file when it is what runs. Readable and packed have one hash."""
+    """What counts as code: the packed script, this very file when it is what runs. Readable and packed have
+    one hash."""
     source = program_source().encode()
     if main.__code__.co_filename != __file__:             # run by the loader that pack.py writes
         form, data = "packed_file", Path(__file__).read_bytes()
@@ -2755,7 +2807,8 @@ def shipped_code() -> ShippedCode:
 def report_code_size(run: Run) -> int:
     """Bytes of the script that ships, logged."""
     code = shipped_code()
-    run.log(f"artifact code_form:{code.form}" + (' reason:"no pack.py beside the script"' if "lzma" in code.form else ""))
+    run.log(f"artifact code_form:{code.form}" + (' reason:"no pack.py beside the '
+                                                 'script"' if "lzma" in code.form else ""))
     run.log(f"Code size (uncompressed): {code.source_bytes} bytes")
     run.log(f"Code size (compressed): {code.num_bytes} bytes")
     return code.num_bytes
@@ -2794,13 +2847,15 @@ def fit_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration, limit: i
 
 
 def read_artifact(cfg: Config, run: Run, model: GPT, sha256: str = "") -> None:
-    """Replace the model's weights by what ships; every rank must find the file that rank 0 wrote, or else reads."""
+    """Replace the model's weights by what ships; every rank must find the file that rank 0 wrote, or else
+    reads."""
     timer = Timer(run)
     if not sha256:
         path = artifact_path(run)
         is_readable = run.rank == 0 and path.is_file()    # otherwise read_container says why
         sha256 = run.share(hashlib.sha256(path.read_bytes()).hexdigest() if is_readable else "")
-    model.load_state_dict(decode_model(cfg, *read_container(artifact_path(run), ARTIFACT_MAGIC, cfg, run, sha256)))
+    streams, notes = read_container(artifact_path(run), ARTIFACT_MAGIC, cfg, run, sha256)
+    model.load_state_dict(decode_model(cfg, streams, notes))
     require_finite(run, "the artifact's weights", *model.parameters())
     run.clocks["load"] = seconds = timer.seconds()
     run.log(f"artifact load_s:{seconds:.1f} load_ms:{1000 * seconds:.0f}")
@@ -3376,7 +3431,8 @@ def find_commit() -> str:
     try:
         for command in (["ls-files", "--error-unmatch", Path(__file__).name],
                         ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+dirty"]):
-            done = subprocess.run(["git", "-C", str(REPO), *command], capture_output=True, text=True, check=True)
+            done = subprocess.run(["git", "-C", str(REPO), *command], capture_output=True, text=True,
+                                  check=True)
         return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "none"
@@ -3429,10 +3485,12 @@ def check_ready(cfg: Config, run: Run, model: GPT) -> None:
             probe.unlink()
             room = shutil.disk_usage(folder).free
         except OSError as error:
-            raise RunError(f"{setting}={folder}: expected a folder to write to, found: {error.strerror}; correct the path "
+            raise RunError(f"{setting}={folder}: expected a folder to write to, found: {error.strerror}; "
+                           f"correct the path "
                            "or its permissions") from error
         if room < needed:
-            raise RunError(f"{setting}={folder}: expected room for {needed:,} bytes, found {room:,}; free some, or name "
+            raise RunError(f"{setting}={folder}: expected room for {needed:,} bytes, found {room:,}; free "
+                           f"some, or name "
                            "another folder with CHECKPOINT_DIR")
 
 
@@ -3444,7 +3502,8 @@ def check_data(cfg: Config, run: Run, data: Dataset, split: str, read: bool = Tr
 def run_pipeline(cfg: Config, run: Run) -> None:
     data = Dataset.open(cfg)
     tokenizer = check_tokenizer(cfg, data)
-    run.origin = {"tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest(), "code": shipped_code().sha256}
+    run.origin = {"tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
+                  "code": shipped_code().sha256}
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, run.compute_dtype).to(run.device)
     for p in model.parameters():
@@ -3454,7 +3513,8 @@ def run_pipeline(cfg: Config, run: Run) -> None:
         raise ConfigError("a GPU run without torch.compile or Triton is several times slower; allow it by ALLOW_SLOW=1")
     if not cfg.ttt_eval_only:
         check_data(cfg, run, data, "train")
-    # Until the last step only the headers of validation files are read, and what an earlier verify remembered.
+    # Until the last step only the headers of validation files are read, and what an earlier verify
+    # remembered.
     trains = not (cfg.quantize_only or cfg.ttt_eval_only)
     is_val_checked = check_data(cfg, run, data, "val", read=not trains)
     log_start(cfg, run, data, tokenizer, model)
@@ -3498,7 +3558,8 @@ def run_pipeline(cfg: Config, run: Run) -> None:
 
 
 def calibrate(cfg: Config, run: Run, data: Dataset, model: GPT, train_s: float | None) -> Calibration:
-    """Calibration statistics, collected on the training clock, and what that clock has come to (None: no training)."""
+    """Calibration statistics, collected on the training clock, and what that clock has come to (None: no
+    training)."""
     run.stage("calibration")
     timer = Timer(run)
     stats = collect_hessians(cfg, run, model, data.train, cfg.gptq_calibration_batches)
@@ -4063,7 +4124,8 @@ int ngram_hints(const uint16_t *tokens, const int64_t *order, int64_t num_target
 
 
 # --- 19 main ------------------------------------------------------------------------------------------------
-# Exit codes: 0 success, 1 a check or the run failed, 2 bad settings or usage, 130 and 143 after SIGINT and SIGTERM.
+# Exit codes: 0 success, 1 a check or the run failed, 2 bad settings or usage, 130 and 143 after SIGINT and
+# SIGTERM.
 
 def main(argv: Sequence[str]) -> int:
     if argv:
@@ -4099,12 +4161,14 @@ def main(argv: Sequence[str]) -> int:
     except Exception as error:
         if tell(f"error: unexpected {type(error).__name__} in stage {run.stage_name if run else 'start'}"):
             raise
-        return 1                                                  # what follows another rank's error is no news
+        # what follows another rank's error is no news
+        return 1
     return 0
 
 
 if __name__ == "__main__":
     exit_code = main(sys.argv[1:])
     if exit_code and "RANK" in os.environ:
-        os._exit(exit_code)                       # a communicator that lost a rank may never finish its clean-up
+        # a communicator that lost a rank may never finish its clean-up
+        os._exit(exit_code)
     sys.exit(exit_code)

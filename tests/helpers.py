@@ -148,8 +148,10 @@ def write_manifest(folder: Path, counts: Mapping[str, int], tokenizer: Path, voc
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
     sidecars = [np.fromfile(folder / name, "<u2", offset=1024) for name in counts if "val_bytes" in name]
-    manifest = {"files": {name: {"values": count, "sha256": sha256(folder / name)} for name, count in counts.items()},
-                "val": {"tokens": sum(map(len, sidecars)), "sidecar_bytes": sum(int(v.sum()) for v in sidecars)},
+    manifest = {"files": {name: {"values": count, "sha256": sha256(folder / name)}
+                          for name, count in counts.items()},
+                "val": {"tokens": sum(map(len, sidecars)),
+                        "sidecar_bytes": sum(int(v.sum()) for v in sidecars)},
                 "tokenizer": {"file": tokenizer.name, "sha256": sha256(tokenizer), "vocab_size": vocab_size,
                               "bos_id": 1, "operator_ids": [4, 5, 6, 7]}}
     (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -6,7 +6,8 @@
     python tests/mutants.py --fast          those that continuous integration runs
     python tests/mutants.py --list
 
-A mutation is an exact replacement in train_gpt.py. One whose text is not found is an error: a change of the program must
+A mutation is an exact replacement in train_gpt.py. One whose text is not found is an error: a change of the
+program must
 carry its mutations along. Exit code 1 when a mutation survives, that is when its tests pass.
 """
 from __future__ import annotations
@@ -65,7 +66,8 @@ MUTATIONS = {
         RULES + "average_takes_in"),
     "stop_without_calibration": Mutation(
         "training stops early enough for calibration",
-        "clock_s + step_s + calibration_s > cfg.max_wallclock_seconds", "clock_s + step_s > cfg.max_wallclock_seconds",
+        "clock_s + step_s + calibration_s > cfg.max_wallclock_seconds", "clock_s + step_s > "
+                                                                        "cfg.max_wallclock_seconds",
         "tests/test_training.py -k one_more_step_and_calibration"),
     "stop_rule_not_told_of_calibration": Mutation(
         "training stops early enough for calibration",
@@ -102,28 +104,32 @@ MUTATIONS = {
         "if 0 <= room and (", "if -1000 <= room and (", RULES + "over_the_limit"),
     "packed_size_halved": Mutation(
         "the code counts with the bytes of the packed script",
-        "    return code.num_bytes\n", "    return code.num_bytes // 2\n", "tests/test_pack.py -k counts_the_packed", True),
+        "    return code.num_bytes\n", "    return code.num_bytes // 2\n", "tests/test_pack.py -k "
+                                                                           "counts_the_packed", True),
     "coverage_check_removed": Mutation(
         "every target counts once",
         "if score.tokens != len(tokens) - 1:", "if False:", RULES + "leaves_a_target_out"),
     "over_budget_report_removed": Mutation(
         "an evaluation over its budget is reported",
-        "if cfg.eval_wallclock_seconds and seconds > cfg.eval_wallclock_seconds:", "if False:", RULES + "over_its_budget"),
+        "if cfg.eval_wallclock_seconds and seconds > "
+        "cfg.eval_wallclock_seconds:", "if False:", RULES + "over_its_budget"),
     "ttt_warm_up_removed": Mutation(
         "test-time training is compiled before its clock starts",
         lines("    model.sizes_vary = cfg.compile", "    if cfg.compile:"),
         lines("    model.sizes_vary = cfg.compile", "    if False:"), RULES + "warm_up_of_test_time"),
     "finite_check_at_step_1_only": Mutation(
         "a loss that is not finite ends the run at any step",
-        "        loss_sum += loss  ", "        loss_sum += loss if step == 0 else 0  ",
+        "        loss_sum += loss\n", "        loss_sum += loss if step == 0 else 0\n",
         "tests/test_pipeline.py -k between_two_log_lines"),
     "adapters_into_the_wrong_document": Mutation(
         "adapters and their optimizer begin anew with each document",
-        lines("                bank = reusable", "                bank.reset()"), lines("                bank = reusable"),
+        lines("                bank = reusable", "                bank.reset()"), lines("                "
+                                                                                        "bank = reusable"),
         "tests/test_ttt.py"),
     "hints_one_token_early": Mutation(
         "a hint is counted from tokens that have been scored",
-        "hints = ngram_hints(tokens, order, doc_start,", "hints = ngram_hints(tokens, np.roll(order, -1), doc_start,",
+        "hints = ngram_hints(tokens, order, doc_start,", "hints = ngram_hints(tokens, np.roll(order, -1), "
+                                                         "doc_start,",
         "tests/test_ttt.py"),
     "global_phase_on_unscored_documents": Mutation(
         "the base learns from scored documents only",
@@ -131,7 +137,8 @@ MUTATIONS = {
         "tests/test_hints.py tests/test_ttt.py"),
     "weights_in_memory_scored": Mutation(
         "what ships is scored",
-        "    model.load_state_dict(decode_model(cfg, *read_container(", "    dict(decode_model(cfg, *read_container(",
+        "    model.load_state_dict(decode_model(cfg, streams, notes))", "    dict(decode_model(cfg, "
+                                                                        "streams, notes))",
         "tests/test_pipeline.py -k artifact_again"),
     "rank_skips_training_rows": Mutation(
         "every row is trained on by one rank",
@@ -139,7 +146,8 @@ MUTATIONS = {
         "tests/test_data.py -k rank_r_of_R", True),
     "rank_skips_scored_rows": Mutation(
         "every row is scored by one rank",
-        "len(tokens) - 1, width * run.world_size):", "len(tokens) - 1, width * (run.world_size + (run.rank == 1))):",
+        "len(tokens) - 1, width * run.world_size):", "len(tokens) - 1, width * (run.world_size + (run.rank "
+                                                     "== 1))):",
         "tests/test_training.py -k same_targets_as_one"),
     "sidecar_off_by_one_in_plain_scores": Mutation(
         "a target counts its own bytes",
@@ -148,7 +156,8 @@ MUTATIONS = {
         RULES + "bytes_are_those", True),
     "sidecar_off_by_one_in_ttt": Mutation(
         "a target counts its own bytes",
-        "meter.add(tilted, stream.byte_counts[target + 1], scored)", "meter.add(tilted, stream.byte_counts[target], scored)",
+        "meter.add(tilted, stream.byte_counts[target + 1], scored)", "meter.add(tilted, "
+                                                                     "stream.byte_counts[target], scored)",
         RULES + "bytes_are_those"),
 }
 
@@ -194,7 +203,8 @@ def main(arguments: list[str]) -> int:
         start = time.monotonic()
         has_survived, closing = survives(mutation)
         survivors += has_survived
-        print(f"{'SURVIVED' if has_survived else 'caught  '} {name:<38} {time.monotonic() - start:5.0f} s  {mutation.tests}"
+        print(f"{'SURVIVED' if has_survived else 'caught  '} {name:<38} {time.monotonic() - start:5.0f} s  "
+              f"{mutation.tests}"
               f"{'  ' + closing if has_survived else ''}", flush=True)
     if not options.list:
         print(f"mutants mutations:{len(chosen)} survivors:{survivors}")

@@ -243,8 +243,10 @@ def test_one_changed_value_is_refused_by_name_also_after_a_sound_check(with_mani
     values = gpt.read_shard(folder / name)
     values[7] += 1
     write_shard(folder / name, values)
-    for _ in range(2):                                                            # a fault is not remembered as sound
-        with pytest.raises(gpt.DataError, match=f"{name}: SHA-256 .* but manifest.json says .*; the file is damaged"):
+    # a fault is not remembered as sound
+    for _ in range(2):
+        with pytest.raises(gpt.DataError, match=f"{name}: SHA-256 .* but manifest.json says .*; the file is "
+                                                f"damaged"):
             check_values(cfg, split)
 
 
@@ -281,20 +283,23 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path, split, name):
     tokens = gpt.read_shard(tmp_path / name)
     tokens[-1] = 64
     write_shard(tmp_path / name, tokens)
-    with pytest.raises(gpt.DataError, match=f"{name}: expected tokens below VOCAB_SIZE=64, found 64; set VOCAB_SIZE"):
+    with pytest.raises(gpt.DataError, match=f"{name}: expected tokens below VOCAB_SIZE=64, found 64; set "
+                                            f"VOCAB_SIZE"):
         check_values(tiny_config(data_path=str(tmp_path)), split)
 
 
 def test_a_validation_split_without_a_first_document_is_refused(tmp_path):
     write_dataset(tmp_path)
     write_shard(tmp_path / "fineweb_val_000000.bin", np.full(300, 5))
-    with pytest.raises(gpt.DataError, match=r"must begin with BOS \(1\), found token 5; prepare the validation split"):
+    with pytest.raises(gpt.DataError, match=r"must begin with BOS \(1\), found token 5; prepare the "
+                                            r"validation split"):
         check_values(tiny_config(data_path=str(tmp_path)))
 
 
 @pytest.mark.parametrize("off, is_refused", [(0, False), (2, False), (-2, False), (3, True), (-3, True)])
 def test_the_published_export_has_its_published_bytes(tmp_path, monkeypatch, off, is_refused):
-    """Counted over the first targets, across the border of two shards; a target's bytes stand one position later."""
+    """Counted over the first targets, across the border of two shards; a target's bytes stand one position
+    later."""
     write_dataset(tmp_path)
     counts = np.concatenate([gpt.read_shard(tmp_path / f"fineweb_val_bytes_00000{k}.bin") for k in (0, 1)])
     monkeypatch.setattr(gpt, "CHECK_FIGURES", {
@@ -302,7 +307,8 @@ def test_the_published_export_has_its_published_bytes(tmp_path, monkeypatch, off
         "val_bytes": {"targets": 400, "bytes": int(counts[1:401].sum()) + off, "tolerance": 2}})
     cfg = tiny_config(data_path=str(tmp_path), allow_unverified=False)
     if is_refused:
-        with pytest.raises(gpt.DataError, match="the first 400 validation targets stand for .* bytes, the published"):
+        with pytest.raises(gpt.DataError, match="the first 400 validation targets stand for .* bytes, the "
+                                                "published"):
             check_values(cfg)
     else:
         assert check_values(cfg)

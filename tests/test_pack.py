@@ -1,4 +1,5 @@
-"""The packed script: what is dropped, what stays, that it is the same program, and that every Python packs it alike."""
+"""The packed script: what is dropped, what stays, that it is the same program, and that every Python packs it
+alike."""
 import ast
 import os
 import re
@@ -101,7 +102,8 @@ def test_run_counts_the_packed_script(repo, capsys):
 # Minifying
 
 class WithoutDropped(ast.NodeTransformer):
-    """A syntax tree without docstrings, twins and hints in functions; of C source only what is not a blank."""
+    """A syntax tree without docstrings, twins and hints in functions; of C source only what is not a
+    blank."""
 
     def visit_FunctionDef(self, node):
         if not node.decorator_list:
@@ -199,7 +201,8 @@ def pythons():
 
 
 def test_every_python_packs_the_same_bytes_and_compiles_them(repo, tmp_path):
-    """What is counted is what ships, whichever Python packs it; the program's text is valid for all of them."""
+    """What is counted is what ships, whichever Python packs it; the program's text is valid for all of
+    them."""
     script = ("import hashlib, pathlib, sys, pack\n"
               "packed = pack.pack_script(pathlib.Path('train_gpt.py').read_text(encoding='utf-8'))\n"
               "compile(pathlib.Path(sys.argv[1]).read_text(encoding='utf-8'), 'x', 'exec')\n"
@@ -236,7 +239,8 @@ if __name__ == "__main__":
 
 
 def test_packed_script_finds_its_folder_and_its_source_and_writes_nothing(tmp_path):
-    """inspect.getsource is how Triton reads kernels; the folder is where tokenizers and data are looked for."""
+    """inspect.getsource is how Triton reads kernels; the folder is where tokenizers and data are looked
+    for."""
     packed, temporary = tmp_path / "folder" / "p.py", tmp_path / "temporary"
     packed.parent.mkdir()
     temporary.mkdir()

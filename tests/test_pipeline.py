@@ -155,7 +155,8 @@ def test_the_command_in_the_log_repeats_the_settings(whole):
 
 def test_new_log_lines_follow_the_grammar(whole):
     """An event word (or two), then key:value pairs."""
-    for event in ("versions", "run", "code commit", "data checked", "eval eval_ms", "artifact written", "attention", "warmup done", "train speed", "train clock_s", "quantize", "artifact",
+    for event in ("versions", "run", "code commit", "data checked", "eval eval_ms", "artifact written", "attention",
+                  "warmup done", "train speed", "train clock_s", "quantize", "artifact",
                   "ttt batch", "ttt adapted_base", "audit"):
         found = [line for line in whole.lines if line.startswith(event)]
         assert found, event

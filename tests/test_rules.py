@@ -1,4 +1,5 @@
-"""Rules of the competition that a change of one line could break unnoticed; tests/mutants.py breaks them on purpose."""
+"""Rules of the competition that a change of one line could break unnoticed; tests/mutants.py breaks them on
+purpose."""
 import itertools
 
 import numpy as np
@@ -147,7 +148,8 @@ def test_warm_up_of_test_time_training_scores_random_tokens(setting, monkeypatch
 
 
 def test_bytes_are_those_of_the_targets_themselves(setting):
-    """Position by position: a sidecar read one token early or late gives other bytes to at least one target."""
+    """Position by position: a sidecar read one token early or late gives other bytes to at least one
+    target."""
     cfg, run, data, model = setting()
     tokens = random_stream(np.random.default_rng(0), VAL_LENGTHS)
     total = len(tokens)
