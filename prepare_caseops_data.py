@@ -788,13 +788,30 @@ def _training_text(document: str) -> str:
 
 
 def _run_trainer(texts: Iterator[str], **fields) -> bytes:
-    model = io.BytesIO()
+    model, stopped = io.BytesIO(), []
+
+    def noting_interrupts() -> Iterator[str]:
+        # The library turns an exception of its source, an interrupt too, into an error of its own.
+        try:
+            yield from texts
+        except BaseException as error:
+            stopped.append(error)
+            raise
+
     try:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=model, **fields)
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=noting_interrupts(), model_writer=model,
+                                                 **fields)
     except (RuntimeError, OSError) as error:
+        if stopped and not isinstance(stopped[0], GeneratorExit):
+            raise stopped[0] from None
         raise PrepareError("training the tokenizer failed: expected enough text for "
                            f"{fields['vocab_size']:,} pieces, found: {error}; give more documents or ask for "
                            "fewer pieces") from None
+    found = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
+    if found != fields["vocab_size"]:
+        raise PrepareError(f"training the tokenizer failed: expected enough text for "
+                           f"{fields['vocab_size']:,} pieces, "
+                           f"found text for {found:,}; give more documents or ask for fewer pieces")
     return model.getvalue()
 
 
@@ -861,6 +878,8 @@ PUBLISHED_TARGETS = 47_851_520
 PUBLISHED_TARGET_BYTES, PUBLISHED_TARGET_BYTES_TOLERANCE = 151_074_499, 2
 PUBLISHED_TRAIN_SHARDS = 80
 
+# what train_gpt.py remembers of files that it has read; `verify` fills it
+CHECKED_NAME = ".checked.json"
 OVERLAP_LIMIT = 0.001                     # share of validation documents that may recur in training by chance
 _VALUES_AT_ONCE = 1 << 22
 _NEVER_FROM_TEXT = (0, 2, 3)              # pad, end of sequence, unknown
@@ -909,6 +928,7 @@ class DirectoryCheck:
         self._facts = {"train": SeriesFacts(), "val": SeriesFacts(), "val_bytes": SeriesFacts()}
         self._names: dict[str, list[str]] = {series: [] for series in self._facts}
         self._values: dict[str, int] = {}             # per sound file, from its header
+        self._checked: dict[str, list] = {}           # per file that was read: its stamp and facts
         if not self.folder.is_dir():
             raise PrepareError(f"{folder}: expected a directory of shards, found none; check the path")
         self._manifest = self._read_manifest()
@@ -943,7 +963,20 @@ class DirectoryCheck:
             self._check_published_figures()
         else:
             self._check_manifest_sums()
+        if not self.violations:
+            self._remember()
         return self.violations
+
+    def _remember(self) -> None:
+        """Let runs of train_gpt.py start without reading these files again (sizes and times must not
+        change)."""
+        path = self.folder / CHECKED_NAME
+        try:
+            temporary = path.with_name(CHECKED_NAME + STAGING_NAME)
+            temporary.write_text(json.dumps({"format": 1, "files": self._checked}))
+            os.replace(temporary, path)
+        except OSError as error:
+            print(f"verify remembered:0 reason:\"{error.strerror}\"")
 
     # -- what the directory says about itself
 
@@ -1064,13 +1097,20 @@ class DirectoryCheck:
                 continue
             stated = (self._manifest or {}).get("files", {}).get(name)
             facts.shards += 1
-            sha256 = hashlib.sha256()
+            sha256, status = hashlib.sha256(), (self.folder / name).stat()
+            head = 0 if series == "train" else PUBLISHED_TARGETS + 1 - facts.values
+            head = max(0, min(head, self._values[name]))
+            about, seen = {"first": None, "largest": 0, "total": 0, "head_total": 0}, 0
             with open(self.folder / name, "rb") as file:
                 sha256.update(file.read(HEADER_BYTES))
                 while data := file.read(2 * _VALUES_AT_ONCE):
-                    if stated:
-                        sha256.update(data)
+                    sha256.update(data)
                     values = np.frombuffer(data, "<u2")
+                    about["first"] = int(values[0]) if about["first"] is None else about["first"]
+                    about["largest"] = max(about["largest"], int(values.max()))
+                    about["total"] += int(values.sum(dtype=np.int64))
+                    about["head_total"] += int(values[:max(0, head - seen)].sum(dtype=np.int64))
+                    seen += len(values)
                     first, last = max(1, facts.values), min(PUBLISHED_TARGETS + 1, facts.values + len(values))
                     if first < last:
                         targets = values[first - facts.values:last - facts.values]
@@ -1079,6 +1119,8 @@ class DirectoryCheck:
                     facts.total += int(values.sum(dtype=np.int64))
                     self._bar.update(len(data))
                     yield values
+            stamp = [status.st_size, status.st_mtime_ns, head]
+            self._checked[name] = [stamp, {"sha256": sha256.hexdigest(), **about}]
             if self._manifest is not None and not stated:
                 self.violations.append(f"{name} is not in the manifest; it comes from another build.")
             elif stated and stated != {"values": self._values[name], "sha256": sha256.hexdigest()}:
@@ -1714,7 +1756,8 @@ def _fused_manifest(source: _ShardFolder, merges: Merges, facts: dict[str, dict]
 # Command line
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return its exit code (0 done, 1 a check or the run failed, 2 bad usage)."""
+    """Run the command line; return its exit code (0 done, 1 a check or the run failed, 2 bad usage, 130
+    interrupted)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {"build": _build_command, "verify": _verify_command, "download": _download_command,
                 "fuse": _fuse_command, "unfuse": _unfuse_command}
@@ -1729,6 +1772,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("prepare_caseops_data.py: interrupted; no half-written file has a final name, run again",
               file=sys.stderr)
+        return 130
     except OSError as error:
         if error.filename is None:
             # Standard output: close it on our terms, or the interpreter reports the error again at exit.

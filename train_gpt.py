@@ -6,7 +6,7 @@
 Run it through run.sh (`SEED=42 ./run.sh`), or by hand on any machine:
 
     DATA_PATH=shards python train_gpt.py                            one process, GPU or CPU
-    torchrun --standalone --nproc_per_node=8 train_gpt.py           the record machine
+    python launch.py 8 train_gpt.py                                 the record machine; torchrun works too
     python train_gpt.py --help                                      every setting, its default and meaning
 
 Settings are environment variables; nothing else is read from outside. Importing this file has no side
@@ -32,6 +32,7 @@ trellis-coded q. [REF]   openai/parameter-golf PR #2124, the run whose behaviour
 script follows """
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import datetime
@@ -41,11 +42,15 @@ import gc
 import hashlib
 import itertools
 import json
+import linecache
 import lzma
 import math
 import os
 import platform
 import re
+import shlex
+import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -66,6 +71,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+try:                                                     # Windows has no file locks of this kind
+    import fcntl
+except ImportError:
+    fcntl = None
 try:                                                     # Triton comes with CUDA builds of torch only
     import triton
     import triton.language as tl
@@ -109,7 +118,6 @@ FIXED_SETTINGS: dict[str, tuple[str, str]] = {
         ("WITHIN_BOOST WORD_BOOST AGREE_ADD_BOOST", "0",
          "that n-gram channel looks at the token being scored before choosing its hint, which is not causal"),
         ("LQER_FACTOR_BITS", "4", "the symmetric fallback packs 4 bits"),
-        ("SKIP_CHECK", "0", "it does not exist yet"),
         ("TILT_MODE", "fixed", "no other mode exists yet"),
         ("MATRIX_CLIP_SIGMAS", "12.85", "no tensor falls in that class"),
         ("TTT_OPTIMIZER", "adam", "adapters are trained with AdamW"),
@@ -150,6 +158,9 @@ class Config:
     quantize_only: bool = knob(False, "1 starts from the checkpoint of RUN_ID instead of training")
     ttt_eval_only: bool = knob(False, "1 starts from the artifact of RUN_ID")
     audit: bool = knob(False, "1 writes the full scoring order beside the log and checks its coverage")
+    checkpoint_dir: str = knob("checkpoints", "folder of checkpoints and artifacts")
+    skip_check: bool = knob(False, "1 skips the preflight that run.sh makes")
+    quiet: bool = knob(False, "1: plain log lines only, no progress line on a terminal")
     # model
     vocab_size: int = knob(8192, "tokens in the vocabulary", 9, 65536)
     num_layers: int = knob(11, "physical layers", 2, 256)
@@ -341,6 +352,8 @@ ROWS_PER_STEP = 8            # one optimizer step is 8 rows on any number of GPU
 BOS = 1
 OPERATOR_IDS = (4, 5, 6, 7)  # the four CaseOps operators
 SIZE_LIMIT = 16_000_000      # bytes of code plus weights
+# left free, should another release of liblzma pack the same script a little longer
+CODE_MARGIN = 256
 
 
 def _number(text: str, kind: type = float) -> float:
@@ -401,11 +414,29 @@ def settings_table() -> str:
 # Rank, device, collectives and the log file. At world size 1 every collective is a no-op.
 
 REPO = Path(__file__).resolve().parent
+# silence allowed to a stage; hashing and compiling may take longer
+HANG_LIMIT_S, START_LIMIT_S = 100.0, 1800.0
+SIGNAL_GRACE_S = 3.0                              # then a call that does not return is abandoned
+DISK_RETRY_S = 5.0
+LONGEST_RUN_ID = 100
+
+
+class RunError(RuntimeError):
+    """The run cannot go on, or its result cannot be believed; the text is one sentence for the user."""
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived; args[0] is its number."""
 
 
 class Run:
     """Process-wide facts and services; create with Run.start(), use as a context manager. `sum` and `broadcast` work
-    in place on tensors of any dtype on the run's device."""
+    in place on tensors of any dtype on the run's device.
+
+    origin      SHA-256 of tokenizer and code, written into checkpoints and artifacts.
+    last_good   the last finite number that the run reported, in words, for error messages.
+    clocks      seconds of "load", "compile" and "eval", for the readings of the evaluation limit.
+    """
 
     def __init__(self, cfg: Config, rank: int = 0, world_size: int = 1, device: torch.device | None = None,
                  log_path: Path | None = None) -> None:
@@ -414,59 +445,180 @@ class Run:
         # bf16 matmuls on GPUs; CPUs are for checks and small demos, where fp32 is both exact and faster.
         self.compute_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.run_id, self.log_path = cfg.run_id, log_path
-        self._host_group = self._log_file = None
+        self.origin: dict[str, str] = {}
+        self.last_good = "none yet"
+        self.clocks: dict[str, float] = {}
+        self._host_group = self._store = self._log_file = None
+        self._unwritten = bytearray()            # log lines that are not in the file yet
+        self._has_begun = False
+        self._ended = threading.Event()
+        self._shows_progress = rank == 0 and not cfg.quiet and sys.stdout.isatty()
+        self._progress_width, self._progress_at = 0, 0.0
+        self.stage("start", START_LIMIT_S)
 
     @classmethod
     def start(cls, cfg: Config, env: Mapping[str, str] = os.environ) -> "Run":
-        """Join the process group torchrun set up (or run alone), pick the device, open the log on rank 0."""
+        """Join the ranks that the launcher started (or run alone), pick the device, claim RUN_ID on rank
+        0."""
         rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         local_rank = int(env.get("LOCAL_RANK", 0))
         if ROWS_PER_STEP % world_size:
             raise ConfigError(f"WORLD_SIZE={world_size}: expected 1, 2, 4 or 8, because one optimizer step is "
                               f"{ROWS_PER_STEP} rows dealt evenly to the ranks; change --nproc_per_node")
+        if cfg.run_id in (".", "..") or len(cfg.run_id) > LONGEST_RUN_ID:
+            raise ConfigError(f"RUN_ID={cfg.run_id[:20]!r} ({len(cfg.run_id)} characters): expected the "
+                              f"beginning of a "
+                              f"file name, at most {LONGEST_RUN_ID} characters and neither . nor ..; choose "
+                              f"another")
         device = torch.device("cpu")
         if torch.cuda.is_available():
-            if local_rank >= torch.cuda.device_count():
-                raise ConfigError(f"LOCAL_RANK={local_rank}: expected below {torch.cuda.device_count()}, the GPUs of "
+            # so that all ranks refuse, not only some
+            last = int(env.get("LOCAL_WORLD_SIZE", local_rank + 1)) - 1
+            if last >= torch.cuda.device_count():
+                raise ConfigError(f"LOCAL_RANK={last}: expected below {torch.cuda.device_count()}, the GPUs "
+                                  f"of "
                                   "this machine; lower NPROC_PER_NODE")
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
         run = cls(cfg, rank, world_size, device)
         if world_size > 1:
-            if not dist.is_initialized():
-                dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                        device_id=device if device.type == "cuda" else None)
-            run._host_group = dist.new_group(backend="gloo")
-        if not run.run_id:
-            stamp = [datetime.datetime.now().strftime("seed%%d_%Y%m%d_%H%M%S") % cfg.seed]
-            if world_size > 1:
-                dist.broadcast_object_list(stamp, src=0, group=run._host_group)
-            run.run_id = stamp[0]
+            run._join_ranks()
+        started = datetime.datetime.now().strftime(f"seed{cfg.seed}_%Y%m%d_%H%M%S")
+        run.run_id = run.share(run.run_id or started)
         run.log_path = Path("logs") / f"{run.run_id}.txt"
         if rank == 0:
-            run.log_path.parent.mkdir(parents=True, exist_ok=True)
-            run._log_file = open(run.log_path, "a", encoding="utf-8")     # a resumed run continues its own log
+            run._claim_run_id()
         return run
+
+    def _join_ranks(self) -> None:
+        if not dist.is_initialized():
+            on_gpu = self.device.type == "cuda"
+            self._store, _, _ = next(dist.rendezvous("env://", self.rank, self.world_size))
+            dist.init_process_group("nccl" if on_gpu else "gloo", store=self._store, rank=self.rank,
+                                    world_size=self.world_size, device_id=self.device if on_gpu else None)
+        # _watch limits every wait, with a limit of its own for each stage.
+        self._host_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _claim_run_id(self) -> None:
+        """Open and lock the log; refuse the name of a run that goes on, or that has left something behind."""
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        # The lock belongs to the open file, so a run that is killed leaves none.
+        self._log_file = os.open(self.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            if fcntl is not None:
+                fcntl.flock(self._log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._log_file)
+            self._log_file = None
+            raise ConfigError(f"RUN_ID={self.run_id}: a run of this name is going on; wait for it, or choose "
+                              "another RUN_ID") from None
+        resumes = self.cfg.quantize_only or self.cfg.ttt_eval_only
+        left = [path for path in (self.log_path, checkpoint_path(self), artifact_path(self))
+                if path.exists() and path.stat().st_size]
+        if left and not resumes:
+            self._close_log()
+            raise ConfigError(f"RUN_ID={self.run_id}: {left[0]} exists from an earlier run; choose another "
+                              f"RUN_ID, "
+                              "remove that run's files, or go on from it with QUANTIZE_ONLY=1 or "
+                              "TTT_EVAL_ONLY=1")
+
+    def begin(self) -> None:
+        """Call when every check of the start has passed: from here on the log is kept."""
+        self._has_begun = True
+        self._write_log()
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if self._log_file:
+        self._ended.set()
+        self.progress("")
+        if self._log_file is not None:
             # The error's text may name folders, and logs are published; stderr has it.
-            self._log_file.write(f"error {kind.__name__}\n" if kind else "")
-            self._log_file.close()
+            self._unwritten += f"error {kind.__name__}\n".encode() if kind else b""
+            self._has_begun |= kind is None
+            self._close_log()
         if dist.is_initialized() and error is None:     # after an error the other ranks may not answer any more
             dist.destroy_process_group()
 
-    def log(self, line: str, *, file_only: bool = False) -> None:
+    def _close_log(self) -> None:
+        self._write_log()
+        if not os.fstat(self._log_file).st_size:
+            self.log_path.unlink(missing_ok=True)       # a start that failed leaves no log
+        os.close(self._log_file)
+        self._log_file = None
+
+    def _write_log(self) -> None:
+        """Write what waits. A full disk must not end a run: what does not fit waits for the next line."""
+        with contextlib.suppress(OSError):
+            while self._has_begun and self._unwritten:
+                del self._unwritten[:os.write(self._log_file, self._unwritten)]
+
+    def log(self, line: str) -> None:
         """Write one line to stdout and to logs/<RUN_ID>.txt (rank 0 only)."""
+        self.beat()
         if self.rank == 0:
-            if not file_only:
-                print(line, flush=True)
-            if self._log_file:
-                print(line, file=self._log_file, flush=True)
+            self.progress("")
+            print(line, flush=True)
+            if self._log_file is not None:
+                self._unwritten += f"{line}\n".encode()
+                self._write_log()
+
+    def progress(self, text: str) -> None:
+        """Show `text` in one line that rewrites itself: on a terminal, on rank 0, unless QUIET=1. "" removes
+        it."""
+        self.beat()
+        now = time.monotonic()
+        is_due = now - self._progress_at >= 0.2 if text else self._progress_width > 0
+        if not (self._shows_progress and is_due):
+            return
+        text = text[:shutil.get_terminal_size().columns - 1]
+        print(f"\r{text:<{self._progress_width}}" + ("" if text else "\r"), end="", flush=True)
+        self._progress_width, self._progress_at = len(text), now
+
+    def stage(self, name: str, limit_s: float = HANG_LIMIT_S) -> None:
+        """Say what begins now. With several ranks, one that makes no progress for limit_s ends the run."""
+        self.stage_name, self._limit_s = name, limit_s
+        self.beat()
+
+    def beat(self) -> None:
+        """Progress was made: called by every log line, step and collective."""
+        self._beat_at = time.monotonic()
+
+    def _watch(self) -> None:
+        """End this rank when it makes no progress: it hangs, or waits in a collective for another that
+        does."""
+        while not self._ended.wait(min(1.0, self._limit_s / 4)):
+            silence_s = time.monotonic() - self._beat_at
+            if silence_s > self._limit_s:
+                self.report(f"error: rank {self.rank} made no progress for {silence_s:.0f} s in stage "
+                            f"{self.stage_name}: it hangs, or waits for a rank that does; look at the GPUs "
+                            f"and start again")
+                os._exit(1)
+
+    def report(self, sentence: str) -> bool:
+        """Print an error on stderr unless another rank has told one already; says whether this rank was the
+        first."""
+        is_first = self.rank == 0
+        if self._store is not None:
+            # the store ends with rank 0, which has then told its error
+            with contextlib.suppress(RuntimeError):
+                is_first = self._store.add("errors_told", 1) == 1
+        if is_first:
+            self.progress("")
+            print(sentence, file=sys.stderr, flush=True)
+        return is_first
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value (JSON) on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [json.dumps(value)]
+        dist.broadcast_object_list(box, src=0, group=self._host_group)
+        self.beat()
+        return json.loads(box[0])
 
     def sum(self, x: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -491,6 +643,7 @@ class Run:
             return list(values)
         box = torch.tensor(list(values), dtype=torch.float64)
         dist.broadcast(box, src=0, group=self._host_group)
+        self.beat()
         return box.tolist()
 
     def max_later(self, value: float) -> Callable[[], float]:
@@ -504,6 +657,7 @@ class Run:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier(group=self._host_group)
+            self.beat()
 
     def sync(self) -> None:
         if self.device.type == "cuda":
@@ -528,12 +682,78 @@ class Timer:
         return time.perf_counter() - self.start
 
 
+def require_finite(run: Run, what: str, *values: Tensor | float) -> None:
+    """Raise RunError unless every value is finite. On a GPU it waits for the values: not for use inside
+    steps."""
+    for value in values:
+        if not bool(torch.isfinite(torch.as_tensor(value)).all()):
+            shown = f" is {value}" if isinstance(value, float) else " holds NaN or infinity"
+            raise RunError(f"{what}{shown} in stage {run.stage_name}; last good value: {run.last_good}; "
+                           f"lower MATRIX_LR "
+                           "or check the data")
+
+
+def save(run: Run, path: Path, data: bytes) -> None:
+    """write_file that loses nothing to a full disk: says what is missing and waits, until it works or is
+    interrupted."""
+    told = None
+    while True:
+        try:
+            return write_file(path, data)
+        except OSError as error:
+            if told != (told := error.strerror):
+                run.log(f'write waiting file:{path.name} bytes:{len(data)} reason:"{told}; make '
+                        f'{len(data):,} bytes of '
+                        f'room in {path.parent.name}, the weights wait in memory"')
+            time.sleep(DISK_RETRY_S)
+
+
+@contextlib.contextmanager
+def catch_signals(give_up: Callable[[int], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM raise Interrupted in the main thread. Where that is stuck in a call that does not
+    return,
+    give_up(signal number) is called from another thread after SIGNAL_GRACE_S; it must end the process."""
+    def interrupt(number: int, frame: Any) -> None:
+        for handled in previous:
+            signal.signal(handled, signal.SIG_IGN)       # a second one must not disturb the way out
+        raise Interrupted(number)
+
+    def watch() -> None:
+        # written by the C handler, whatever the main thread does
+        number = os.read(receiver, 1)
+        if number and not ended.wait(SIGNAL_GRACE_S):
+            give_up(number[0])
+
+    if threading.current_thread() is not threading.main_thread():
+        yield                                            # only a main thread may handle signals
+        return
+    ended, (receiver, sender) = threading.Event(), os.pipe()
+    os.set_blocking(sender, False)
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous_fd = signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous_fd)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        ended.set()
+        os.close(sender)
+        watcher.join()
+        os.close(receiver)
+
+
 # --- 3 data -------------------------------------------------------------------------------------------------
 # Shard files, the checks that make their numbers believable, and the two loaders.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 SEGMENT_PAD = 64             # cu_seqlens are padded to a multiple of this many entries
+CHECKED_NAME = ".checked.json"                   # beside the shards: what reading every value has found
+READ_AT_ONCE = 1 << 24
 CHECK_FIGURES = {"train_shards": 80, "val_tokens": (47_851_521, 47_853_568),       # of the published CaseOps export
+                 "val_bytes": {"targets": 47_851_520, "bytes": 151_074_499, "tolerance": 2},
                  "tokenizer": {"file": "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model",
                                "sha256": "97754754561f20def5edd99765ca0668f880bd94e67316d54aa10ab25f45cc4d"}}
 
@@ -546,8 +766,12 @@ def read_shard_header(path: Path) -> int:
     """Number of values in a shard. Raises DataError unless magic, version and file size are right."""
     with open(path, "rb") as file:
         raw = file.read(SHARD_HEADER_BYTES)
-    header = np.frombuffer(raw[:len(raw) // 4 * 4], dtype="<i4")
-    if len(header) < SHARD_HEADER_BYTES // 4 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+    if len(raw) < SHARD_HEADER_BYTES:
+        raise DataError(f"{path}: expected a token shard with a header of {SHARD_HEADER_BYTES:,} bytes, "
+                        f"found a file of "
+                        f"{len(raw):,}; it is cut off, fetch this shard again")
+    header = np.frombuffer(raw, dtype="<i4")
+    if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise DataError(f"{path}: expected a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION}), found "
                         f"{header[:2].tolist()}; this is no shard of this family, prepare the data again")
     count, have = int(header[2]), path.stat().st_size
@@ -578,9 +802,33 @@ def find_shards(folder: Path, series: str) -> list[Path]:
     return [path for _, path in found]
 
 
+def read_facts(path: Path, head: int) -> dict[str, Any]:
+    """SHA-256 of a shard and its first, largest and summed values; head_total sums the first `head` of
+    them."""
+    sha256, first, largest, total, head_total, seen = hashlib.sha256(), None, 0, 0, 0, 0
+    with open(path, "rb") as file:
+        sha256.update(file.read(SHARD_HEADER_BYTES))
+        while data := file.read(READ_AT_ONCE):
+            sha256.update(data)
+            values = np.frombuffer(data, "<u2")
+            first = int(values[0]) if first is None else first
+            largest = max(largest, int(values.max()))
+            total += int(values.sum(dtype=np.int64))
+            head_total += int(values[:max(0, head - seen)].sum(dtype=np.int64))
+            seen += len(values)
+    return {"sha256": sha256.hexdigest(), "first": first, "largest": largest, "total": total,
+            "head_total": head_total}
+
+
+def file_stamp(path: Path, head: int) -> list[int]:
+    """What must be unchanged for remembered facts to hold."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, head]
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Checked file lists of one data folder. Only headers have been read."""
+    """Checked file lists of one data folder. Only headers have been read until check_values."""
     folder: Path
     train: tuple[Path, ...]
     val: tuple[Path, ...]
@@ -617,7 +865,11 @@ class Dataset:
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             listed = {name: int(entry["values"]) for name, entry in manifest["files"].items()}
-            manifest["tokenizer"]["file"]
+            totals = manifest["val"]
+            needed = (manifest["tokenizer"]["file"], totals["tokens"], totals["sidecar_bytes"],
+                      *(entry["sha256"] for entry in manifest["files"].values()))
+            if None in needed:
+                raise ValueError("a hash or a total is null")
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not a manifest of this family ({error}); prepare the data again") from error
         # A partial download may leave out training shards at the end, never a file of the validation split.
@@ -628,6 +880,89 @@ class Dataset:
                             f"{listed.get(wrong[0])} values, found {counts.get(wrong[0])} ({len(wrong)} such files); "
                             "both splits must come from one preparation run")
         return manifest
+
+    def check_values(self, cfg: Config, run: Run, split: str, read: bool = True) -> bool:
+        """Check every value of the files of `split` ("train" or "val"): hashes and totals against the
+        manifest or the
+        published figures, token range, first BOS. What is found is remembered beside the shards, so that only
+        new or
+        changed files are read. False, without reading, if read=False and something is not remembered;
+        DataError names
+        what is wrong."""
+        timer = Timer(run)
+        series = [self.train] if split == "train" else [self.val, self.val_bytes]
+        heads: dict[Path, int] = {}
+        for paths in series:
+            left = CHECK_FIGURES["val_bytes"]["targets"] + 1             # a target's bytes stand one later
+            for path in paths:
+                count = (path.stat().st_size - SHARD_HEADER_BYTES) // 2
+                heads[path] = min(left, count) if split == "val" else 0
+                left -= heads[path]
+        remembered = self._remembered()
+        facts = {path: remembered[path.name][1] for path, head in heads.items()
+                 if path.name in remembered and remembered[path.name][0] == file_stamp(path, head)}
+        unread = [path for path in heads if path not in facts]
+        if unread and not read:
+            return False
+        # before reading: a later change shows
+        stamps = {path: file_stamp(path, heads[path]) for path in unread}
+        with ThreadPool(max(1, min(len(unread), os.cpu_count() or 1))) as pool:
+            found = pool.map(lambda path: read_facts(path, heads[path]), unread, chunksize=1)
+        facts.update(zip(unread, found))
+        self._judge(cfg, series, facts)
+        if unread:
+            remembered.update({path.name: [stamps[path], facts[path]] for path in unread})
+            # a folder that cannot be written is read again
+            with contextlib.suppress(OSError):
+                content = json.dumps({"format": 1, "files": remembered})
+                write_file(self.folder / CHECKED_NAME, content.encode())
+        run.log(f"data checked split:{split} files:{len(heads)} read:{len(unread)} "
+                f"elapsed_ms:{1000 * timer.seconds():.0f}")
+        return True
+
+    def _remembered(self) -> dict[str, Any]:
+        try:
+            checked = json.loads((self.folder / CHECKED_NAME).read_text(encoding="utf-8"))
+            return {name: [stamp, {**facts}] for name, (stamp, facts) in checked["files"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}                                                    # nothing remembered: read everything
+
+    def _judge(self, cfg: Config, series: Sequence[Sequence[Path]],
+               facts: Mapping[Path, dict[str, Any]]) -> None:
+        for path in facts if self.manifest else ():
+            want, found = self.manifest["files"][path.name]["sha256"], facts[path]["sha256"]
+            if want != found:
+                raise DataError(f"{path}: SHA-256 {found[:16]}..., but manifest.json says {want[:16]}...; "
+                                f"the file is "
+                                "damaged or from another preparation run, fetch or prepare it again")
+        for path in series[0]:
+            if facts[path]["largest"] >= cfg.vocab_size:
+                raise DataError(f"{path}: expected tokens below VOCAB_SIZE={cfg.vocab_size}, found "
+                                f"{facts[path]['largest']}; set VOCAB_SIZE as in the preparation, or "
+                                f"prepare again")
+        if len(series) == 1:
+            return
+        if facts[series[0][0]]["first"] != BOS:
+            raise DataError(f"{series[0][0]}: the validation split must begin with BOS ({BOS}), found token "
+                            f"{facts[series[0][0]]['first']}; prepare the validation split again")
+        total = sum(facts[path]["total"] for path in series[1])
+        if self.manifest:
+            stated = self.manifest["val"]
+            found = {"tokens": self.val_tokens, "sidecar_bytes": total}
+            said = {name: stated[name] for name in found}
+            if said != found:
+                raise DataError(f"{self.folder}: validation split with {found}, but manifest.json says "
+                                f"{said}; prepare "
+                                "the data again")
+        elif not cfg.allow_unverified:
+            published = CHECK_FIGURES["val_bytes"]
+            head = sum(facts[path]["head_total"] for path in series[1]) - facts[series[1][0]]["first"]
+            if abs(head - published["bytes"]) > published["tolerance"]:
+                raise DataError(
+                    f"{self.folder}: the first {published['targets']:,} validation targets stand for "
+                    f"{head:,} bytes, "
+                    f"the published export's for {published['bytes']:,}; fetch the fineweb_val_bytes shards "
+                    f"again")
 
     def load_validation(self) -> tuple[np.ndarray, np.ndarray]:
         """All validation tokens and their byte counts, uint16 (tokens,) each."""
@@ -641,21 +976,20 @@ class Dataset:
 
 def check_tokenizer(cfg: Config, data: Dataset) -> Path:
     """Find the tokenizer of this run; refuse one that is not what configuration, manifest or published export say."""
-    manifest = data.manifest["tokenizer"] if data.manifest else {} if cfg.allow_unverified else CHECK_FIGURES["tokenizer"]
-    names = [manifest["file"]] if manifest else [CHECK_FIGURES["tokenizer"]["file"], "caseops_8192.model"]
-    candidates = [Path(cfg.tokenizer_path)] if cfg.tokenizer_path else [
-        folder / name for name in names for folder in (data.folder, Path("tokenizers"), REPO / "tokenizers")]
-    path = next((path for path in candidates if path.is_file()), None)
-    if path is None:
-        wanted = " or ".join(dict.fromkeys(map(str, candidates)))
-        raise DataError(f"no tokenizer: expected {wanted}; set TOKENIZER_PATH")
+    if data.manifest:
+        stated, source = data.manifest["tokenizer"], "the shards' manifest"
+    elif cfg.allow_unverified:
+        stated, source = {}, ""
+    else:
+        stated, source = CHECK_FIGURES["tokenizer"], "the published export"
+    path = _find_tokenizer(cfg, data, stated)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     recorded = path.with_name(path.name + ".sha256")
     beside = (recorded.read_text().split() or ["(nothing)"])[0] if recorded.exists() else None
-    for source, want in (("the shards' manifest" if data.manifest else "the published export",
-                          manifest.get("sha256")), (recorded.name, beside)):
+    for name, want in ((source, stated.get("sha256")), (recorded.name, beside)):
         if want and want != digest:
-            raise DataError(f"{path}: SHA-256 {digest[:16]}..., but {source} says {want[:16]}...; use the tokenizer "
+            raise DataError(f"{path}: SHA-256 {digest[:16]}..., but {name} says {want[:16]}...; use the "
+                            f"tokenizer "
                             "the shards were made with")
     if merges := (data.manifest or {}).get("merges"):     # pairs of tokens joined by `prepare_caseops_data.py fuse`
         file = data.folder / Path(str(merges["file"])).name
@@ -668,14 +1002,28 @@ def check_tokenizer(cfg: Config, data: Dataset) -> Path:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
         raise DataError(f"{path}: not a SentencePiece model ({error})") from error
+    expected = {"vocabulary size": cfg.vocab_size, "BOS id": BOS, "operator ids": list(OPERATOR_IDS)}
     found = {"vocabulary size": model.vocab_size(), "BOS id": model.bos_id(),
              "operator ids": [model.piece_to_id(chr(0xE001 + k)) for k in range(4)]}
-    expected = {"vocabulary size": cfg.vocab_size, "BOS id": BOS, "operator ids": list(OPERATOR_IDS)}
-    said = {"vocabulary size": manifest.get("vocab_size", cfg.vocab_size), "BOS id": manifest.get("bos_id", BOS),
-            "operator ids": list(manifest.get("operator_ids", OPERATOR_IDS))}
+    said = {"vocabulary size": stated.get("vocab_size", cfg.vocab_size), "BOS id": stated.get("bos_id", BOS),
+            "operator ids": list(stated.get("operator_ids", OPERATOR_IDS))}
     if found != expected or said != expected:
         raise DataError(f"{path}: expected {expected}, found {found} in the model and {said} in the shards' manifest; "
                         "set VOCAB_SIZE and TOKENIZER_PATH to match the data")
+    return path
+
+
+def _find_tokenizer(cfg: Config, data: Dataset, stated: Mapping[str, Any]) -> Path:
+    if cfg.tokenizer_path:
+        candidates = [Path(cfg.tokenizer_path)]
+    else:
+        names = [stated["file"]] if stated else [CHECK_FIGURES["tokenizer"]["file"], "caseops_8192.model"]
+        folders = (data.folder, Path("tokenizers"), REPO / "tokenizers")
+        candidates = [folder / name for name in names for folder in folders]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        wanted = " or ".join(dict.fromkeys(map(str, candidates)))
+        raise DataError(f"no tokenizer: expected {wanted}; set TOKENIZER_PATH")
     return path
 
 
@@ -1501,6 +1849,7 @@ def train_rows(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, loader: 
     """Add the gradients of this rank's next rows to the optimizer's. Returns the sum of their mean losses."""
     total = torch.zeros((), device=run.device)
     for _ in range(rows):
+        run.beat()
         loss, grads = model.ops.row_gradients(model, next(loader), looping=looping,
                                               segment_cap=cfg.longest_segment)
         optimizer.add_row(grads)
@@ -1566,14 +1915,14 @@ def is_logged(cfg: Config, done: int) -> bool:
     return done <= LOG_FIRST or done % every == 0 or done == cfg.iterations
 
 
-def log_step(cfg: Config, run: Run, done: int, loss: Tensor, elapsed_s: float) -> None:
-    """One line about step `done`; `loss` is this rank's sum of the rows' mean losses."""
-    mean_loss = run.sum(loss).item() / ROWS_PER_STEP
+def log_step(cfg: Config, run: Run, done: int, losses: Tensor, elapsed_s: float) -> None:
+    """One line about step `done`. losses (2,): this rank's sums of the rows' mean losses, of this step and of all;
+    raises RuntimeError unless both are finite."""
+    mean_loss, every_loss = (run.sum(losses) / ROWS_PER_STEP).tolist()
     run.log(f"{done}/{cfg.iterations} train_loss: {mean_loss:.4f} train_time: {elapsed_s / 60:.1f}m "
-            f"tok/s: {done * cfg.train_batch_tokens / elapsed_s:.0f}")
-    if not math.isfinite(mean_loss):
-        raise RuntimeError(f"train_loss is {mean_loss} after step {done}; the run has diverged, lower "
-                           "MATRIX_LR or check the data")
+            f"tok/s: {done * cfg.train_batch_tokens / elapsed_s:.0f} train_time_ms:{1000 * elapsed_s:.0f}")
+    require_finite(run, f"train_loss up to step {done}", every_loss)
+    run.last_good = f"train_loss {mean_loss:.4f} at step {done}"
 
 
 def log_speed(cfg: Config, run: Run, steps: int, train_s: float, loop_on: tuple[int, float] | None) -> None:
@@ -1597,6 +1946,7 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
     if cfg.max_wallclock_seconds:
         run.log(f"gptq:reserving {cfg.gptq_reserve_seconds:g}s, effective="
                 f"{1000 * (cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds):.0f}ms")
+    run.stage("compilation", START_LIMIT_S)
     calibration_s = warm_up(cfg, run, data, model, optimizer)
     average = WeightAverage(model, cfg.ema_decay)
     loader = make_loader(cfg, run, data)
@@ -1605,7 +1955,8 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
     run.barrier()
-    clock = StepClock(run)
+    run.stage("training")
+    clock, loss_sum = StepClock(run), torch.zeros((), device=run.device)
     for step in range(cfg.iterations):
         progress, stop = run.agree(plan_step(cfg, step, clock.now(), clock.longest_recent(), calibration_s))
         if stop:
@@ -1617,12 +1968,13 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
 
         # The step: gradients of all rows, Muon and AdamW, the average.
         loss = train_rows(cfg, run, model, optimizer, loader, rows_per_rank, looping=loop_on is not None)
+        loss_sum += loss                                   # NaN and infinity stay in a sum: no step goes unchecked
         optimizer.step(step, lr_factor(cfg, progress))
         average.update()
 
         clock.step_done()
         if is_logged(cfg, step + 1):
-            log_step(cfg, run, step + 1, loss, time.perf_counter() - clock.timer.start)
+            log_step(cfg, run, step + 1, torch.stack([loss, loss_sum]), time.perf_counter() - clock.timer.start)
     steps = step if stop else cfg.iterations
     if not steps:
         raise ConfigError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} leaves no time for a step "
@@ -1630,6 +1982,7 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
                           "GPTQ_CALIBRATION_BATCHES")
     train_s = clock.timer.seconds()
     loader.close()
+    require_finite(run, f"train_loss up to step {steps}", run.sum(loss_sum).item())
     if cfg.num_loops and loop_on is None:
         run.log('train warning:"looping never began, yet evaluation loops; train longer, lower '
                 f'ENABLE_LOOPING_AT, or set NUM_LOOPS=0" enable_looping_at:{cfg.enable_looping_at:g}')
@@ -1639,6 +1992,7 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
     log_speed(cfg, run, steps, train_s, loop_on)
     run.log("ema:applying EMA weights")
     average.apply()
+    require_finite(run, f"the averaged weights after step {steps}", *model.parameters())
     return train_s
 
 
@@ -2066,6 +2420,7 @@ def collect_hessians(cfg: Config, run: Run, model: GPT, paths: Sequence[Path],
 
     batches = calibration_batches(paths, cfg.train_seq_len, cfg.row_tokens // cfg.train_seq_len)
     for index, batch in zip(range(num_batches), batches):
+        run.beat()
         if index % run.world_size == run.rank:
             tokens = torch.from_numpy(batch).to(run.device)
             hidden = model(tokens[:, :-1].contiguous(), looping=True, ops=model.ops.plain(),
@@ -2370,27 +2725,39 @@ def decode_words(stream: bytes, *, base: np.ndarray | None = None) -> np.ndarray
 # Container: checked, atomic files. Layout: what the artifact holds, a code stream per tensor group. Rate
 # control: steps that make it fit, and the size report.
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CHECKPOINT_MAGIC, ARTIFACT_MAGIC = b"GOLFWGHT", b"GOLFCODE"
-MODEL_FIELDS = (
-    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "num_loops",
-    "loop_start", "loop_end", "parallel_start_layer", "gate_window", "sparse_attn_gate_scale", "rope_base",
-    "rope_dims")
+# Settings that do not shape what a file holds: how and where a run goes, scoring, and for a checkpoint
+# quantization.
+# Every other setting does, so that a new one is compared unless it is listed here.
+RUN_FIELDS = tuple("run_id data_path tokenizer_path compile block_kernels allow_ prequant_only quantize_only "
+                   "ttt_eval_only audit "
+                   "checkpoint_dir skip_check quiet fused_ce_enabled".split())
+SCORING_FIELDS = ("val_batch_tokens", "eval_", "ttt_", "phased_ttt_", "global_ttt_", "ngram_", "token_")
+QUANTIZATION_FIELDS = ("matrix_bits", "embed_bits", "gptq_calibration", "attn_clip", "mlp_clip", "embed_clip",
+                       "fill_", "rdo_", "compressor", "awq_", "lqer_")
 
 
 class ArtifactError(ValueError):
-    """A checkpoint or artifact is missing, damaged, made with other settings, or cannot hold the model."""
+    """A checkpoint or artifact is missing, damaged, made otherwise, or cannot hold the model."""
 
 
 # --- 10a container ---
 
+def shaping_settings(magic: bytes, cfg: Config) -> dict[str, Any]:
+    """Settings that shaped a file of this kind."""
+    others = RUN_FIELDS + SCORING_FIELDS + (QUANTIZATION_FIELDS if magic == CHECKPOINT_MAGIC else ())
+    return {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)
+            if not field.name.startswith(others)}
+
 
 def build_container(magic: bytes, cfg: Config, streams: Mapping[str, bytes],
-                    notes: Mapping[str, Any] | None = None) -> bytes:
-    """Named byte streams with the model's settings, notes (JSON) and a SHA-256.
-    Layout: magic (8), version u32, header length u32, header (zlib JSON), streams, SHA-256 of all (32)."""
+                    notes: Mapping[str, Any] | None = None,
+                    origin: Mapping[str, str] | None = None) -> bytes:
+    """Named byte streams with the settings that shaped them, notes (JSON), Run.origin and a SHA-256.
+    Layout: magic (8), version u32, header length u32, header (zlib JSON), streams, SHA-256 of all before (32)."""
     header = zlib.compress(json.dumps({
-        "settings": {name: getattr(cfg, name) for name in MODEL_FIELDS},
+        "settings": shaping_settings(magic, cfg), "origin": origin or {},
         "streams": [[name, len(stream)] for name, stream in streams.items()], "notes": notes or {}},
         separators=(",", ":")).encode(), 9)
     numbers = np.array([FORMAT_VERSION, len(header)], "<u4").tobytes()
@@ -2412,8 +2779,11 @@ def write_file(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_container(path: Path, magic: bytes, cfg: Config) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Streams and notes of a file made by build_container; raises ArtifactError unless every check holds."""
+def read_container(path: Path, magic: bytes, cfg: Config, run: Run | None = None,
+                   sha256: str = "") -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Streams and notes of a file made by build_container; raises ArtifactError unless every check holds: the
+    file's
+    SHA-256 where given, settings, and with `run` its tokenizer. Other code is a warning."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -2425,22 +2795,38 @@ def read_container(path: Path, magic: bytes, cfg: Config) -> tuple[dict[str, byt
     if len(data) < 48 or hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise ArtifactError(f"{path}: checksum mismatch over {len(data):,} bytes; the file is truncated or "
                             "corrupted, write it again")
+    if sha256 not in ("", found := hashlib.sha256(data).hexdigest()):
+        raise ArtifactError(f"{path}: SHA-256 {found[:16]}..., but rank 0 has {sha256[:16]}...; all ranks "
+                            f"must "
+                            "read the same file, look at the disk and start again")
     version, header_bytes = np.frombuffer(data[8:16], "<u4").tolist()
     if version != FORMAT_VERSION:
         raise ArtifactError(f"{path}: format version {version}, expected {FORMAT_VERSION}; write it again "
                             "with this script")
     header = json.loads(zlib.decompress(data[16:16 + header_bytes]))
-    differing = {name: (made, getattr(cfg, name)) for name, made in header["settings"].items()
-                 if getattr(cfg, name, None) != made}
+    made, now = header["settings"], shaping_settings(magic, cfg)
+    differing = [name for name in {**made, **now} if made.get(name) != now.get(name)]
     if differing:
-        changes = ", ".join(f"{name.upper()}={made} (now {now})" for name, (made, now) in differing.items())
+        changes = ", ".join(f"{name.upper()}={made.get(name)} (now {now.get(name)})" for name in differing)
         raise ArtifactError(f"{path}: made with other settings: {changes}; set them as they were")
+    _check_origin(path, header["origin"], run)
     streams = {}
     at = 16 + header_bytes
     for name, length in header["streams"]:
         streams[name] = data[at:at + length]
         at += length
     return streams, header["notes"]
+
+
+def _check_origin(path: Path, made: Mapping[str, str], run: Run | None) -> None:
+    now = run.origin if run else {}
+    differing = [name for name in made if name in now and made[name] != now[name]]
+    if "tokenizer" in differing:
+        raise ArtifactError(f"{path}: made with a tokenizer of SHA-256 {made['tokenizer'][:16]}..., now "
+                            f"{now['tokenizer'][:16]}...; set TOKENIZER_PATH and DATA_PATH as they were")
+    if "code" in differing:
+        run.log(f"artifact warning file:{path.name} made_with_code:{made['code'][:16]} "
+                f"code:{now['code'][:16]}")
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
@@ -2470,25 +2856,25 @@ def _in_threads(work: Callable, items: Sequence) -> list:
 
 
 def checkpoint_path(run: Run) -> Path:
-    return Path("checkpoints") / f"{run.run_id}.weights"
+    return Path(run.cfg.checkpoint_dir) / f"{run.run_id}.weights"
 
 
 def artifact_path(run: Run) -> Path:
-    return Path("checkpoints") / f"{run.run_id}.artifact"
+    return Path(run.cfg.checkpoint_dir) / f"{run.run_id}.artifact"
 
 
 def write_checkpoint(cfg: Config, run: Run, model: GPT) -> None:
     """Save the averaged fp32 weights (rank 0)."""
     if run.rank == 0:
-        weights = pack_tensors(dict(model.named_parameters()))
-        data = build_container(CHECKPOINT_MAGIC, cfg, {"weights": weights})
-        write_file(checkpoint_path(run), data)
+        tensors = pack_tensors(dict(model.named_parameters()))
+        data = build_container(CHECKPOINT_MAGIC, cfg, {"weights": tensors}, origin=run.origin)
+        save(run, checkpoint_path(run), data)
         run.log(f"Serialized model: {len(data)} bytes")
     run.barrier()
 
 
 def read_checkpoint(cfg: Config, run: Run, model: GPT) -> None:
-    streams, _ = read_container(checkpoint_path(run), CHECKPOINT_MAGIC, cfg)
+    streams, _ = read_container(checkpoint_path(run), CHECKPOINT_MAGIC, cfg, run)
     model.load_state_dict(unpack_tensors(streams["weights"]))
 
 
@@ -2620,39 +3006,65 @@ def decode_passed(streams: Mapping[str, bytes], notes: Mapping[str, Any],
 
 # --- 10c rate control ---
 
-# The file that ships, when that is what runs: the loader of the packed script (pack.py) hands its own path to
-# the program under this name, before the first line runs. None when the readable script runs.
-PACKED_FILE: str | None = globals().get("PACKED_FILE")
 RATE_TOLERANCE, RATE_ATTEMPTS = 4096, 8          # bytes below the limit that are as good as none
 SMALLEST_SIGMA_FACTOR = 0.5                      # below, real weights would begin to clip
 
 
-def write_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration) -> None:
-    """Quantize, encode, make it fit; rank 0 writes and reports the artifact."""
-    code_bytes = int(run.agree([report_code_size(run, PACKED_FILE) if run.rank == 0 else 0])[0])
-    data = fit_artifact(cfg, run, model, stats, SIZE_LIMIT - code_bytes)
+def write_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration) -> str:
+    """Quantize, encode, make it fit; rank 0 writes and reports the artifact. Returns its SHA-256 on every
+    rank."""
+    code_bytes = int(run.agree([report_code_size(run) if run.rank == 0 else 0])[0])
+    data, digest = fit_artifact(cfg, run, model, stats, SIZE_LIMIT - code_bytes - CODE_MARGIN), ""
     if run.rank == 0:
-        write_file(artifact_path(run), data)
-        run.log(f"Serialized model quantized+{cfg.compressor}: {len(data)} bytes")
-        run.log(f"Total submission size quantized+{cfg.compressor}: {len(data) + code_bytes} bytes")
-    run.barrier()
+        path, digest = artifact_path(run), hashlib.sha256(data).hexdigest()
+        save(run, path, data)
+        model_bytes = path.stat().st_size                 # what is counted is what lies on the disk
+        run.log(f"artifact written file:{path.name} sha256:{digest}")
+        run.log(f"Serialized model quantized+{cfg.compressor}: {model_bytes} bytes")
+        run.log(f"Total submission size quantized+{cfg.compressor}: {model_bytes + code_bytes} bytes")
+        if model_bytes + code_bytes > SIZE_LIMIT:
+            raise ArtifactError(f"{path}: {model_bytes:,} bytes and {code_bytes:,} of code exceed "
+                                f"{SIZE_LIMIT:,}; raise "
+                                "ATTN_, MLP_ and EMBED_CLIP_SIGMAS")
+    return run.share(digest)
 
 
-def report_code_size(run: Run, packed_file: str | None) -> int:
-    """Bytes of the script that ships, logged: of `packed_file` when that runs, else of what pack.py makes."""
-    source = Path(__file__).read_bytes()
-    if packed_file is not None:
-        form, code_bytes = "packed_file", os.path.getsize(packed_file)
+class ShippedCode(NamedTuple):
+    """The script that ships: its form, bytes and SHA-256, and the bytes of the program's own text."""
+    form: str
+    num_bytes: int
+    sha256: str
+    source_bytes: int
+
+
+def program_source() -> str:
+    """The text of this program as it runs, also when it came out of the packed script."""
+    return "".join(linecache.getlines(main.__code__.co_filename))
+
+
+@functools.cache
+def shipped_code() -> ShippedCode:
+    """What counts as code: the packed script, this very file when it is what runs. Readable and packed have
+    one hash."""
+    source = program_source().encode()
+    if main.__code__.co_filename != __file__:             # run by the loader that pack.py writes
+        form, data = "packed_file", Path(__file__).read_bytes()
     elif (REPO / "pack.py").is_file():
         import pack
-        form, code_bytes = "packed", len(pack.pack_script(source.decode("utf-8")))
+        form, data = "packed", pack.pack_script(source.decode())
     else:
-        form, code_bytes = "lzma_of_source", len(lzma.compress(source, preset=9 | lzma.PRESET_EXTREME))
-    reason = ' reason:"pack.py is not beside the script"' if form == "lzma_of_source" else ""
-    run.log(f"artifact code_form:{form}{reason}")
-    run.log(f"Code size (uncompressed): {len(source)} bytes")
-    run.log(f"Code size (compressed): {code_bytes} bytes")
-    return code_bytes
+        form, data = "lzma_of_source", lzma.compress(source, preset=9 | lzma.PRESET_EXTREME)
+    return ShippedCode(form, len(data), hashlib.sha256(data).hexdigest(), len(source))
+
+
+def report_code_size(run: Run) -> int:
+    """Bytes of the script that ships, logged."""
+    code = shipped_code()
+    run.log(f"artifact code_form:{code.form}" + (' reason:"no pack.py beside the '
+                                                 'script"' if "lzma" in code.form else ""))
+    run.log(f"Code size (uncompressed): {code.source_bytes} bytes")
+    run.log(f"Code size (compressed): {code.num_bytes} bytes")
+    return code.num_bytes
 
 
 def fit_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration, limit: int) -> bytes:
@@ -2668,7 +3080,7 @@ def fit_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration, limit: i
         data = b""
         if run.rank == 0:
             streams, notes = encode_model(cfg, quantized, passed)
-            data = build_container(ARTIFACT_MAGIC, cfg, streams, notes)
+            data = build_container(ARTIFACT_MAGIC, cfg, streams, notes, run.origin)
             codes = {group: sum(len(streams[name]) for name in group_streams(group))
                      for group in CODING_ORDER}
             run.log(f"artifact attempt:{attempt + 1} sigma_factor:{factor:.6f} model_bytes:{len(data)} "
@@ -2693,11 +3105,19 @@ def fit_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration, limit: i
     return tried[min(fitting)][1]
 
 
-def read_artifact(cfg: Config, run: Run, model: GPT) -> None:
-    """Replace the model's weights by what ships."""
+def read_artifact(cfg: Config, run: Run, model: GPT, sha256: str = "") -> None:
+    """Replace the model's weights by what ships; every rank must find the file that rank 0 wrote, or else
+    reads."""
     timer = Timer(run)
-    model.load_state_dict(decode_model(cfg, *read_container(artifact_path(run), ARTIFACT_MAGIC, cfg)))
-    run.log(f"artifact load_s:{timer.seconds():.1f}")
+    if not sha256:
+        path = artifact_path(run)
+        is_readable = run.rank == 0 and path.is_file()    # otherwise read_container says why
+        sha256 = run.share(hashlib.sha256(path.read_bytes()).hexdigest() if is_readable else "")
+    streams, notes = read_container(artifact_path(run), ARTIFACT_MAGIC, cfg, run, sha256)
+    model.load_state_dict(decode_model(cfg, streams, notes))
+    require_finite(run, "the artifact's weights", *model.parameters())
+    run.clocks["load"] = seconds = timer.seconds()
+    run.log(f"artifact load_s:{seconds:.1f} load_ms:{1000 * seconds:.0f}")
 
 
 # --- 11 scoring ---------------------------------------------------------------------------------------------
@@ -2729,12 +3149,11 @@ class BpbMeter:
         """Totals over all ranks; call once, at the end."""
         nats, tokens, num_bytes = self.run.sum(self.sums.clone()).tolist()
         if not num_bytes:
-            raise DataError("the scored targets carry no bytes; the byte sidecar is all zero, "
-                            "prepare it again")
-        if not math.isfinite(nats):
-            raise RuntimeError(f"the nll of {int(tokens):,} targets sums to {nats}; expected a finite number: "
-                               "the weights are damaged, or training has diverged")
-        return Score(nats / tokens, nats / (math.log(2) * num_bytes), int(tokens), int(num_bytes))
+            raise DataError("the scored targets carry no bytes; the byte sidecar is all zero, prepare it again")
+        score = Score(nats / tokens, nats / (math.log(2) * num_bytes), int(tokens), int(num_bytes))
+        require_finite(self.run, "val_loss", score.loss)
+        self.run.last_good = f"val_loss {score.loss:.4f} in stage {self.run.stage_name}"
+        return score
 
 
 def eval_row_tokens(cfg: Config) -> int:
@@ -2769,6 +3188,7 @@ def evaluate_plain(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, byte_c
     width, meter = eval_row_tokens(cfg), BpbMeter(run)
     for start in range(width * run.rank, len(tokens) - 1, width * run.world_size):
         span = slice(start, start + width + 1)
+        run.beat()
         score_row(cfg, run, model, tokens[span], byte_counts[span], meter, looping)
     return meter.result()
 
@@ -2780,6 +3200,7 @@ def diagnose(cfg: Config, run: Run, model: GPT, data: Dataset, name: str) -> Sco
         random_tokens = np.random.default_rng(cfg.seed).integers(2, cfg.vocab_size, width + 1)
         score_row(cfg, run, model, random_tokens, np.ones(width + 1, np.int64), BpbMeter(run), looping=True)
         run.log(f"diagnostic compile done ({warm.seconds():.1f}s)")
+    run.stage(f"diagnostic {name}")
     timer = Timer(run)
     score = evaluate_plain(cfg, run, model, *data.load_validation())
     run.log(f"diagnostic {name} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
@@ -3425,6 +3846,7 @@ class Scorer:
         self.bank.start(len(members), draw)
         self.index.zero_()
         for step, start_us in enumerate(starts_us):
+            self.run.beat()
             if step % TABLE_STEPS == 0:
                 needed = self.upload_table(members, step)
             if self.hints is not None:
@@ -3679,16 +4101,17 @@ def warm_up_ttt(cfg: Config, run: Run, model: GPT, num_tokens: int) -> tuple[Sco
         scorer.step(buckets.rows[-1], buckets.windows[0], True)
         scorer.step(buckets.rows[0], buckets.windows[-1], True)
     scorer.clear()
-    run.log(f"ttt_lora:compile warmup done ({timer.seconds():.1f}s)")
+    run.clocks["compile"] = seconds = timer.seconds()
+    run.log(f"ttt_lora:compile warmup done ({seconds:.1f}s) elapsed_ms:{1000 * seconds:.0f}")
     return scorer, base
 
 
-def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset, artifact_load_s: float = 0.0) -> Score:
+def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset) -> Score:
     """The final score: every target once, in the certified order; the data are read inside its clock."""
-    warm_up = Timer(run)
     scorer, base = warm_up_ttt(cfg, run, model, data.val_tokens)
     run.barrier()
-    warm_up_s, made_before = warm_up.seconds(), graphs_made(scorer.steps)
+    made_before = graphs_made(scorer.steps)
+    run.stage("scoring")
     timer = Timer(run)
     tokens, byte_counts = data.load_validation()
     docs, C = find_documents(tokens), cfg.ttt_chunk_size
@@ -3714,6 +4137,7 @@ def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset, artifact_load
             run.log(f"ttt adapted_base documents:{len(chosen)} sgd_steps:{steps} "
                     f"elapsed_s:{phase_timer.seconds():.1f} eval_time_s:{timer.seconds():.1f}")
     score, seconds = scorer.meter.result(), timer.seconds()
+    run.clocks["eval"] = seconds
     made, missed = (b - a for a, b in zip(made_before, graphs_made(scorer.steps)))
     if scorer.hints is not None:
         scorer.hints.close(scorer.stream)
@@ -3728,10 +4152,7 @@ def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset, artifact_load
         audit_order(run, scorer, phases, scored)
     run.log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
             f"eval_time:{1000 * seconds:.0f}ms targets:{score.tokens} bytes:{score.bytes}")
-    run.log(f"total_eval_time:{seconds:.1f}s")
-    run.log(f"eval clock_ms:{1000 * seconds:.0f} warmup_ms:{1000 * warm_up_s:.0f} "
-            f"artifact_load_ms:{1000 * artifact_load_s:.0f} "
-            f"sum_ms:{1000 * (seconds + warm_up_s + artifact_load_s):.0f}")
+    run.log(f"total_eval_time:{seconds:.1f}s total_eval_ms:{1000 * seconds:.0f}")
     if cfg.eval_wallclock_seconds and seconds > cfg.eval_wallclock_seconds:
         run.log(f"eval warning over_budget_s:{seconds - cfg.eval_wallclock_seconds:.3f} "
                 f"budget_s:{cfg.eval_wallclock_seconds:g}")
@@ -3777,61 +4198,158 @@ def audit_order(run: Run, scorer: Scorer, phases: Sequence[Phase], scored: Score
 # --- 14 pipeline --------------------------------------------------------------------------------------------
 # The run as one visible sequence.
 
+def shown_value(name: str, value: Any) -> str:
+    """A setting as logs show it: logs are published, home folders are not."""
+    if name in ("data_path", "tokenizer_path", "checkpoint_dir"):
+        return "/".join(Path(value).parts[-2:])
+    return str(int(value) if isinstance(value, bool) else value)
+
+
+def find_commit() -> str:
+    """Commit id of this script with +dirty when the checkout differs from it; "none" outside a checkout."""
+    try:
+        for command in (["ls-files", "--error-unmatch", Path(__file__).name],
+                        ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+dirty"]):
+            done = subprocess.run(["git", "-C", str(REPO), *command], capture_output=True, text=True,
+                                  check=True)
+        return done.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+
+
 def log_start(cfg: Config, run: Run, data: Dataset, tokenizer: Path, model: GPT) -> None:
-    for field in sorted(dataclasses.fields(cfg), key=lambda f: f.name):
-        value = getattr(cfg, field.name)
-        if field.name in ("data_path", "tokenizer_path") and value:
-            value = "/".join(Path(value).parts[-2:])                  # logs are published; home folders are not
-        run.log(f"  {field.name}: {int(value) if isinstance(value, bool) else value}")
+    fields = sorted(dataclasses.fields(cfg), key=lambda field: field.name)
+    for field in fields:
+        run.log(f"  {field.name}: {shown_value(field.name, getattr(cfg, field.name))}")
     gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else platform.machine()
     run.log(f"versions python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__} "
             f"triton:{triton.__version__ if triton else 'none'} device:\"{gpu}\" world_size:{run.world_size} "
             f"compute_dtype:{str(run.compute_dtype).removeprefix('torch.')}")
+    if data.manifest:
+        data_source = "manifest"
+    else:
+        data_source = "unverified" if cfg.allow_unverified else "check_figures"
     run.log(f"run run_id:{run.run_id} date:{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d} "
-            f"tokenizer:{tokenizer.name} "
-            f"data_source:{'manifest' if data.manifest else 'unverified' if cfg.allow_unverified else 'check_figures'}")
+            f"tokenizer:{tokenizer.name} data_source:{data_source}")
+    changed = [f"{field.name.upper()}={shlex.quote(shown_value(field.name, getattr(cfg, field.name)))}"
+               for field in fields if getattr(cfg, field.name) != field.default]
+    run.log(f'run command:"{" ".join([*changed, "python", Path(sys.argv[0]).name])}"')
+    if run.rank == 0:
+        source = program_source().encode()
+        path = run.log_path.with_suffix(".source.py.xz")
+        save(run, path, lzma.compress(source))
+        run.log(f"code commit:{find_commit()} code_sha256:{shipped_code().sha256} "
+                f"source_sha256:{hashlib.sha256(source).hexdigest()} source_file:logs/{path.name}")
     run.log(f"train_shards: {len(data.train)}")
     run.log(f"val_tokens: {data.val_tokens}")
     run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
-    run.log("source:\n" + Path(__file__).read_text(encoding="utf-8") + "source_end", file_only=True)
+
+
+def check_ready(cfg: Config, run: Run, model: GPT) -> None:
+    """Try now whatever the run needs after training: compiler, packed script, room in writable folders."""
+    for source in () if cfg.prequant_only else (CODER_C, NGRAM_C):
+        try:
+            compile_c(source)
+        except RuntimeError as error:
+            raise RunError(str(error)) from error
+    if run.rank != 0:
+        return
+    shipped_code()
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    for setting, folder, needed in (("CHECKPOINT_DIR", Path(cfg.checkpoint_dir), weights + SIZE_LIMIT),
+                                    ("the log folder", run.log_path.parent, 2 ** 20)):
+        probe = folder / f".probe.{os.getpid()}"
+        try:
+            write_file(probe, b"probe")
+            probe.unlink()
+            room = shutil.disk_usage(folder).free
+        except OSError as error:
+            raise RunError(f"{setting}={folder}: expected a folder to write to, found: {error.strerror}; "
+                           f"correct the path "
+                           "or its permissions") from error
+        if room < needed:
+            raise RunError(f"{setting}={folder}: expected room for {needed:,} bytes, found {room:,}; free "
+                           f"some, or name "
+                           "another folder with CHECKPOINT_DIR")
+
+
+def check_data(cfg: Config, run: Run, data: Dataset, split: str, read: bool = True) -> bool:
+    """check_values on rank 0 while the others wait."""
+    return run.share(data.check_values(cfg, run, split, read) if run.rank == 0 else False)
 
 
 def run_pipeline(cfg: Config, run: Run) -> None:
     data = Dataset.open(cfg)
     tokenizer = check_tokenizer(cfg, data)
+    run.origin = {"tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
+                  "code": shipped_code().sha256}
     torch.manual_seed(cfg.seed)
-    for source in () if cfg.prequant_only else (CODER_C, NGRAM_C):
-        compile_c(source)                                 # a missing compiler must not be found out after training
     model = GPT(cfg, run.compute_dtype, choose_ops(run)).to(run.device)
     for p in model.parameters():
         run.broadcast(p.data)                             # replicas start equal to the last bit
+    check_ready(cfg, run, model)
+    if not cfg.ttt_eval_only:
+        check_data(cfg, run, data, "train")
+    # Until the last step only the headers of validation files are read, and what an earlier verify
+    # remembered.
+    trains = not (cfg.quantize_only or cfg.ttt_eval_only)
+    is_val_checked = check_data(cfg, run, data, "val", read=not trains)
     log_start(cfg, run, data, tokenizer, model)
 
+    artifact_sha256 = ""
     if not cfg.ttt_eval_only:
         train_s = 0.0
-        if cfg.quantize_only:
-            read_checkpoint(cfg, run, model)
-        else:
+        if trains:
+            run.begin()
             train_s = train(cfg, run, data, model)
+            sort_hidden_units(model)
+            run.stage("writing the checkpoint", math.inf)
             write_checkpoint(cfg, run, model)
+        else:
+            read_checkpoint(cfg, run, model)
+            run.begin()
+        if not cfg.prequant_only:
+            stats = calibrate(cfg, run, data, model, train_s if trains else None)
+        if not is_val_checked:
+            run.stage("checking the validation split", START_LIMIT_S)
+            check_data(cfg, run, data, "val")
+        run.stage("compilation for the diagnostics", START_LIMIT_S)
         diagnose(cfg, run, model, data, "pre-quantization post-ema")
         if cfg.prequant_only:
             return
-        sort_hidden_units(model)
-        timer = Timer(run)
-        stats = collect_hessians(cfg, run, model, data.train, cfg.gptq_calibration_batches)
-        calibration_s = timer.seconds()
-        run.log(f"GPTQ:collected {len(list_matrices(cfg))} Hessians in {calibration_s:.1f}s")
-        if not cfg.quantize_only:
-            run.log(f"train clock_s:{train_s + calibration_s:.1f} steps_s:{train_s:.1f} "
-                    f"calibration_s:{calibration_s:.1f} budget_s:{cfg.max_wallclock_seconds:g}")
-        write_artifact(cfg, run, model, stats)
-    load_timer = Timer(run)
-    read_artifact(cfg, run, model)                        # score what ships, not what trained
-    artifact_load_s = load_timer.seconds()
+        run.stage("quantization", math.inf)
+        artifact_sha256 = write_artifact(cfg, run, model, stats)
+    run.stage("reading the artifact", START_LIMIT_S)
+    read_artifact(cfg, run, model, artifact_sha256)       # score what ships, not what trained
+    run.begin()
+    run.stage("compilation for the diagnostics", START_LIMIT_S)
     diagnose(cfg, run, model, data, "quantized")
     if cfg.ttt_enabled:
-        evaluate_ttt(cfg, run, model, data, artifact_load_s)
+        run.stage("compilation for scoring", START_LIMIT_S)
+        evaluate_ttt(cfg, run, model, data)
+        clocks = {name: 1000 * run.clocks.get(name, 0.0) for name in ("eval", "load", "compile")}
+        run.log("eval " + " ".join(f"{name}_ms:{clock:.0f}" for name, clock in clocks.items())
+                + f" sum_ms:{sum(clocks.values()):.0f} limit_ms:{1000 * cfg.eval_wallclock_seconds:.0f}")
+
+
+def calibrate(cfg: Config, run: Run, data: Dataset, model: GPT, train_s: float | None) -> Calibration:
+    """Calibration statistics, collected on the training clock, and what that clock has come to (None: no
+    training)."""
+    run.stage("calibration")
+    timer = Timer(run)
+    stats = collect_hessians(cfg, run, model, data.train, cfg.gptq_calibration_batches)
+    calibration_s = timer.seconds()
+    require_finite(run, "a calibration statistic", *stats.sums.values())
+    run.log(f"GPTQ:collected {len(list_matrices(cfg))} Hessians in {calibration_s:.1f}s "
+            f"elapsed_ms:{1000 * calibration_s:.0f}")
+    if train_s is not None:
+        clock_s, budget_s = train_s + calibration_s, cfg.max_wallclock_seconds
+        run.log(f"train clock_s:{clock_s:.1f} steps_s:{train_s:.1f} calibration_s:{calibration_s:.1f} "
+                f"budget_s:{budget_s:g} clock_ms:{1000 * clock_s:.0f} steps_ms:{1000 * train_s:.0f} "
+                f"calibration_ms:{1000 * calibration_s:.0f}")
+        if budget_s and clock_s > budget_s:
+            run.log(f"train warning over_budget_ms:{1000 * (clock_s - budget_s):.0f} budget_s:{budget_s:g}")
+    return stats
 
 
 # === Fast paths: from here on everything is only a faster way to do something above, and names what it replaces.
@@ -6187,7 +6705,8 @@ int ngram_feed(Ngrams *g, int64_t n, const int64_t *order, const int64_t *doc_st
 
 
 # --- 19 main ------------------------------------------------------------------------------------------------
-# Exit codes: 0 success, 1 a check or the run failed, 2 bad settings or usage.
+# Exit codes: 0 success, 1 a check or the run failed, 2 bad settings or usage, 130 and 143 after SIGINT and
+# SIGTERM.
 
 def main(argv: Sequence[str]) -> int:
     if argv:
@@ -6196,15 +6715,41 @@ def main(argv: Sequence[str]) -> int:
               f"unexpected arguments {list(argv)}; settings are environment variables, see --help",
               file=sys.stdout if is_help else sys.stderr)
         return 0 if is_help else 2
+    run = None
+
+    def tell(sentence: str) -> bool:
+        if run is not None:
+            return run.report(sentence)
+        if is_first := os.environ.get("RANK", "0") == "0":        # settings are wrong on all ranks alike
+            print(sentence, file=sys.stderr, flush=True)
+        return is_first
+
+    def interrupted(number: int) -> int:
+        tell(f"interrupted by {signal.Signals(number).name} in stage {run.stage_name if run else 'start'}")
+        return 128 + number
+
     try:
-        cfg = Config.from_env(os.environ)
-        with Run.start(cfg) as run:
-            run_pipeline(cfg, run)
-    except (ConfigError, DataError, ArtifactError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        with catch_signals(lambda number: os._exit(interrupted(number))):
+            cfg = Config.from_env(os.environ)
+            run = Run.start(cfg)
+            with run:
+                run_pipeline(cfg, run)
+    except (ConfigError, DataError, ArtifactError, RunError) as error:
+        tell(f"error: {error}")
         return 2 if isinstance(error, ConfigError) else 1
+    except Interrupted as error:
+        return interrupted(error.args[0])
+    except Exception as error:
+        if tell(f"error: unexpected {type(error).__name__} in stage {run.stage_name if run else 'start'}"):
+            raise
+        # what follows another rank's error is no news
+        return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_code = main(sys.argv[1:])
+    if exit_code and "RANK" in os.environ:
+        # a communicator that lost a rank may never finish its clean-up
+        os._exit(exit_code)
+    sys.exit(exit_code)

@@ -167,9 +167,17 @@ def write_dataset(folder: Path, train: tuple[int, ...] = (2000, 1500), val: tupl
 
 
 def write_manifest(folder: Path, counts: Mapping[str, int], tokenizer: Path, vocab_size: int) -> None:
-    manifest = {"files": {name: {"values": count} for name, count in counts.items()},
-                "tokenizer": {"file": tokenizer.name, "sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
-                              "vocab_size": vocab_size, "bos_id": 1, "operator_ids": [4, 5, 6, 7]}}
+    """manifest.json of the shards in `folder`, as prepare_caseops_data.py would write it."""
+    def sha256(path: Path) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    sidecars = [np.fromfile(folder / name, "<u2", offset=1024) for name in counts if "val_bytes" in name]
+    manifest = {"files": {name: {"values": count, "sha256": sha256(folder / name)}
+                          for name, count in counts.items()},
+                "val": {"tokens": sum(map(len, sidecars)),
+                        "sidecar_bytes": sum(int(v.sum()) for v in sidecars)},
+                "tokenizer": {"file": tokenizer.name, "sha256": sha256(tokenizer), "vocab_size": vocab_size,
+                              "bos_id": 1, "operator_ids": [4, 5, 6, 7]}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

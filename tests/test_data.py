@@ -48,8 +48,9 @@ def damage(path, how):
         path.write_bytes(header.tobytes() + data[1024:])
 
 
-INCOMPLETE = ["truncated", "one byte short", "too long", "header only", "no tokens", "negative count"]
-FOREIGN = ["nothing", "short header", "foreign magic", "foreign version"]
+INCOMPLETE = ["truncated", "one byte short", "too long", "header only", "no tokens", "negative count", "nothing",
+              "short header"]
+FOREIGN = ["foreign magic", "foreign version"]
 
 
 @pytest.mark.parametrize("how", INCOMPLETE + FOREIGN)
@@ -219,6 +220,107 @@ def test_a_manifest_without_tokenizer_is_refused_and_not_a_crash(with_manifest, 
         gpt.check_tokenizer(cfg, gpt.Dataset.open(cfg))
 
 
+# Every value
+
+def check_values(cfg, split="val", **kwargs):
+    return gpt.Dataset.open(cfg).check_values(cfg, gpt.Run(cfg), split, **kwargs)
+
+
+def test_sound_values_pass_and_a_second_start_reads_nothing(with_manifest, monkeypatch, capsys):
+    _, cfg = with_manifest
+    assert not check_values(cfg, read=False)
+    assert check_values(cfg) and check_values(cfg, "train")
+    monkeypatch.setattr(gpt, "read_facts", None)
+    assert check_values(cfg, read=False) and check_values(cfg, "train", read=False)
+    assert "data checked split:train files:2 read:0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["fineweb_val_000001.bin", "fineweb_val_bytes_000000.bin", "fineweb_train_000001.bin"])
+def test_one_changed_value_is_refused_by_name_also_after_a_sound_check(with_manifest, name):
+    folder, cfg = with_manifest
+    split = "train" if "train" in name else "val"
+    assert check_values(cfg, split)
+    values = gpt.read_shard(folder / name)
+    values[7] += 1
+    write_shard(folder / name, values)
+    # a fault is not remembered as sound
+    for _ in range(2):
+        with pytest.raises(gpt.DataError, match=f"{name}: SHA-256 .* but manifest.json says .*; the file is "
+                                                f"damaged"):
+            check_values(cfg, split)
+
+
+def test_swapped_splits_of_the_same_length_are_refused(with_manifest):
+    folder, cfg = with_manifest
+    other = write_dataset(folder / "other", seed=1)
+    for path in other.glob("fineweb_val_*.bin"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(gpt.DataError, match="from another preparation run"):
+        check_values(cfg)
+
+
+@pytest.mark.parametrize("fact", ["tokens", "sidecar_bytes"])
+def test_totals_other_than_the_manifest_s_are_refused(with_manifest, fact):
+    folder, cfg = with_manifest
+    edit_manifest(folder, lambda m: m["val"].update({fact: m["val"][fact] + 1}))
+    with pytest.raises(gpt.DataError, match="validation split with .*, but manifest.json says"):
+        check_values(cfg)
+
+
+@pytest.mark.parametrize("change", [lambda m: m["files"]["fineweb_val_000000.bin"].pop("sha256"),
+                                    lambda m: m["files"]["fineweb_val_000000.bin"].update(sha256=None),
+                                    lambda m: m["val"].pop("sidecar_bytes"), lambda m: m.pop("val")])
+def test_a_manifest_without_a_hash_or_total_is_refused(with_manifest, change):
+    folder, cfg = with_manifest
+    edit_manifest(folder, change)
+    with pytest.raises(gpt.DataError, match="not a manifest of this family"):
+        gpt.Dataset.open(cfg)
+
+
+@pytest.mark.parametrize("split, name", [("train", "fineweb_train_000001.bin"), ("val", "fineweb_val_000001.bin")])
+def test_a_token_beyond_the_vocabulary_is_refused(tmp_path, split, name):
+    write_dataset(tmp_path)
+    tokens = gpt.read_shard(tmp_path / name)
+    tokens[-1] = 64
+    write_shard(tmp_path / name, tokens)
+    with pytest.raises(gpt.DataError, match=f"{name}: expected tokens below VOCAB_SIZE=64, found 64; set "
+                                            f"VOCAB_SIZE"):
+        check_values(tiny_config(data_path=str(tmp_path)), split)
+
+
+def test_a_validation_split_without_a_first_document_is_refused(tmp_path):
+    write_dataset(tmp_path)
+    write_shard(tmp_path / "fineweb_val_000000.bin", np.full(300, 5))
+    with pytest.raises(gpt.DataError, match=r"must begin with BOS \(1\), found token 5; prepare the "
+                                            r"validation split"):
+        check_values(tiny_config(data_path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("off, is_refused", [(0, False), (2, False), (-2, False), (3, True), (-3, True)])
+def test_the_published_export_has_its_published_bytes(tmp_path, monkeypatch, off, is_refused):
+    """Counted over the first targets, across the border of two shards; a target's bytes stand one position
+    later."""
+    write_dataset(tmp_path)
+    counts = np.concatenate([gpt.read_shard(tmp_path / f"fineweb_val_bytes_00000{k}.bin") for k in (0, 1)])
+    monkeypatch.setattr(gpt, "CHECK_FIGURES", {
+        "train_shards": 2, "val_tokens": (550, 551),
+        "val_bytes": {"targets": 400, "bytes": int(counts[1:401].sum()) + off, "tolerance": 2}})
+    cfg = tiny_config(data_path=str(tmp_path), allow_unverified=False)
+    if is_refused:
+        with pytest.raises(gpt.DataError, match="the first 400 validation targets stand for .* bytes, the "
+                                                "published"):
+            check_values(cfg)
+    else:
+        assert check_values(cfg)
+
+
+def test_damaged_memory_of_earlier_checks_is_read_anew(with_manifest, capsys):
+    folder, cfg = with_manifest
+    for text in ("", "[]", '{"files": {"fineweb_val_000000.bin": 3}}', '{"files": 7}'):
+        (folder / gpt.CHECKED_NAME).write_text(text)
+        assert check_values(cfg) and "read:4" in capsys.readouterr().out
+
+
 # Tokenizer
 
 @pytest.fixture
@@ -374,33 +476,23 @@ def test_rows_of_one_rank_equal_the_reference(load_vectors, tmp_path):
         assert_is_row(stream[batch], vectors, f"pack_ws1_rank{rank}_batch{batch}", int(vectors["cu_pad_multiple"]))
 
 
-def test_rows_of_several_ranks_equal_the_reference_where_it_drops_no_row(load_vectors, tmp_path):
-    """The reference drops what is left of a shard below one row per rank; here those rows go to the next ranks."""
+def test_rows_of_several_ranks_are_one_stream_dealt_in_turn(load_vectors, tmp_path):
+    """Row micro-step * R + rank of the stream of one rank; nothing is dropped at the end of a shard."""
     vectors = load_vectors("loader")
-    paths, span = archive_shards(vectors, tmp_path), int(vectors["local_tokens"]) + 1
-    per_shard = []
-    for path in paths:
-        tokens = gpt.read_shard(path)
-        starts = np.flatnonzero(tokens == gpt.BOS)
-        per_shard.append((len(tokens) - int(starts[0])) // span if len(starts) else 0)
+    paths = archive_shards(vectors, tmp_path)
+    row_tokens, cap = int(vectors["local_tokens"]), int(vectors["segment_cap"])
     sizes = sorted({int(m[1]) for key in vectors if (m := re.match(r"pack_ws(\d+)_", key))} - {1})
     assert sizes
     for world_size in sizes:
         keys = pack_keys(vectors, world_size)
-        needed = world_size * (1 + max(batch for _, batch in keys))
-        kept = []
-        passes = 1 + -(-needed // sum(n // world_size * world_size for n in per_shard))
-        stream = rows_of(paths, passes * sum(per_shard), span - 1, int(vectors["segment_cap"]))
-        at = 0
-        for _ in range(passes):
-            for shard, count in enumerate(per_shard):
-                rows = stream[at:at + count]
-                assert {row.shard for row in rows} <= {shard}
-                kept += rows[:count // world_size * world_size]
-                at += count
+        batches = 1 + max(batch for _, batch in keys)
+        stream = rows_of(paths, batches * world_size, row_tokens, cap)
+        mine = [rows_of(paths, batches, row_tokens, cap, rank=rank, world_size=world_size)
+                for rank in range(world_size)]
         for rank, batch in keys:
-            assert_is_row(kept[batch * world_size + rank], vectors, f"pack_ws{world_size}_rank{rank}_batch{batch}",
-                          int(vectors["cu_pad_multiple"]))
+            for row in (stream[batch * world_size + rank], mine[rank][batch]):
+                assert_is_row(row, vectors, f"pack_ws{world_size}_rank{rank}_batch{batch}",
+                              int(vectors["cu_pad_multiple"]))
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])

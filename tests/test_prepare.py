@@ -638,6 +638,27 @@ def test_too_little_text_for_a_tokenizer(tmp_path):
         prepare.train_tokenizer([], 320)
 
 
+def test_a_tokenizer_of_another_size_than_asked_for_is_not_written(tmp_path, capsys):
+    docs = write_docs(tmp_path / "docs.jsonl", some_docs(30))
+    arguments = ["--docs", str(docs), "--val-docs", "1", "--sp", str(tmp_path / "new.model"), "--train-tokenizer"]
+    assert prepare.main([*arguments, "4000"]) == 1
+    assert "expected enough text for 4,000 pieces, found text for " in capsys.readouterr().err
+    assert not list(tmp_path.glob("new.model*"))
+
+
+def test_an_interrupt_while_a_tokenizer_is_trained_is_told_as_such(tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        yield "some text"
+        raise KeyboardInterrupt
+    docs = write_docs(tmp_path / "docs.jsonl", some_docs(30))
+    monkeypatch.setattr(prepare, "training_documents", interrupted)
+    code = prepare.main(["--docs", str(docs), "--val-docs", "1", "--sp", str(tmp_path / "new.model"),
+                         "--train-tokenizer", "300"])
+    errors = capsys.readouterr().err
+    assert code == 130 and "interrupted" in errors and "enough text" not in errors
+    assert not list(tmp_path.glob("new.model*"))
+
+
 # -- command line
 
 def run(repo: Path, *arguments) -> subprocess.CompletedProcess:

@@ -1,5 +1,12 @@
-"""Section 2: ranks, collectives, the log file, seeded generators, the C compiler."""
+"""Section 2: ranks, collectives, the log file, names of runs, signals, seeded generators, the C compiler."""
+import errno
+import io
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -40,14 +47,34 @@ def test_collectives_of_one_process_change_nothing():
 def test_log_lines_reach_stdout_and_the_log_file_alike(in_tmp, capsys):
     with gpt.Run.start(tiny_config(run_id="abc"), {}) as run:
         run.log("first line")
-        run.log("for the file", file_only=True)
-        assert (in_tmp / "logs" / "abc.txt").read_text() == "first line\nfor the file\n"       # written at once
-    assert capsys.readouterr().out == "first line\n"
+        assert (in_tmp / "logs" / "abc.txt").read_text() == ""               # nothing is kept of a start
+        run.begin()
+        run.log("second line")
+        assert (in_tmp / "logs" / "abc.txt").read_text() == "first line\nsecond line\n"          # then at once
+    assert capsys.readouterr().out == "first line\nsecond line\n"
+
+
+def test_a_full_disk_delays_log_lines_and_ends_nothing(in_tmp, monkeypatch):
+    with gpt.Run.start(tiny_config(run_id="abc"), {}) as run:
+        run.begin()
+        write = os.write
+        with monkeypatch.context() as patch:
+            def full(fd, data):
+                if fd != run._log_file:
+                    return write(fd, data)
+                if len(data) < 6:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return write(fd, data[:len(data) - 5])
+            patch.setattr(os, "write", full)
+            run.log("first line")
+            assert (in_tmp / "logs" / "abc.txt").read_text() == "first "
+        run.log("second line")
+    assert (in_tmp / "logs" / "abc.txt").read_text() == "first line\nsecond line\n"
 
 
 def test_a_resumed_run_continues_its_own_log(in_tmp):
-    for line in ("one", "two"):
-        with gpt.Run.start(tiny_config(run_id="abc"), {}) as run:
+    for line, resumes in (("one", False), ("two", True)):
+        with gpt.Run.start(tiny_config(run_id="abc", quantize_only=resumes), {}) as run:
             run.log(line)
     assert (in_tmp / "logs" / "abc.txt").read_text() == "one\ntwo\n"
 
@@ -65,9 +92,137 @@ def test_a_run_without_name_is_named_after_seed_and_start(in_tmp):
 
 def test_an_error_is_recorded_in_the_log_and_goes_on(in_tmp):
     with pytest.raises(gpt.DataError):
-        with gpt.Run.start(tiny_config(run_id="abc"), {}):
+        with gpt.Run.start(tiny_config(run_id="abc"), {}) as run:
+            run.begin()
             raise gpt.DataError("shard 3 is broken")
     assert (in_tmp / "logs" / "abc.txt").read_text() == "error DataError\n"
+
+
+def test_a_start_that_fails_leaves_no_log_and_the_name_is_free(in_tmp):
+    for _ in range(2):
+        with pytest.raises(gpt.DataError):
+            with gpt.Run.start(tiny_config(run_id="abc"), {}) as run:
+                run.log("a line")
+                raise gpt.DataError("shard 3 is broken")
+        assert not list((in_tmp / "logs").iterdir())
+
+
+# Names of runs
+
+@pytest.mark.parametrize("left", ["logs/abc.txt", "weights/abc.weights", "weights/abc.artifact"])
+def test_the_name_of_an_earlier_run_is_refused_unless_it_is_resumed(in_tmp, left):
+    path = in_tmp / left
+    path.parent.mkdir()
+    path.write_text("something")
+    cfg = dict(run_id="abc", checkpoint_dir="weights")
+    for _ in range(2):
+        with pytest.raises(gpt.ConfigError, match=f"RUN_ID=abc: {left} exists from an earlier run; choose another"):
+            gpt.Run.start(tiny_config(**cfg), {})
+    assert path.read_text() == "something"
+    for resumed in ("quantize_only", "ttt_eval_only"):
+        with gpt.Run.start(tiny_config(**cfg, **{resumed: True}), {}):
+            pass
+
+
+def test_two_runs_of_one_name_at_a_time_are_refused_and_a_killed_one_leaves_no_lock(in_tmp, repo):
+    code = ("import train_gpt as gpt; from helpers import tiny_config\n"
+            "run = gpt.Run.start(tiny_config(run_id='abc', quantize_only=True), {}); print('started', flush=True)\n"
+            "input()")
+    env = {**os.environ, "PYTHONPATH": f"{repo}{os.pathsep}{repo / 'tests'}"}
+    with subprocess.Popen([sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as other:
+        assert other.stdout.readline() == "started\n"
+        for resumes in (False, True):
+            with pytest.raises(gpt.ConfigError, match="RUN_ID=abc: a run of this name is going on"):
+                gpt.Run.start(tiny_config(run_id="abc", ttt_eval_only=resumes), {})
+        other.kill()
+    with gpt.Run.start(tiny_config(run_id="abc"), {}) as run:
+        assert run.run_id == "abc"
+
+
+@pytest.mark.parametrize("name", [".", "..", "x" * 300])
+def test_names_that_are_no_file_names_are_refused(in_tmp, name):
+    with pytest.raises(gpt.ConfigError, match="RUN_ID=.*expected the beginning of a file name"):
+        gpt.Run.start(tiny_config(run_id=name), {})
+    assert not list(in_tmp.iterdir())
+
+
+# Numbers, files, signals
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), torch.tensor([1.0, float("-inf")])])
+def test_a_number_that_is_not_finite_names_stage_and_last_good_value(bad):
+    run = gpt.Run(tiny_config())
+    run.stage("training")
+    run.last_good = "train_loss 2.5000 at step 100"
+    gpt.require_finite(run, "train_loss", 1.0, torch.ones(3))
+    with pytest.raises(gpt.RunError, match="in stage training; last good value: train_loss 2.5000 at step 100"):
+        gpt.require_finite(run, "train_loss", 1.0, bad)
+
+
+def test_saving_to_a_full_disk_waits_until_there_is_room(tmp_path, monkeypatch, capsys):
+    attempts, write_file = [], gpt.write_file
+
+    def full_twice(path, data):
+        attempts.append(path)
+        if len(attempts) < 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_file(path, data)
+    monkeypatch.setattr(gpt, "write_file", full_twice)
+    monkeypatch.setattr(gpt, "DISK_RETRY_S", 0.0)
+    gpt.save(gpt.Run(tiny_config()), tmp_path / "x.weights", b"weights" * 200)
+    assert (tmp_path / "x.weights").read_bytes() == b"weights" * 200
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and "file:x.weights bytes:1400" in lines[0] and "make 1,400 bytes of room" in lines[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_interrupt_once_and_handlers_are_put_back(number):
+    before = signal.getsignal(number)
+    with pytest.raises(gpt.Interrupted) as caught:
+        with gpt.catch_signals(lambda number: pytest.fail("was not stuck")):
+            try:
+                os.kill(os.getpid(), number)
+                time.sleep(5)
+            finally:
+                os.kill(os.getpid(), number)             # a second one does not disturb the way out
+    assert caught.value.args == (number,) and signal.getsignal(number) is before
+
+
+def test_a_call_that_does_not_return_is_abandoned(repo):
+    """The main thread waits where Python's handlers cannot run; another thread ends the process."""
+    code = ("import ctypes, os, train_gpt as gpt\n"
+            "gpt.SIGNAL_GRACE_S = 0.2\n"
+            "pause = ctypes.CDLL(None).sleep\n"
+            "def wait():\n"
+            "    end = __import__('time').time() + 60\n"
+            "    print('waiting', flush=True)\n"
+            "    while __import__('time').time() < end:\n"
+            "        try: pause(60)\n"
+            "        except gpt.Interrupted: pass\n"
+            "with gpt.catch_signals(lambda number: os._exit(100 + number)): wait()\n")
+    with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(repo)},
+                          stdout=subprocess.PIPE, text=True) as stuck:
+        assert stuck.stdout.readline() == "waiting\n"
+        stuck.send_signal(signal.SIGTERM)
+        assert stuck.wait(timeout=20) == 100 + signal.SIGTERM
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_one_line_on_a_terminal_and_nothing_elsewhere(monkeypatch, capsys):
+    gpt.Run(tiny_config()).progress("step 1")
+    assert capsys.readouterr().out == ""
+    for changes, shown in ((dict(), True), (dict(quiet=True), False)):
+        screen = Terminal()
+        monkeypatch.setattr(sys, "stdout", screen)
+        run = gpt.Run(tiny_config(**changes))
+        run.progress("step 1")
+        run.log("a log line")
+        assert ("\rstep 1" in screen.getvalue()) == shown
+        assert screen.getvalue().endswith(("\r      \r" if shown else "") + "a log line\n")
 
 
 def test_a_cpu_run_computes_in_fp32():

@@ -129,7 +129,7 @@ def test_the_clock_knows_the_longest_recent_step_and_the_steps_still_queued():
 
 
 def test_a_run_that_diverges_stops_with_advice(train_tiny):
-    with pytest.raises(RuntimeError, match="train_loss is nan after step 1; the run has diverged, lower MATRIX_LR"):
+    with pytest.raises(RuntimeError, match="train_loss up to step 1 is nan in stage training; .*lower MATRIX_LR"):
         train_tiny(tied_embed_init_std=1e38)
 
 
@@ -153,7 +153,7 @@ def test_looping_that_never_begins_is_a_warning(train_tiny):
 def test_log_lines_have_the_wording_that_people_grep(train_tiny):
     _, lines = train_tiny(iterations=7, warmup_steps=1)
     assert lines[:2] == ["warmup_step: 1/1", "loop_warmup_step: 1/1"]
-    steps = [line for line in lines if re.fullmatch(r"\d+/7 train_loss: \d+\.\d{4} train_time: \d+\.\dm tok/s: \d+", line)]
+    steps = [line for line in lines if re.fullmatch(r"\d+/7 train_loss: \d+\.\d{4} train_time: \d+\.\dm tok/s: \d+( .*)?", line)]
     assert [int(line.split("/")[0]) for line in steps] == [1, 2, 3, 4, 5, 7]
 
 

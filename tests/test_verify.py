@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import prepare_caseops_data as prepare
+import train_gpt as gpt
 
 
 def documents(count: int) -> list[str]:
@@ -238,6 +239,28 @@ def test_without_a_manifest_only_the_published_figures_are_trusted(folder, monke
     assert violations(folder) == []
     monkeypatch.setattr(prepare, "PUBLISHED_TARGET_BYTES", int(counts[1:-2].sum()) + 3)
     assert "targets have" in only_violation(folder)
+
+
+def test_a_run_reads_nothing_again_after_verify(folder, monkeypatch, capsys):
+    """And what verify remembers is what the run itself would have found."""
+    assert violations(folder) == []
+    remembered = json.loads((folder / gpt.CHECKED_NAME).read_text())["files"]
+    cfg = gpt.Config(data_path=str(folder))
+    data, run = gpt.Dataset.open(cfg), gpt.Run(cfg)
+    for split in ("train", "val"):
+        assert data.check_values(cfg, run, split, read=False)
+    assert capsys.readouterr().out.count("read:0") == 2
+    (folder / gpt.CHECKED_NAME).unlink()
+    for split in ("train", "val"):
+        assert not data.check_values(cfg, run, split, read=False) and data.check_values(cfg, run, split)
+    assert json.loads((folder / gpt.CHECKED_NAME).read_text())["files"] == remembered
+
+
+def test_a_directory_with_violations_is_not_remembered(folder):
+    path = folder / "fineweb_train_000000.bin"
+    rewrite(path, values(path)[1:])
+    forget_hashes(folder)
+    assert violations(folder) and not (folder / gpt.CHECKED_NAME).exists()
 
 
 def test_command_line_exit_codes(repo, folder):

@@ -1,0 +1,28 @@
+"""A run whose second rank stops in the middle of training; run by launch.py from test_pipeline.py."""
+import os
+import sys
+import time
+
+import train_gpt as gpt
+
+HANG_STEP, LIMIT_S = 6, 4.0
+
+
+def main() -> int:
+    gpt.HANG_LIMIT_S = LIMIT_S
+    gpt.Run.stage.__defaults__ = (LIMIT_S,)
+    train_rows, calls = gpt.train_rows, []
+
+    def hang(*args):
+        calls.append(None)
+        if os.environ["RANK"] == "1" and len(calls) == HANG_STEP:
+            time.sleep(600)
+        return train_rows(*args)
+    gpt.train_rows = hang
+    return gpt.main([])
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)
