@@ -299,6 +299,8 @@ EXPLAINED = (
     (r"  matrix_lr:", "one line per setting, sorted"),
     (r"versions ", "software, GPU, number of processes"),
     (r"run run_id", "name, date, tokenizer, and how the data were checked"),
+    (r"run command", "the settings that differ from the defaults, and the command"),
+    (r"code commit", "commit, hash of what counts as code, and the file with the script's text"),
     (r"train_shards:", "training files found"),
     (r"val_tokens:", "validation tokens; all but the first are scored"),
     (r"model_params:", "parameters"),

@@ -7,7 +7,6 @@ Plain Python, nothing to install.
 """
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Iterator, Sequence
