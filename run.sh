@@ -54,23 +54,25 @@ use_environment() {
     echo "environment: done, $("$python" -c 'import torch; print("torch", torch.__version__)')"
 }
 
-# Whether an interpreter has what a run needs here: the packages, and a torch that sees the GPUs if there are any.
-can_run() {
+# What an interpreter is, and its number of GPUs; fails unless it has what a run needs here: the packages, and a torch
+# that sees the GPUs if there are any.
+describe() {
     "$1" - 2>/dev/null <<'EOF'
-import shutil, sys
+import platform, shutil, sys
 import numpy, sentencepiece, torch
-sys.exit(sys.version_info < (3, 10) or shutil.which("nvidia-smi") is not None and not torch.cuda.is_available())
+if sys.version_info < (3, 10) or shutil.which("nvidia-smi") and not torch.cuda.is_available():
+    sys.exit(1)
+print(sys.executable, platform.python_version(), "torch", torch.__version__, "gpus", torch.cuda.device_count())
 EOF
 }
 
-# Set `python` for runs and say which it is.
+# Set `python` and `gpus` for runs, and say which interpreter it is.
 choose_python() {
-    local name
+    local name told
     for name in ${PYTHON:-.venv/bin/python python3}; do
-        if can_run "$name"; then
-            python=$name
-            echo "python: $("$python" -c 'import platform, sys, torch
-print(sys.executable, platform.python_version(), "torch", torch.__version__)')"
+        if told=$(describe "$name"); then
+            python=$name gpus=${told##* }
+            echo "python: $told"
             return
         fi
     done
@@ -81,14 +83,11 @@ print(sys.executable, platform.python_version(), "torch", torch.__version__)')"
     return 2
 }
 
-count_gpus() { "$python" -c 'import torch; print(torch.cuda.device_count())'; }
-
 case ${1:-} in
     "") choose_python ;;
     check | one-gpu) choose_python ;;
     proxy) choose_python; "$python" demo.py corpus .data/proxy "${@:2}" ;;
     seeds)
-        choose_python
         shift
         (($#)) || { echo "error: name the seeds: ./run.sh seeds 42 0 1234" >&2; exit 2; }
         stamp=$(date +%Y%m%d_%H%M%S) logs=()
@@ -96,6 +95,7 @@ case ${1:-} in
             [[ $seed =~ ^[0-9]+$ ]] || { echo "error: seed '$seed': expected a whole number" >&2; exit 2; }
             logs+=("logs/seed${seed}_$stamp.txt")
         done
+        choose_python
         for seed in "$@"; do
             SEED=$seed RUN_ID=seed${seed}_$stamp PYTHON=$python bash run.sh
         done
@@ -151,7 +151,7 @@ export NGRAM_TILT_ENABLED=1 NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 TOKEN_ORDER=16 TOKEN
 case ${1:-} in
     one-gpu)
         # The update does not depend on the number of GPUs: the same schedule in GPU seconds gives the same model.
-        NPROC_PER_NODE=${NPROC_PER_NODE:-$(count_gpus)}
+        NPROC_PER_NODE=${NPROC_PER_NODE:-$gpus}
         ((NPROC_PER_NODE)) || { echo "error: no GPU found; ./run.sh demo runs on a CPU" >&2; exit 2; }
         export NPROC_PER_NODE MAX_WALLCLOCK_SECONDS=$((600 * 8 / NPROC_PER_NODE))
         export GPTQ_RESERVE_SECONDS=$((4 * 8 / NPROC_PER_NODE)) EVAL_WALLCLOCK_SECONDS=$((600 * 8 / NPROC_PER_NODE))
@@ -170,7 +170,6 @@ if [[ -f check.py && ${SKIP_CHECK:-0} != 1 ]] && ! "$python" check.py --quiet; t
     exit 1
 fi
 
-gpus=$(count_gpus)
 processes=${NPROC_PER_NODE:-$((gpus ? gpus : 1))}
 if [[ ! $processes =~ ^[1248]$ ]]; then
     echo "error: $processes processes (found $gpus GPUs): expected 1, 2, 4 or 8, because one optimizer step is 8 rows" \
