@@ -2,6 +2,7 @@
 
 Every picture is drawn twice, for light and dark surroundings; the page embeds both and the browser chooses.
 """
+
 from __future__ import annotations
 
 import base64
@@ -24,17 +25,31 @@ class Theme(NamedTuple):
     background: str
     ink: str
     grid: str
-    colors: tuple[str, ...]             # told apart by colour-blind readers too; one per run
+    colors: tuple[str, ...]  # told apart by colour-blind readers too; one per run
 
 
 THEMES = (
-    Theme("light", "#ffffff", "#1d2733", "#d9dee4", ("#0b6fb8", "#c9530b", "#0a8a63", "#b0508b", "#8a6d00", "#5c6670")),
-    Theme("dark", "#12171d", "#e4e9ee", "#333c46", ("#5bb4f0", "#ff9a4d", "#3ccfa0", "#e79ac8", "#e3cf57", "#a9b4bf")))
+    Theme(
+        "light",
+        "#ffffff",
+        "#1d2733",
+        "#d9dee4",
+        ("#0b6fb8", "#c9530b", "#0a8a63", "#b0508b", "#8a6d00", "#5c6670"),
+    ),
+    Theme(
+        "dark",
+        "#12171d",
+        "#e4e9ee",
+        "#333c46",
+        ("#5bb4f0", "#ff9a4d", "#3ccfa0", "#e79ac8", "#e3cf57", "#a9b4bf"),
+    ),
+)
 DPI = 110
 
 
 class Series(NamedTuple):
     """A run as the pictures show it: label, and dashed when it belongs to the runs compared with."""
+
     run: Run
     label: str
     dashed: bool
@@ -85,18 +100,30 @@ def draw_loss(series: Sequence[Series], theme: Theme) -> Figure | None:
     figure, axes = _figure(theme, 10, 3.6, 2)
     for color, s in zip(theme.colors * 9, shown):
         for ax, xs in zip(axes, ([p.step for p in s.run.curve], _seconds(s.run))):
-            ax.plot(xs, [p.loss for p in s.run.curve], s.style, color=color, linewidth=1.6, marker="o", markersize=2.5,
-                    label=s.label)
+            ax.plot(
+                xs,
+                [p.loss for p in s.run.curve],
+                s.style,
+                color=color,
+                linewidth=1.6,
+                marker="o",
+                markersize=2.5,
+                label=s.label,
+            )
         if s.run.loop_step is not None:
             off = s.run.tok_per_s[0]
             axes[0].axvline(s.run.loop_step, color=color, linewidth=0.9, linestyle=":")
             if off:
-                axes[1].axvline(s.run.loop_step * s.run.setting("train_batch_tokens") / off, color=color, linewidth=0.9,
-                                linestyle=":")
+                axes[1].axvline(
+                    s.run.loop_step * s.run.setting("train_batch_tokens") / off,
+                    color=color,
+                    linewidth=0.9,
+                    linestyle=":",
+                )
     low = min(p.loss for s in shown for p in s.run.curve)
     settled = [p.loss for s in shown for p in s.run.curve if p.step > 5] or [low]
     for ax in axes:
-        ax.set_ylim(low - 0.1, max(settled) + 0.3)           # the first five steps would flatten the rest
+        ax.set_ylim(low - 0.1, max(settled) + 0.3)  # the first five steps would flatten the rest
     _label(axes[0], theme, "step", "training loss, nats per token", "Dotted: looped layers begin")
     _label(axes[1], theme, "training time, s", "")
     _legend(axes[0], theme)
@@ -113,7 +140,7 @@ def draw_speed(series: Sequence[Series], theme: Theme) -> Figure | None:
         batch, seconds = s.run.setting("train_batch_tokens"), _seconds(s.run)
         xs, ys = [], []
         for before, after, t0, t1 in zip(s.run.curve, s.run.curve[1:], seconds, seconds[1:]):
-            if after.step > 5 and t1 > t0:                   # the first lines are single steps and jump
+            if after.step > 5 and t1 > t0:  # the first lines are single steps and jump
                 xs += [before.step, after.step]
                 ys += [(after.step - before.step) * batch / (t1 - t0) / 1e6] * 2
         ax.plot(xs, ys, s.style, color=color, linewidth=1.8, label=s.label)
@@ -139,7 +166,15 @@ def draw_stages(series: Sequence[Series], theme: Theme) -> Figure | None:
         for name, seconds in s.run.stages():
             ax.barh(row, seconds, left=left, color=shades[name], edgecolor=theme.background, height=0.62)
             if seconds > 0.05 * sum(value for _, value in s.run.stages()):
-                ax.text(left + seconds / 2, row, f"{seconds:.0f}", ha="center", va="center", fontsize=8, color="#ffffff")
+                ax.text(
+                    left + seconds / 2,
+                    row,
+                    f"{seconds:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="#ffffff",
+                )
             left += seconds
         ax.text(left, row, f"  {left:,.0f} s", va="center", fontsize=8, color=theme.ink)
     ax.set_yticks(range(len(shown)), [s.label for s in shown], color=theme.ink)
@@ -148,13 +183,19 @@ def draw_stages(series: Sequence[Series], theme: Theme) -> Figure | None:
     _label(ax, theme, "seconds, of the stages that the log times", "")
     for name in names:
         ax.barh(0, 0, color=shades[name], label=name)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False,
-                  labelcolor=theme.ink)
+    figure.legend(
+        *ax.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        fontsize=8,
+        frameon=False,
+        labelcolor=theme.ink,
+    )
     return figure
 
 
 def draw_running_score(series: Sequence[Series], theme: Theme) -> Figure | None:
-    """Running BPB of test-time training on the rank that writes the log; its end need not be the final score."""
+    """Running BPB of test-time training on the rank that writes the log; it need not end at the final score."""
     shown = [s for s in series if len(s.run.batches) > 1]
     if not shown:
         return None
@@ -169,8 +210,13 @@ def draw_running_score(series: Sequence[Series], theme: Theme) -> Figure | None:
                 ax.axvline(100 * k / len(phases), color=color, linewidth=0.9, linestyle=":")
         if s.run.ttt:
             ax.plot([100], [s.run.ttt.bpb], "D", color=color, markersize=6)
-    _label(ax, theme, "% of the logged batches", "bits per byte",
-           "Dotted: the base adapts to scored documents. Diamond: the final score of all ranks")
+    _label(
+        ax,
+        theme,
+        "% of the logged batches",
+        "bits per byte",
+        "Dotted: the base adapts to scored documents. Diamond: the final score of all ranks",
+    )
     ax.legend(fontsize=8, frameon=False, labelcolor=theme.ink, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
@@ -185,8 +231,15 @@ def draw_groups(series: Sequence[Series], theme: Theme) -> Figure | None:
     width = 0.8 / len(shown)
     for k, (color, s) in enumerate(zip(theme.colors * 9, shown)):
         xs = [i + (k - (len(shown) - 1) / 2) * width for i in range(len(names))]
-        ax.bar(xs, [s.run.groups.get(name, 0) / 1e6 for name in names], width * 0.92, color=color, label=s.label,
-               hatch="//" if s.dashed else None, edgecolor=theme.background)
+        ax.bar(
+            xs,
+            [s.run.groups.get(name, 0) / 1e6 for name in names],
+            width * 0.92,
+            color=color,
+            label=s.label,
+            hatch="//" if s.dashed else None,
+            edgecolor=theme.background,
+        )
     ax.set_xticks(range(len(names)), names, color=theme.ink)
     _label(ax, theme, "tensor group", "million bytes")
     _legend(ax, theme)
@@ -199,11 +252,23 @@ def draw_scores(series: Sequence[Series], theme: Theme) -> Figure | None:
     if not shown:
         return None
     figure, (ax,) = _figure(theme, 10, 3.2)
-    stages = (("before quantization", "pre"), ("after quantization", "quantized"), ("with test-time training", "ttt"))
+    stages = (
+        ("before quantization", "pre"),
+        ("after quantization", "quantized"),
+        ("with test-time training", "ttt"),
+    )
     for k, (color, s) in enumerate(zip(theme.colors * 9, shown)):
         scores = [getattr(s.run, key).bpb if getattr(s.run, key) else None for _, key in stages]
-        ax.plot([i for i, v in enumerate(scores) if v is not None], [v for v in scores if v is not None], s.style,
-                marker="o", markersize=6, color=color, linewidth=1.2, label=s.label)
+        ax.plot(
+            [i for i, v in enumerate(scores) if v is not None],
+            [v for v in scores if v is not None],
+            s.style,
+            marker="o",
+            markersize=6,
+            color=color,
+            linewidth=1.2,
+            label=s.label,
+        )
     ax.set_xticks(range(3), [name for name, _ in stages], color=theme.ink)
     ax.set_xlim(-0.3, 2.3)
     _label(ax, theme, "", "bits per byte")
@@ -217,7 +282,8 @@ PICTURES: tuple[tuple[str, str, Callable], ...] = (
     ("speed", "Training speed", draw_speed),
     ("stages", "Where the wall-clock went", draw_stages),
     ("running", "Running score of test-time training", draw_running_score),
-    ("groups", "Bytes by tensor group", draw_groups))
+    ("groups", "Bytes by tensor group", draw_groups),
+)
 
 
 def png(figure: Figure) -> bytes:
@@ -267,10 +333,16 @@ def markdown(text: str) -> str:
     return "\n".join(parts)
 
 
-def write_page(out: Path, runs: Sequence[Run], against: Sequence[Run] = (),
-               parts: Sequence[tuple[str, str]] = ()) -> list[Path]:
-    """Write the page and its PNG files (folder named after the page); returns the paths. parts: (heading, Markdown)."""
-    series = [Series(run, run.name, False) for run in runs] + [Series(run, f"{run.name} (against)", True) for run in against]
+def write_page(
+    out: Path, runs: Sequence[Run], against: Sequence[Run] = (), parts: Sequence[tuple[str, str]] = ()
+) -> list[Path]:
+    """Write the page and its PNG files (folder named after the page) and return the paths.
+
+    parts: (heading, Markdown); the first stands above the pictures, the others below.
+    """
+    series = [Series(run, run.name, False) for run in runs] + [
+        Series(run, f"{run.name} (against)", True) for run in against
+    ]
     folder = out.with_suffix("")
     folder = folder if folder != out else out.with_name(out.name + "_files")
     folder.mkdir(parents=True, exist_ok=True)
@@ -285,17 +357,23 @@ def write_page(out: Path, runs: Sequence[Run], against: Sequence[Run] = (),
                 path.write_bytes(images[theme.name])
                 written.append(path)
         if images:
-            light, dark = (f"data:image/png;base64,{base64.b64encode(images[theme.name]).decode()}" for theme in THEMES)
+            light, dark = (
+                f"data:image/png;base64,{base64.b64encode(images[theme.name]).decode()}" for theme in THEMES
+            )
             caption = _inline(draw.__doc__.splitlines()[0])
-            figures.append(f'<h2>{html.escape(title)}</h2><figure><picture><source srcset="{dark}" '
-                           f'media="(prefers-color-scheme: dark)"><img src="{light}" alt="{html.escape(title)}"></picture>'
-                           f"<figcaption>{caption}</figcaption></figure>")
+            figures.append(
+                f'<h2>{html.escape(title)}</h2><figure><picture><source srcset="{dark}" '
+                f'media="(prefers-color-scheme: dark)"><img src="{light}" alt="{html.escape(title)}"></picture>'
+                f"<figcaption>{caption}</figcaption></figure>"
+            )
     texts = [f"<h2>{html.escape(heading)}</h2>{markdown(text)}" for heading, text in parts]
     heading = "Runs " + ", ".join(run.name for run in runs) if len(runs) > 1 else f"Run {runs[0].name}"
     hardware = "; ".join(dict.fromkeys(run.hardware for run in runs))
-    page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width"><title>{html.escape(heading)}</title><style>{STYLE}</style></head><body>'
-            f"<h1>{html.escape(heading)}</h1><p class=\"sub\">{html.escape(hardware)}</p>"
-            f"{''.join(texts[:1])}{''.join(figures)}{''.join(texts[1:])}</body></html>\n")
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width"><title>{html.escape(heading)}</title><style>{STYLE}</style></head><body>'
+        f'<h1>{html.escape(heading)}</h1><p class="sub">{html.escape(hardware)}</p>'
+        f"{''.join(texts[:1])}{''.join(figures)}{''.join(texts[1:])}</body></html>\n"
+    )
     out.write_text(page, encoding="utf-8")
     return written

@@ -2,6 +2,7 @@
 
 `report.py watch LOG` calls it; it only reads the log, so it can start and end at any time.
 """
+
 from __future__ import annotations
 
 import time
@@ -28,7 +29,9 @@ def sparkline(values: Sequence[float], width: int) -> str:
     if not values:
         return ""
     low, high = min(values), max(values)
-    return "".join(BARS[round((v - low) / (high - low) * (len(BARS) - 1)) if high > low else 0] for v in values)
+    return "".join(
+        BARS[round((v - low) / (high - low) * (len(BARS) - 1)) if high > low else 0] for v in values
+    )
 
 
 def train_progress(run: Run) -> tuple[float, float | None]:
@@ -52,7 +55,7 @@ def scoring_progress(run: Run) -> float:
     if not run.batches:
         return 0.0
     last = run.batches[-1]
-    if "/" not in last.phase:                           # the reference counts its batches down
+    if "/" not in last.phase:  # the reference counts its batches down
         return 1 - last.number / last.total
     phase, phases = map(int, last.phase.split("/"))
     return (phase - 1 + last.number / last.total) / phases
@@ -68,24 +71,43 @@ def draw(run: Run, width: int = 100) -> Group:
         last = run.curve[-1]
         settled = [point.loss for point in run.curve if point.step > 5] or [last.loss]
         facts.add_row("loss", f"{last.loss:.4f}  {sparkline(settled, spark)}")
-        facts.add_row("tokens/s", f"{last.tok_per_s:,.0f}  {sparkline([p.tok_per_s for p in run.curve[1:]], spark)}")
-        facts.add_row("step", f"{run.steps or last.step:,}" + (
-            f", layers loop since step {run.loop_step:,}" if run.loop_step is not None else ""))
-    for name, score in (("before quantization", run.pre), ("after quantization", run.quantized), ("final score", run.ttt)):
+        facts.add_row(
+            "tokens/s", f"{last.tok_per_s:,.0f}  {sparkline([p.tok_per_s for p in run.curve[1:]], spark)}"
+        )
+        facts.add_row(
+            "step",
+            f"{run.steps or last.step:,}"
+            + (f", layers loop since step {run.loop_step:,}" if run.loop_step is not None else ""),
+        )
+    for name, score in (
+        ("before quantization", run.pre),
+        ("after quantization", run.quantized),
+        ("final score", run.ttt),
+    ):
         if score:
             facts.add_row(name, f"{score.bpb:.6f} bits per byte")
     if run.batches:
-        facts.add_row("running score", f"{run.batches[-1].bpb:.6f}  {sparkline([b.bpb for b in run.batches], spark)}")
+        facts.add_row(
+            "running score", f"{run.batches[-1].bpb:.6f}  {sparkline([b.bpb for b in run.batches], spark)}"
+        )
     if run.total_bytes:
         facts.add_row("bytes", f"{run.total_bytes:,} of {runlog.SIZE_LIMIT:,}")
     done, left = train_progress(run)
     bars = Table.grid(padding=(0, 2))
-    bars.add_row("training", ProgressBar(1.0, done, width=40), f"{100 * done:.0f} %",
-                 "" if left is None else "done" if done == 1 else f"{left:.0f} s left")
+    bars.add_row(
+        "training",
+        ProgressBar(1.0, done, width=40),
+        f"{100 * done:.0f} %",
+        "" if left is None else "done" if done == 1 else f"{left:.0f} s left",
+    )
     scored = scoring_progress(run)
-    bars.add_row("scoring", ProgressBar(1.0, scored, width=40), f"{100 * scored:.0f} %", "done" if scored == 1 else "")
+    bars.add_row(
+        "scoring", ProgressBar(1.0, scored, width=40), f"{100 * scored:.0f} %", "done" if scored == 1 else ""
+    )
     lines = [Text(line, style="yellow") for line in run.warnings]
-    return Group(Panel(Group(bars, facts, *lines), title=f"{run.name}  {run.hardware}", width=min(width, 120)))
+    return Group(
+        Panel(Group(bars, facts, *lines), title=f"{run.name}  {run.hardware}", width=min(width, 120))
+    )
 
 
 def watch(log: Path, once: bool = False) -> int:
@@ -102,7 +124,7 @@ def watch(log: Path, once: bool = False) -> int:
                     size = log.stat().st_size
                     try:
                         run = runlog.read_runs(log)[-1]
-                    except runlog.LogError:             # the last line is still being written
+                    except runlog.LogError:  # the last line is still being written
                         time.sleep(REDRAW_S)
                         continue
                     live.update(draw(run, console.width))

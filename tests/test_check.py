@@ -285,3 +285,18 @@ def test_the_check_can_be_skipped_and_is_absent_from_a_submission(repo, tmp_path
     (folder / "check.py").unlink()
     told = run_sh(folder, PYTHON="./python")
     assert told.returncode == 0 and "train 600 4 None 42" in told.stdout
+
+
+def test_seeds_runs_one_after_the_other_then_tables_checks_and_packs(repo, tmp_path):
+    folder = fake_run(repo, tmp_path)
+    (folder / "report.py").write_text("import sys; print('report', *sys.argv[1:])\n")
+    told = run_sh(folder, "seeds", "42", "0", "1234", PYTHON="./python")
+    assert told.returncode == 0, told.stderr
+    lines = [line for line in told.stdout.splitlines() if line.startswith(("train", "report"))]
+    assert [line.split()[4] for line in lines[:3]] == ["42", "0", "1234"]
+    assert [line.split()[1] for line in lines[3:]] == ["table", "check", "pack"]
+    logs = lines[3].split()[2:]
+    assert [log.split("_")[0] for log in logs] == ["logs/seed42", "logs/seed0", "logs/seed1234"]
+    assert lines[5].split()[2].startswith("submission_") and lines[5].split()[3:] == logs
+    (folder / "report.py").write_text("import sys; sys.exit(sys.argv[1] == 'check')\n")
+    assert run_sh(folder, "seeds", "1", PYTHON="./python").returncode == 1
