@@ -18,6 +18,7 @@ Exit codes: 0 done, 1 a check failed, 2 wrong usage.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -795,11 +796,11 @@ def pack_command(options: argparse.Namespace, repo: Path) -> int:
         raise ReportError(f"{folder} exists; name a new folder or remove it")
     if code := pack.main([str(folder)]):
         raise ReportError(f"packing failed with exit code {code}")
-    packed_bytes = (folder / "train_gpt.py").stat().st_size
-    if wrong := [run for run in runs if run.code_bytes != packed_bytes]:
+    packed = (folder / "train_gpt.py").read_bytes()
+    if wrong := [run for run in runs if not _is_code_of(packed, run)]:
         message = (
-            f"{wrong[0].name} counted {wrong[0].code_bytes:,} bytes of code, the packed script has "
-            f"{packed_bytes:,}: the log was made by other code; check out its commit"
+            f"{wrong[0].name} was made by other code: it counted {wrong[0].code_bytes:,} bytes, the packed script "
+            f"has {len(packed):,}, hash {hashlib.sha256(packed).hexdigest()[:16]}; check out the log's commit"
         )
         if not options.force:
             shutil.rmtree(folder)
@@ -815,8 +816,14 @@ def pack_command(options: argparse.Namespace, repo: Path) -> int:
         pull_request(runs, findings, read_all(options.against or [])), encoding="utf-8"
     )
     run_folder(folder)
-    print(f"pack folder:{folder} code_bytes:{packed_bytes} logs:{len(runs)} run_sh:works")
+    print(f"pack folder:{folder} code_bytes:{len(packed)} logs:{len(runs)} run_sh:works")
     return 0
+
+
+def _is_code_of(packed: bytes, run: Run) -> bool:
+    """Whether a run counted this packed script, by its hash where the log has it."""
+    told = run.identity.get("code_sha256")
+    return run.code_bytes == len(packed) and told in (None, hashlib.sha256(packed).hexdigest())
 
 
 def run_folder(folder: Path) -> None:

@@ -367,8 +367,12 @@ def _read_line(run: Run, line: str) -> None:
     elif event == "train" and {"clock_s", "clock_ms"} & fields.keys():
         run.clock_ms, steps_ms = _milliseconds(fields, "clock"), _milliseconds(fields, "steps")
         run.stop_ms = run.stop_ms if run.stop_ms is not None else steps_ms
+        if "calibration_ms" in fields:
+            run.calibration_s = number(fields["calibration_ms"]) / 1000
     elif event == "peak memory" or line.startswith("peak memory"):
         run.peak_mib = count(fields["allocated"])
+    elif event == "eval" and "compile_ms" in fields:
+        run.compile_s["ttt"], run.load_s = number(fields["compile_ms"]) / 1000, number(fields["load_ms"]) / 1000
     elif event == "diagnostic pre-quantization post-ema":
         run.pre = _diagnostic(fields)
     elif event == "diagnostic quantized":
@@ -573,7 +577,8 @@ def _check_header(run: Run) -> Iterator[tuple[str, str, str]]:
             yield "error", rule, f"prefix and suffix documents do not add up to total_docs:{total}"
     if run.loop_progress is not None and "enable_looping_at" in settings:
         said = run.setting("enable_looping_at")
-        if not said - 6e-4 <= run.loop_progress <= said + 0.05:
+        step = 2 / run.steps if run.steps else 0.05             # the switch waits for the next step
+        if not said - 6e-4 <= run.loop_progress <= said + max(0.05, step):
             yield (
                 "error",
                 rule,
@@ -785,6 +790,12 @@ def _check_source(run: Run) -> Iterator[tuple[str, str, str]]:
                 f"{run.val_tokens or 0:,} validation tokens are not the published FineWeb split; "
                 "BPB compares only with runs on the same data"
             ),
+        )
+    if run.identity.get("commit", "").endswith("+dirty"):
+        yield (
+            "warning",
+            "known code",
+            f"commit {run.identity['commit']}: the code had changes that are not committed",
         )
     if run.train_shards is not None and run.is_published_data:
         if run.train_shards > PUBLISHED_SHARDS or run.train_shards < 1:

@@ -252,6 +252,10 @@ def test_logs_of_other_code_are_not_packed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pack, "main", lambda arguments: pack.write_folder(report.Path(arguments[0])) * 0)
     assert run("pack", tmp_path / "new", write_log(tmp_path, code_bytes=10, model_bytes=15_984_311)) == 1
     assert "made by other code" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    (same,) = report.read_all([write_log(tmp_path, code_bytes=4, model_bytes=15_984_317)])
+    assert report._is_code_of(b"code", same) and not report._is_code_of(b"codes", same)
+    same.identity["code_sha256"] = report.hashlib.sha256(b"code").hexdigest()
+    assert report._is_code_of(b"code", same) and not report._is_code_of(b"edoc", same)
 
 
 # --- pictures and watching ----------------------------------------------------------------------------------

@@ -208,3 +208,18 @@ def test_other_code_is_a_warning(tmp_path):
     for path, code in ((first, "aa"), (second, "bb")):
         path.write_text(path.read_text().replace("train_shards", f"code commit:abc code_sha256:{code}\ntrain_shards", 1))
     assert any(finding.rule == "same code" for finding in found([read(first), read(second)], "warning"))
+    first.write_text(first.read_text().replace("commit:abc", "commit:abc+dirty"))
+    assert any("not committed" in finding.text for finding in found([read(first)], "warning"))
+
+
+def test_unrounded_clocks_of_loading_and_compilation_count_in_the_harshest_reading(tmp_path):
+    path = write_log(tmp_path)
+    path.write_text(path.read_text() + "eval eval_ms:521127 load_ms:40000 compile_ms:38874 sum_ms:600001 limit_ms:600000\n")
+    assert any("600,001 ms with loading" in finding.text for finding in found([read(path)], "warning"))
+
+
+def test_with_few_steps_looping_may_begin_one_step_late(tmp_path):
+    path = write_log(tmp_path)
+    path.write_text(path.read_text().replace("step: 4852/", "step: 4/").replace("steps:4852", "steps:4")
+                    .replace("frac:0.350", "frac:0.500"))
+    assert not any("looping" in finding.text for finding in found([read(path)]))
