@@ -707,6 +707,10 @@ def _sound(options: argparse.Namespace) -> tuple[list[Run], list[runlog.Finding]
     """The runs of a submission and what is to be said about them; ReportError when they do not bear one."""
     runs = sorted(read_all(options.logs), key=lambda run: (run.seed is None, run.seed))
     findings = runlog.check(runs)
+    if len(runs) < 3:
+        findings.append(
+            runlog.Finding("warning", "all runs", "three seeds", f"{len(runs)} of the three runs that a row needs")
+        )
     errors = [finding for finding in findings if finding.level == "error"]
     if errors and not options.force:
         raise ReportError(

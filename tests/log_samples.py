@@ -1,4 +1,5 @@
 """A complete log of a record run, as this project writes it, whose figures fit each other and the published data."""
+
 from pathlib import Path
 
 LOG = """\
@@ -54,11 +55,36 @@ total_eval_time:{eval_s}s
 # Of the published split: loss / bpb / ln 2 is bytes / targets.
 TARGETS, BYTES = 47_851_520, 151_074_499
 RECORD = dict(
-    budget="600.0", seed=42, device="NVIDIA H100 80GB HBM3", world_size=8, data_source="check_figures", shards=80,
-    val_tokens=TARGETS + 1, targets=TARGETS, num_bytes=BYTES, hints=TARGETS, pre="1.06366570", quantized="1.07119392",
-    running="1.059000", ttt="1.05872644", ttt_loss="2.31688589", reserving="4", effective=596000, stop_ms=596047, clock_s="599.1", loss="2.4248",
-    code_bytes=42190, model_bytes=15_942_131, total_bytes=15_984_321, eval_ms=521127, eval_s="521.1", prefix_setting=1000,
-    prefix=1000, suffix=49000, adapted=1000)
+    budget="600.0",
+    seed=42,
+    device="NVIDIA H100 80GB HBM3",
+    world_size=8,
+    data_source="check_figures",
+    shards=80,
+    val_tokens=TARGETS + 1,
+    targets=TARGETS,
+    num_bytes=BYTES,
+    hints=TARGETS,
+    pre="1.06366570",
+    quantized="1.07119392",
+    running="1.059000",
+    ttt="1.05872644",
+    ttt_loss="2.31688589",
+    reserving="4",
+    effective=596000,
+    stop_ms=596047,
+    clock_s="599.1",
+    loss="2.4248",
+    code_bytes=42190,
+    model_bytes=15_942_131,
+    total_bytes=15_984_321,
+    eval_ms=521127,
+    eval_s="521.1",
+    prefix_setting=1000,
+    prefix=1000,
+    suffix=49000,
+    adapted=1000,
+)
 
 
 def write_log(folder: Path, name: str = "any", is_finished: bool = True, **changes) -> Path:

@@ -1,4 +1,5 @@
 """check.py: what could waste a run is found before it starts, with the fix; and run.sh asks before every record run."""
+
 import os
 import shutil
 import stat
@@ -26,6 +27,7 @@ def texts(items, level):
 @pytest.fixture
 def fake_smi(tmp_path, monkeypatch):
     """fake_smi(gpus=..., apps=..., throttled=...) puts an nvidia-smi on the PATH that answers with these rows."""
+
     def install(gpus="0, GPU-a, NVIDIA H100 80GB HBM3, 81559, 81000, 580.1", apps="", throttled="Not Active"):
         folder = tmp_path / "bin"
         folder.mkdir(exist_ok=True)
@@ -39,6 +41,7 @@ esac
 """)
         script.chmod(script.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
     return install
 
 
@@ -51,17 +54,25 @@ def one_h100(monkeypatch, fake_smi):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     find_spec = check.importlib.util.find_spec
-    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: True if name in (
-        "flash_attn_interface", "triton") else find_spec(name))
+    monkeypatch.setattr(
+        check.importlib.util,
+        "find_spec",
+        lambda name: True if name in ("flash_attn_interface", "triton") else find_spec(name),
+    )
 
 
 # --- settings -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("name", "meant"), [("SEDE", "SEED"), ("SEEDS", "SEED"), ("SKIP_CHEK", "SKIP_CHECK"),
-                                             ("NPROC_PER_NOD", "NPROC_PER_NODE")])
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("SEDE", "SEED"), ("SEEDS", "SEED"), ("SKIP_CHEK", "SKIP_CHECK"), ("NPROC_PER_NOD", "NPROC_PER_NODE")],
+)
 def test_a_name_near_a_setting_is_an_error_that_names_it(name, meant):
     _, items = check.check_settings(gpt, {name: "1"})
-    assert f"did you mean {meant}?" in texts(items, "error") or f"did you mean {meant}" in texts(items, "error")
+    assert f"did you mean {meant}?" in texts(items, "error") or f"did you mean {meant}" in texts(
+        items, "error"
+    )
 
 
 @pytest.mark.parametrize("name", ["EDITOR", "HOME", "PATH", "SHELL", "LANG", "SSH_TTY", "SEED", "SKIP_CHECK"])
@@ -77,13 +88,23 @@ def test_refused_settings_are_told_once_and_changed_ones_are_listed():
     assert cfg.ema_decay == 0.9 and "EMA_DECAY=0.9" in texts(items, "ok")
 
 
-@pytest.mark.parametrize(("a", "b", "distance"), [("SEDE", "SEED", 1), ("SEED", "SEED", 0), ("SEE", "SEED", 1),
-                                                  ("EDIT", "AUDIT", 2), ("ab", "ba", 1), ("abc", "", 3)])
+@pytest.mark.parametrize(
+    ("a", "b", "distance"),
+    [
+        ("SEDE", "SEED", 1),
+        ("SEED", "SEED", 0),
+        ("SEE", "SEED", 1),
+        ("EDIT", "AUDIT", 2),
+        ("ab", "ba", 1),
+        ("abc", "", 3),
+    ],
+)
 def test_two_swapped_letters_are_one_edit(a, b, distance):
     assert check.transposed_distance(a, b) == check.transposed_distance(b, a) == distance
 
 
 # --- machine ------------------------------------------------------------------------------------------------
+
 
 def test_without_a_gpu_it_says_so_and_small_models_may_go_on(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -156,12 +177,15 @@ def test_missing_packages_end_the_check_with_the_command(monkeypatch):
 
 def test_pins_are_those_of_this_python(tmp_path):
     path = tmp_path / "requirements.txt"
-    path.write_text('# text\na==1.0\nb==1; python_version < "3.4"\nb==2; python_version >= "3.4"\n'
-                    f'c==3; python_version == "3.{sys.version_info[1]}"\nd>=1,<2\n')
+    path.write_text(
+        '# text\na==1.0\nb==1; python_version < "3.4"\nb==2; python_version >= "3.4"\n'
+        f'c==3; python_version == "3.{sys.version_info[1]}"\nd>=1,<2\n'
+    )
     assert check.pinned(path) == {"a": "1.0", "b": "2", "c": "3"}
 
 
 # --- data, disk, names --------------------------------------------------------------------------------------
+
 
 def test_data_that_are_missing_or_unverified_are_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -169,7 +193,9 @@ def test_data_that_are_missing_or_unverified_are_told(tmp_path, monkeypatch):
     write_run_data(tmp_path / "shards")
     tokens, items = check.check_data(gpt, gpt.Config(data_path="shards", vocab_size=64))
     assert tokens > 0 and not texts(items, "error")
-    assert "not the published split" in texts(items, "warning") and "never verified" in texts(items, "warning")
+    assert "not the published split" in texts(items, "warning") and "never verified" in texts(
+        items, "warning"
+    )
     (tmp_path / "shards" / "manifest.json").unlink()
     assert "manifest.json" in texts(check.check_data(gpt, gpt.Config(data_path="shards"))[1], "error")
 
@@ -185,7 +211,7 @@ def test_a_full_disk_a_file_in_the_way_and_a_locked_folder_are_errors(tmp_path, 
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").write_text("")
     assert "is a file" in check.check_folder(tmp_path / "file", 10, "logs").text
-    assert "make room" in check.check_folder(tmp_path, 10 ** 18, "logs").text
+    assert "make room" in check.check_folder(tmp_path, 10**18, "logs").text
     if os.geteuid():
         tmp_path.chmod(0o500)
         assert "cannot write" in check.check_folder(tmp_path, 10, "logs").text
@@ -205,27 +231,44 @@ def test_a_name_that_was_used_is_an_error_unless_the_run_goes_on(tmp_path, monke
 
 def test_clocks_that_do_not_fit_are_told(monkeypatch):
     monkeypatch.setattr(check, "find_log", lambda *_: None)
-    assert "more than the reserve" in texts(check.check_clocks(
-        gpt.Config(gptq_calibration_batches=64), {"NPROC_PER_NODE": "1"}, None), "warning")
+    assert "more than the reserve" in texts(
+        check.check_clocks(gpt.Config(gptq_calibration_batches=64), {"NPROC_PER_NODE": "1"}, None), "warning"
+    )
     assert not texts(check.check_clocks(gpt.Config(), {"NPROC_PER_NODE": "8"}, None), "warning")
-    known = SimpleNamespace(eval_ms=160_000, val_tokens=500_000, world_size=1, path=SimpleNamespace(name="known.txt"))
+    known = SimpleNamespace(
+        eval_ms=160_000, val_tokens=500_000, world_size=1, path=SimpleNamespace(name="known.txt")
+    )
     monkeypatch.setattr(check, "find_log", lambda *_: known)
-    assert "about 1,600 s of 600 s by known.txt" in texts(check.check_clocks(
-        gpt.Config(), {"NPROC_PER_NODE": "1"}, 5_000_000), "warning")
+    assert "about 1,600 s of 600 s by known.txt" in texts(
+        check.check_clocks(gpt.Config(), {"NPROC_PER_NODE": "1"}, 5_000_000), "warning"
+    )
 
 
 # --- run.sh -------------------------------------------------------------------------------------------------
 
+
 def run_sh(repo, *arguments, **settings):
     env = {name: value for name, value in os.environ.items() if name not in ("SEED", "SKIP_CHECK")}
-    return subprocess.run(["bash", str(repo / "run.sh"), *arguments], capture_output=True, text=True,
-                          env=env | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""} | settings)
+    return subprocess.run(
+        ["bash", str(repo / "run.sh"), *arguments],
+        capture_output=True,
+        text=True,
+        env=env | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""} | settings,
+    )
 
 
 def test_a_record_run_does_not_start_on_errors(repo):
     told = run_sh(repo, SEDE="3", DATA_PATH="absent")
-    assert told.returncode == 1 and "not started" in told.stderr and told.stdout.startswith(f"python: {sys.executable}")
-    assert "did you mean SEED" in told.stdout and "no such folder" in told.stdout and "ok       compiler" not in told.stdout
+    assert (
+        told.returncode == 1
+        and "not started" in told.stderr
+        and told.stdout.startswith(f"python: {sys.executable}")
+    )
+    assert (
+        "did you mean SEED" in told.stdout
+        and "no such folder" in told.stdout
+        and "ok       compiler" not in told.stdout
+    )
 
 
 def test_the_check_alone_gets_its_arguments_and_starts_nothing(repo, tmp_path):
@@ -234,17 +277,28 @@ def test_the_check_alone_gets_its_arguments_and_starts_nothing(repo, tmp_path):
 
 
 def test_every_item_is_one_line_and_errors_give_exit_code_1(monkeypatch, capsys):
-    monkeypatch.setattr(check, "check_all", lambda env: [check.Item("ok", "a", "fine"), check.Item("error", "b", "fix it")])
+    monkeypatch.setattr(
+        check, "check_all", lambda env: [check.Item("ok", "a", "fine"), check.Item("error", "b", "fix it")]
+    )
     assert check.main([]) == 1
     assert capsys.readouterr().out.splitlines() == [
-        "ok       a                fine", "error    b                fix it",
-        "check ok:1 warnings:0 errors:1; SKIP_CHECK=1 runs all the same"]
+        "ok       a                fine",
+        "error    b                fix it",
+        "check ok:1 warnings:0 errors:1; SKIP_CHECK=1 runs all the same",
+    ]
     assert check.main(["--quiet"]) == 1 and "fine" not in capsys.readouterr().out
     assert check.main(["--nonsense"]) == 2 and check.main(["--help"]) == 0
 
 
-@pytest.mark.parametrize(("arguments", "words"), [(("seeds",), "name the seeds"), (("seeds", "x"), "whole number"),
-                                                  (("one-gpu",), "no GPU found"), (("nonsense",), "unknown command")])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("seeds",), "name the seeds"),
+        (("seeds", "x"), "whole number"),
+        (("one-gpu",), "no GPU found"),
+        (("nonsense",), "unknown command"),
+    ],
+)
 def test_run_sh_refuses_wrong_usage_with_exit_code_2(repo, tmp_path, arguments, words):
     told = run_sh(fake_run(repo, tmp_path), *arguments, PYTHON="./python")
     assert told.returncode == 2 and words in told.stderr
@@ -263,10 +317,14 @@ def fake_run(repo, tmp_path):
     for name in ("run.sh", "demo.py"):
         shutil.copy(repo / name, tmp_path)
     names = ("MAX_WALLCLOCK_SECONDS", "GPTQ_RESERVE_SECONDS", "EVAL_WALLCLOCK_SECONDS", "SEED", "DATA_PATH")
-    (tmp_path / "train_gpt.py").write_text(f"import os; print('train', *(os.environ.get(n) for n in {names}))\n")
+    (tmp_path / "train_gpt.py").write_text(
+        f"import os; print('train', *(os.environ.get(n) for n in {names}))\n"
+    )
     (tmp_path / "check.py").write_text("import sys; print('checked', *sys.argv[1:])\n")
-    python = tmp_path / "python"                         # answers run.sh's question at once, runs scripts as ever
-    python.write_text(f'#!/bin/sh\n[ "$1" = - ] && echo "python 3 torch 2 gpus 0" && exit\nexec {sys.executable} "$@"\n')
+    python = tmp_path / "python"  # answers run.sh's question at once, runs scripts as ever
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = - ] && echo "python 3 torch 2 gpus 0" && exit\nexec {sys.executable} "$@"\n'
+    )
     python.chmod(0o755)
     return tmp_path
 
@@ -275,8 +333,12 @@ def test_one_gpu_multiplies_every_budget_and_outside_values_win(repo, tmp_path):
     folder = fake_run(repo, tmp_path)
     told = run_sh(folder, "one-gpu", NPROC_PER_NODE="1", PYTHON="./python").stdout
     assert "train 4800 32 4800 42" in told and "checked" in told
-    assert "train 100 32 4800 7" in run_sh(folder, "one-gpu", NPROC_PER_NODE="1", MAX_WALLCLOCK_SECONDS="100",
-                                            SEED="7", PYTHON="./python").stdout
+    assert (
+        "train 100 32 4800 7"
+        in run_sh(
+            folder, "one-gpu", NPROC_PER_NODE="1", MAX_WALLCLOCK_SECONDS="100", SEED="7", PYTHON="./python"
+        ).stdout
+    )
 
 
 def test_the_check_can_be_skipped_and_is_absent_from_a_submission(repo, tmp_path):

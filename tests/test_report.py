@@ -1,4 +1,5 @@
 """report.py: numbers in README, tables and submission come from logs, and false or stale ones are noticed."""
+
 import json
 import math
 import os
@@ -31,8 +32,10 @@ def checkout(repo, tmp_path):
 
 @pytest.fixture
 def three_logs(tmp_path):
-    return [write_log(tmp_path / "runs", name=f"seed{seed}", seed=seed, **score(bpb))
-            for seed, bpb in ((42, 1.125), (0, 1.0625), (7, 1.1875))]
+    return [
+        write_log(tmp_path / "runs", name=f"seed{seed}", seed=seed, **score(bpb))
+        for seed, bpb in ((42, 1.125), (0, 1.0625), (7, 1.1875))
+    ]
 
 
 def run(*arguments, **kwargs):
@@ -40,6 +43,7 @@ def run(*arguments, **kwargs):
 
 
 # --- README and submission.json -----------------------------------------------------------------------------
+
 
 def test_scores_in_readme_and_submission_are_those_of_the_logs(checkout):
     for seed, bpb in ((42, 1.125), (0, 1.0625), (7, 1.1875)):
@@ -65,19 +69,29 @@ def test_without_record_runs_nothing_is_claimed(checkout):
 
 
 def test_partial_runs_show_hardware_data_and_the_settings_that_differ(checkout):
-    path = write_log(checkout / "logs", name="other", world_size=1, budget="180.0", val_tokens=499_931, prefix_setting=100)
+    path = write_log(
+        checkout / "logs", name="other", world_size=1, budget="180.0", val_tokens=499_931, prefix_setting=100
+    )
     path.write_text(path.read_text().replace("  num_heads", "  data_path: .data/proxy\n  num_heads"))
     assert run(repo=checkout) == 0
-    (line,) = [line for line in (checkout / "README.md").read_text().splitlines() if line.startswith("| `other`")]
+    (line,) = [
+        line for line in (checkout / "README.md").read_text().splitlines() if line.startswith("| `other`")
+    ]
     assert "own text (proxy), 80 shards, 499,931 validation tokens" in line
     assert "`MAX_WALLCLOCK_SECONDS=180` `PHASED_TTT_PREFIX_DOCS=100`" in line and "beta2" not in line.lower()
 
 
-@pytest.mark.parametrize(("changes", "limit"), [
-    ({"eval_ms": 600_500, "eval_s": "600.5"}, "eval_within_600s"),
-    ({"model_bytes": 15_957_811, "total_bytes": 16_000_001}, "total_within_16000000_bytes"),
-    ({"stop_ms": 600_200, "clock_s": "603.3"}, "train_within_600s")])
-def test_a_record_run_beyond_a_limit_is_refused_and_when_forced_not_called_compliant(checkout, capsys, changes, limit):
+@pytest.mark.parametrize(
+    ("changes", "limit"),
+    [
+        ({"eval_ms": 600_500, "eval_s": "600.5"}, "eval_within_600s"),
+        ({"model_bytes": 15_957_811, "total_bytes": 16_000_001}, "total_within_16000000_bytes"),
+        ({"stop_ms": 600_200, "clock_s": "603.3"}, "train_within_600s"),
+    ],
+)
+def test_a_record_run_beyond_a_limit_is_refused_and_when_forced_not_called_compliant(
+    checkout, capsys, changes, limit
+):
     write_log(checkout / "logs", **changes)
     before = (checkout / "README.md").read_text()
     assert run(repo=checkout) == 1 and "do not bear a submission" in capsys.readouterr().err
@@ -159,6 +173,7 @@ def test_the_committed_files_are_fresh(checkout, repo):
 
 # --- table, check, pr ---------------------------------------------------------------------------------------
 
+
 def test_the_table_has_a_row_per_run_then_mean_and_sample_deviation(three_logs, capsys):
     assert run("table", *three_logs) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -169,8 +184,18 @@ def test_the_table_has_a_row_per_run_then_mean_and_sample_deviation(three_logs, 
 
 def test_the_public_records_give_their_published_means(repo, capsys, tmp_path):
     data = repo / "tests" / "data"
-    assert run("table", data / "pr2124_seed42.log", data / "pr2124_seed0.log", "--against",
-               *sorted(data.glob("pr2135_*.log")), "--json", tmp_path / "all.json") == 0
+    assert (
+        run(
+            "table",
+            data / "pr2124_seed42.log",
+            data / "pr2124_seed0.log",
+            "--against",
+            *sorted(data.glob("pr2135_*.log")),
+            "--json",
+            tmp_path / "all.json",
+        )
+        == 0
+    )
     told = json.loads((tmp_path / "all.json").read_text())
     assert told["mean"]["BPB with TTT"] == pytest.approx(1.05953936) and len(told["runs"]) == 2
     assert told["comparison"]["BPB with TTT"]["difference"] == pytest.approx(1.05953936 - 1.05650768)
@@ -187,14 +212,18 @@ def test_welch_equals_scipy_and_needs_two_runs_on_both_sides():
     assert report.welch([1.0], theirs) is None and report.p_better([1.0], theirs) is None
 
 
-@pytest.mark.parametrize(("gain_nats", "per_token", "per_byte"), [(0.02, True, True), (0.008, True, False),
-                                                                  (0.002, False, False), (-0.02, False, False)])
+@pytest.mark.parametrize(
+    ("gain_nats", "per_token", "per_byte"),
+    [(0.02, True, True), (0.008, True, False), (0.002, False, False), (-0.02, False, False)],
+)
 def test_the_record_rule_is_told_in_both_readings(tmp_path, gain_nats, per_token, per_byte):
     pytest.importorskip("scipy")
 
     def runs(name, gain):
         bpbs = [1.06 + 0.00001 * k - gain / NATS_PER_BIT_PER_BYTE for k in range(3)]
-        return report.read_all([write_log(tmp_path, f"{name}{k}", seed=k, **score(bpb)) for k, bpb in enumerate(bpbs)])
+        return report.read_all(
+            [write_log(tmp_path, f"{name}{k}", seed=k, **score(bpb)) for k, bpb in enumerate(bpbs)]
+        )
 
     told = report.record_rule(runs("new", gain_nats), runs("old", 0.0))
     assert ["The rule holds" in text for text in told] == [per_token, per_byte]
@@ -212,7 +241,9 @@ def test_check_prints_one_line_per_finding_and_fails_on_errors(tmp_path, capsys)
     good = write_log(tmp_path, "good", shards=78)
     assert run("check", good) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "warning: good: training shards: 78 of the 80 published shards", "check runs:1 errors:0 warnings:1"]
+        "warning: good: training shards: 78 of the 80 published shards",
+        "check runs:1 errors:0 warnings:1",
+    ]
     assert run("check", write_log(tmp_path, "bad", eval_s="421.1")) == 1
     assert "error: bad: clocks: eval_time is 521,127 ms, total_eval_time 421.1 s" in capsys.readouterr().out
 
@@ -220,9 +251,14 @@ def test_check_prints_one_line_per_finding_and_fails_on_errors(tmp_path, capsys)
 def test_a_pull_request_prints_warnings_and_refuses_errors(three_logs, tmp_path, capsys):
     assert run("pr", *three_logs) == 0
     text = capsys.readouterr().out
-    assert "**val_bpb 1.12500 ± 0.06250** (3 seeds)" in text and "SEED=42 ./run.sh" in text and "harshest" not in text
+    assert (
+        "**val_bpb 1.12500 ± 0.06250** (3 seeds)" in text
+        and "SEED=42 ./run.sh" in text
+        and "harshest" not in text
+    )
     assert run("pr", write_log(tmp_path, "few", shards=78)) == 0
-    assert "harshest reading" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "harshest reading" in text and "1 of the three runs" in text
     bad = write_log(tmp_path, "bad", adapted=1250)
     assert run("pr", bad) == 1 and "1,250" in capsys.readouterr().err
     assert run("pr", bad, "--force") == 0
@@ -233,22 +269,47 @@ def test_a_pull_request_prints_warnings_and_refuses_errors(three_logs, tmp_path,
 @pytest.mark.slow
 def test_a_packed_folder_is_whole_and_runs(tmp_path, capsys):
     import pack
+
     folder = tmp_path / "submission"
     code_bytes = len(pack.pack_script((report.REPO / "train_gpt.py").read_text(encoding="utf-8")))
-    logs = [write_log(tmp_path / "runs", f"seed{seed}", seed=seed, code_bytes=code_bytes, model_bytes=15_900_000,
-                      total_bytes=15_900_000 + code_bytes) for seed in (1, 2, 3)]
+    logs = [
+        write_log(
+            tmp_path / "runs",
+            f"seed{seed}",
+            seed=seed,
+            code_bytes=code_bytes,
+            model_bytes=15_900_000,
+            total_bytes=15_900_000 + code_bytes,
+        )
+        for seed in (1, 2, 3)
+    ]
     assert run("pack", folder, *logs, "--author", "A", "--github-id", "a") == 0, capsys.readouterr().err
     names = {path.name for path in folder.iterdir()}
-    assert {"train_gpt.py", "run.sh", "README.md", "submission.json", "requirements.txt", "requirements-gpu.txt", "tokenizers",
-            "prepare_caseops_data.py", "lossless_caps.py", "train_seed1.log", "train_seed2.log", "train_seed3.log"} <= names
+    assert {
+        "train_gpt.py",
+        "run.sh",
+        "README.md",
+        "submission.json",
+        "requirements.txt",
+        "requirements-gpu.txt",
+        "tokenizers",
+        "prepare_caseops_data.py",
+        "lossless_caps.py",
+        "train_seed1.log",
+        "train_seed2.log",
+        "train_seed3.log",
+    } <= names
     told = json.loads((folder / "submission.json").read_text())
-    assert told["logs"] == {str(seed): f"train_seed{seed}.log" for seed in (1, 2, 3)} and told["author"] == "A"
+    assert (
+        told["logs"] == {str(seed): f"train_seed{seed}.log" for seed in (1, 2, 3)} and told["author"] == "A"
+    )
     assert told["compliance"]["three_seeds"] and "| `seed1` | 1 |" in (folder / "README.md").read_text()
     assert not (folder / "toy").exists() and not (folder / "logs").exists()
 
 
 def test_logs_of_other_code_are_not_packed(tmp_path, capsys, monkeypatch):
     import pack
+
     monkeypatch.setattr(pack, "main", lambda arguments: pack.write_folder(report.Path(arguments[0])) * 0)
     assert run("pack", tmp_path / "new", write_log(tmp_path, code_bytes=10, model_bytes=15_984_311)) == 1
     assert "made by other code" in capsys.readouterr().err and not (tmp_path / "new").exists()
@@ -260,10 +321,14 @@ def test_logs_of_other_code_are_not_packed(tmp_path, capsys, monkeypatch):
 
 # --- pictures and watching ----------------------------------------------------------------------------------
 
+
 def test_the_page_is_self_contained_and_shows_what_the_logs_hold(tmp_path, repo, capsys):
     pytest.importorskip("matplotlib")
     page = tmp_path / "page.html"
-    assert run("html", write_log(tmp_path), "--against", repo / "tests/data/pr2124_seed42.log", "--out", page) == 0
+    assert (
+        run("html", write_log(tmp_path), "--against", repo / "tests/data/pr2124_seed42.log", "--out", page)
+        == 0
+    )
     text = page.read_text()
     pictures = sorted((tmp_path / "page").glob("*.png"))
     assert len(pictures) == 12 and all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
@@ -277,10 +342,20 @@ def test_the_page_is_self_contained_and_shows_what_the_logs_hold(tmp_path, repo,
 def test_pictures_without_data_are_left_out(tmp_path):
     pytest.importorskip("matplotlib")
     path = write_log(tmp_path, is_finished=False)
-    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True)
-                            if not line.startswith(("ttt batch", "artifact attempt"))))
+    path.write_text(
+        "".join(
+            line
+            for line in path.read_text().splitlines(keepends=True)
+            if not line.startswith(("ttt batch", "artifact attempt"))
+        )
+    )
     assert run("html", path, "--out", tmp_path / "page.html") == 0
-    assert {p.stem.split("_")[0] for p in (tmp_path / "page").glob("*.png")} == {"scores", "loss", "speed", "stages"}
+    assert {p.stem.split("_")[0] for p in (tmp_path / "page").glob("*.png")} == {
+        "scores",
+        "loss",
+        "speed",
+        "stages",
+    }
 
 
 @pytest.mark.slow
@@ -291,12 +366,25 @@ def test_the_page_opens_in_a_browser(tmp_path):
         pytest.skip("no Chromium on the PATH")
     page, picture = tmp_path / "page.html", tmp_path / "page.png"
     assert run("html", write_log(tmp_path), "--out", page) == 0
-    done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", f"--screenshot={picture}",
-                           "--window-size=1160,3200", page.as_uri()], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--screenshot={picture}",
+            "--window-size=1160,3200",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     from matplotlib import image
+
     shown = image.imread(picture)
-    assert shown.shape[:2] == (3200, 1160) and shown[..., :3].std() > 0.05        # not an empty page
+    assert shown.shape[:2] == (3200, 1160) and shown[..., :3].std() > 0.05  # not an empty page
 
 
 def test_watching_shows_speed_time_left_and_scores(tmp_path, capsys):
@@ -317,15 +405,29 @@ def test_watch_counts_time_and_batches(tmp_path, repo):
     running.stop_ms = running.pre = None
     done, left = watch.train_progress(running)
     assert done == pytest.approx(1 - left / 596) and 0.9 < done < 1
-    assert watch.sparkline([1, 2, 3], 10) == "▁▅█" and watch.sparkline([5, 5], 10) == "▁▁" and watch.sparkline([], 9) == ""
+    assert (
+        watch.sparkline([1, 2, 3], 10) == "▁▅█"
+        and watch.sparkline([5, 5], 10) == "▁▁"
+        and watch.sparkline([], 9) == ""
+    )
 
 
 # --- usage --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("arguments", "code", "words"), [
-    (["--help"], 0, "pull request"), (["table", "--help"], 0, "--against"), (["pack", "--help"], 0, "new folder"),
-    (["--verify"], 2, "unrecognized"), (["tabel", "x"], 2, "invalid choice"), (["table"], 2, "required"),
-    (["html", "x"], 2, "--out"), (["table", "absent.txt"], 1, "absent.txt: expected a log file")])
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--help"], 0, "pull request"),
+        (["table", "--help"], 0, "--against"),
+        (["pack", "--help"], 0, "new folder"),
+        (["--verify"], 2, "unrecognized"),
+        (["tabel", "x"], 2, "invalid choice"),
+        (["table"], 2, "required"),
+        (["html", "x"], 2, "--out"),
+        (["table", "absent.txt"], 1, "absent.txt: expected a log file"),
+    ],
+)
 def test_usage(arguments, code, words, capsys):
     assert run(*arguments) == code
     assert words in "".join(capsys.readouterr())
@@ -333,8 +435,15 @@ def test_usage(arguments, code, words, capsys):
 
 def test_the_plain_call_needs_no_extra_packages(checkout, repo):
     """scipy, matplotlib and rich hidden: README and submission are still written."""
-    code = ("import sys; sys.modules.update(dict.fromkeys(('scipy', 'matplotlib', 'rich', 'pictures', 'watch'), None));"
-            "import report; from pathlib import Path; sys.exit(report.main([], Path(sys.argv[1])))")
-    done = subprocess.run([sys.executable, "-c", code, str(checkout)], cwd=repo, capture_output=True, text=True,
-                          env=dict(os.environ))
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('scipy', 'matplotlib', 'rich', 'pictures', 'watch'), None));"
+        "import report; from pathlib import Path; sys.exit(report.main([], Path(sys.argv[1])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(checkout)],
+        cwd=repo,
+        capture_output=True,
+        text=True,
+        env=dict(os.environ),
+    )
     assert done.returncode == 0, done.stderr
