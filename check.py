@@ -561,7 +561,8 @@ def check_names(cfg, env: Mapping[str, str]) -> Iterator[Item]:
     if not cfg.run_id:
         yield Item("ok", "files", "RUN_ID is not set: names carry seed and time, nothing is overwritten")
         return
-    present = sorted(map(str, [*Path("logs").glob(f"{cfg.run_id}.*"), *checkpoints.glob(f"{cfg.run_id}.*")]))
+    found = [*Path("logs").glob(f"{cfg.run_id}.*"), *checkpoints.glob(f"{cfg.run_id}.*")]
+    present = sorted(str(path) for path in found if path.stat().st_size)        # a failed start may leave an empty log
     resumes = cfg.quantize_only or cfg.ttt_eval_only
     if resumes and not any(Path(name).parent == checkpoints for name in present):
         yield Item(

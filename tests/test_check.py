@@ -223,9 +223,11 @@ def test_a_name_that_was_used_is_an_error_unless_the_run_goes_on(tmp_path, monke
     (item,) = check.check_names(gpt.Config(run_id="old"), {})
     assert item.level == "error" and "logs/old.txt" in item.text
     assert list(check.check_names(gpt.Config(run_id="new"), {}))[0].level == "ok"
+    (tmp_path / "logs" / "failed.txt").write_text("")
+    assert list(check.check_names(gpt.Config(run_id="failed"), {}))[0].level == "ok"
     assert list(check.check_names(gpt.Config(run_id="old", quantize_only=True), {}))[0].level == "error"
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "old.ckpt").write_text("")
+    (tmp_path / "checkpoints" / "old.ckpt").write_text("weights")
     assert list(check.check_names(gpt.Config(run_id="old", quantize_only=True), {}))[0].level == "ok"
 
 
@@ -362,3 +364,12 @@ def test_seeds_runs_one_after_the_other_then_tables_checks_and_packs(repo, tmp_p
     assert lines[5].split()[2].startswith("submission_") and lines[5].split()[3:] == logs
     (folder / "report.py").write_text("import sys; sys.exit(sys.argv[1] == 'check')\n")
     assert run_sh(folder, "seeds", "1", PYTHON="./python").returncode == 1
+
+
+def test_proxy_makes_its_corpus_first_and_trains_briefly_on_it(repo, tmp_path):
+    folder = fake_run(repo, tmp_path)
+    (folder / "demo.py").write_text("import sys; print('demo', *sys.argv[1:])\n")
+    told = run_sh(folder, "proxy", "--docs", "mine.jsonl", PYTHON="./python")
+    assert told.returncode == 0, told.stderr
+    lines = [line for line in told.stdout.splitlines() if line.startswith(("demo", "checked", "train"))]
+    assert lines == ["demo corpus .data/proxy --docs mine.jsonl", "checked --quiet", "train 180 4 None 42 .data/proxy"]
