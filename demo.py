@@ -5,21 +5,30 @@
 
 The corpus is pydoc's language reference and the standard library's docstrings, one document per topic or module.
 The model has the record model's architecture (layers, loops, lanes, gates) at a small width. Everything is written
-to demo_out/, which is emptied first; DEMO_SECONDS sets the training time (default 65).
+to demo_out/, which is emptied first; DEMO_SECONDS sets the training time (default 65, at least 30).
+
+    python demo.py corpus DIR [--docs FILE]     shards for ./run.sh proxy, made with the shipped tokenizer
+
+The proxy's corpus is the same text and the docstrings of every installed package, or the documents of a JSON Lines
+file. It is small, so a run reads it many times: good for trying whether something works and how fast, not for scores.
 """
 from __future__ import annotations
 
+import argparse
 import ast
+import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,13 +39,14 @@ OUT = REPO / "demo_out"
 VOCAB_SIZE = 2048
 MAX_DOC_BYTES, MIN_DOC_BYTES = 8_000, 400
 VAL_BYTES = 30_000           # about 10,000 tokens
-TRAIN_SECONDS = float(os.environ.get("DEMO_SECONDS", "65"))
+DEFAULT_SECONDS, LEAST_SECONDS = 65.0, 30.0       # calibration alone can take 15 s on a busy CPU
+PROXY_VAL_BYTES = 1_500_000  # about 450,000 tokens
 # Only the time left uses these: what follows training, in tokens of training, and a first guess of the speed.
 WORK_AFTER_TRAINING, TOKENS_PER_SECOND = 85_000, 2000.0
 
 # The architecture of the record run at a width that two CPU cores can train.
 MODEL = dict(VOCAB_SIZE=VOCAB_SIZE, MODEL_DIM=128, NUM_HEADS=4, NUM_KV_HEADS=2)
-TRAINING = dict(TRAIN_BATCH_TOKENS=8 * 256, TRAIN_SEQ_LEN=256, MAX_WALLCLOCK_SECONDS=TRAIN_SECONDS,
+TRAINING = dict(TRAIN_BATCH_TOKENS=8 * 256, TRAIN_SEQ_LEN=256, MAX_WALLCLOCK_SECONDS=DEFAULT_SECONDS,
                 GPTQ_RESERVE_SECONDS=4, GPTQ_CALIBRATION_BATCHES=16, WARMUP_STEPS=0, MUON_MOMENTUM_WARMUP_STEPS=50,
                 EMA_DECAY=0.9, TIED_EMBED_INIT_STD=0.02)
 SCORING = dict(TTT_CHUNK_SIZE=160, TTT_BATCH_SIZE=4, TTT_LORA_LR=1e-3, TTT_LORA_RANK=16, PHASED_TTT_PREFIX_DOCS=4)
@@ -75,6 +85,18 @@ def library_modules(library: Path) -> dict[str, str]:
                 found["module:" + ".".join(parts)] = docstrings(path.read_bytes())
             except (SyntaxError, ValueError):            # a few files are templates, or kept broken for tests
                 continue
+    return found
+
+
+def package_modules(folders: Iterable[Path]) -> dict[str, str]:
+    """Docstrings of the installed packages in `folders`, by module; tests are left out. Nothing is imported."""
+    found = {}
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            if not {"test", "tests", "testing"} & set(parts):
+                with contextlib.suppress(SyntaxError, ValueError, OSError, RecursionError):
+                    found["package:" + ".".join(parts)] = docstrings(path.read_bytes())
     return found
 
 
@@ -136,6 +158,30 @@ def prepare(out: Path) -> Corpus:
     return Corpus(manifest, sum(len(text.encode()) for text in training), int(lengths.max()) + 1)
 
 
+def write_proxy(out: Path, docs: Path | None) -> dict:
+    """Shards for a run on a GPU at the record's shapes, from `docs` or from what is installed; returns the manifest."""
+    import prepare_caseops_data as prepare_data
+    if (out / "manifest.json").exists() and docs is None:
+        return json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    with contextlib.ExitStack() as stack:
+        if docs is not None:
+            source = prepare_data.DocumentFile(docs)
+            val_docs = max(1, min(500, sum(1 for _ in source.lines()) // 20))
+            source.close()
+        else:
+            paths = {Path(sysconfig.get_paths()[name]) for name in ("purelib", "platlib")}
+            texts = language_topics() | library_modules(Path(sysconfig.get_paths()["stdlib"])) | package_modules(
+                sorted(paths))
+            validation, training = split(make_documents(texts), PROXY_VAL_BYTES)
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="proxy_"))
+            docs, val_docs = Path(folder) / "docs.jsonl", len(validation)
+            with open(docs, "w", encoding="utf-8") as file:
+                for text in validation + training:
+                    file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return prepare_data.build(docs, out, val_docs=val_docs, overwrite=out.exists())
+
+
 def context_settings(corpus: Corpus) -> dict[str, int]:
     """Windows that hold the longest document and an evaluation row that holds all.
 
@@ -183,14 +229,19 @@ def run_script(progress: Progress, stage: str, left_s: float, **settings: object
                                encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     progress.expect(left_s)
     lines, doing = [], stage
-    for line in process.stdout:
-        lines.append(line.rstrip("\n"))
-        if match := re.match(r"(\d+/\d+ train_loss: \S+|layer_loop:enabled step:\d+|GPTQ:collected|diagnostic [a-z -]+"
-                             r"|ttt batch:\S+ bpb:\S+)", lines[-1]):
-            doing = f"{stage}: {match[1].strip()}"
-        elif match := re.match(r"train speed .*loops_on_tok_per_s:(\d+)", lines[-1]):
-            progress.expect(20 + WORK_AFTER_TRAINING / float(match[1]))
-        progress.show(doing)
+    try:
+        for line in process.stdout:
+            lines.append(line.rstrip("\n"))
+            if match := re.match(r"(\d+/\d+ train_loss: \S+|layer_loop:enabled step:\d+|GPTQ:collected|diagnostic [a-z -]+"
+                                 r"|ttt batch:\S+ bpb:\S+)", lines[-1]):
+                doing = f"{stage}: {match[1].strip()}"
+            elif match := re.match(r"train speed .*loops_on_tok_per_s:(\d+)", lines[-1]):
+                progress.expect(20 + WORK_AFTER_TRAINING / float(match[1]))
+            progress.show(doing)
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
     if process.wait():
         print("\n".join(["", *lines[-15:]]))
         sys.exit(f"error: train_gpt.py failed in stage '{stage}' (exit code {process.returncode}); its log is in "
@@ -205,14 +256,49 @@ def find(pattern: str, lines: list[str]) -> str:
 
 # --- main ---------------------------------------------------------------------------------------------------
 
-def main() -> int:
-    if sys.argv[1:]:
-        print(__doc__)
-        return 0 if sys.argv[1] in ("-h", "--help") else 2
+def train_seconds(text: str) -> float:
+    """DEMO_SECONDS as a number; ValueError with a sentence when it is none or too small for a step and calibration."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not LEAST_SECONDS <= seconds <= 86_400:
+        raise ValueError(f"DEMO_SECONDS={text}: expected seconds of training, {LEAST_SECONDS:g} to 86400")
+    return seconds
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="demo.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    corpus = commands.add_parser("corpus", help="write the shards of ./run.sh proxy")
+    corpus.add_argument("folder", metavar="DIR", type=Path)
+    corpus.add_argument("--docs", metavar="FILE", type=Path, help="JSON Lines with a field `text` instead")
+    try:
+        options = parser.parse_args(argv)
+        seconds = train_seconds(os.environ.get("DEMO_SECONDS", f"{DEFAULT_SECONDS:g}"))
+    except SystemExit as stop:
+        return stop.code or 0
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        if "folder" in options:
+            manifest = write_proxy(options.folder, options.docs)
+            print(f"proxy folder:{options.folder} train_tokens:{manifest['train']['tokens']} "
+                  f"val_tokens:{manifest['val']['tokens']}")
+            return 0
+        return run_demo(seconds)
+    except KeyboardInterrupt:
+        print("\nerror: interrupted; demo_out/ holds what was done", file=sys.stderr)
+        return 130
+
+
+def run_demo(seconds: float) -> int:
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
     after_training_s = 20 + WORK_AFTER_TRAINING / TOKENS_PER_SECOND
-    progress = Progress(10 + TRAIN_SECONDS + after_training_s)
+    progress = Progress(10 + seconds + after_training_s)
     times: list[tuple[str, float]] = []
     mark = time.monotonic()
 
@@ -224,10 +310,11 @@ def main() -> int:
     progress.stage("corpus, tokenizer and shards from Python's own documentation")
     corpus = prepare(OUT)
     done("corpus, tokenizer, shards")
-    progress.stage(f"train {TRAIN_SECONDS:.0f} s, quantize, restore, score with TTT and tilt")
-    context = context_settings(corpus)
-    main_run = run_script(progress, "train", 5 + TRAIN_SECONDS + after_training_s, **context)
+    progress.stage(f"train {seconds:.0f} s, quantize, restore, score with TTT and tilt")
+    context = context_settings(corpus) | {"MAX_WALLCLOCK_SECONDS": seconds}
+    main_run = run_script(progress, "train", 5 + seconds + after_training_s, **context)
     done("train, quantize, score")
+    shutil.copy(OUT / "logs" / "demo.txt", OUT / "train_log.txt")        # the runs below go on in the same log
     ttt_s = float(find(r"^total_eval_time:([\d.]+)s", main_run))
     progress.stage("score the artifact again: TTT on, tilt off")
     no_tilt = run_script(progress, "TTT, no tilt", 20 + 1.1 * ttt_s, **context, TTT_EVAL_ONLY=1,
@@ -238,8 +325,22 @@ def main() -> int:
     no_ttt = run_script(progress, "tilt, no TTT", 10, **context, TTT_EVAL_ONLY=1, TTT_LORA_LR=0,
                         PHASED_TTT_PREFIX_DOCS=0, TTT_CHUNK_SIZE=corpus.longest - 1)
     done("score: tilt, no TTT")
+    code = report(corpus, main_run, no_tilt, no_ttt, times)
+    print(draw_pictures(OUT / "train_log.txt", OUT / "report.html"))
+    return code
 
-    return report(corpus, main_run, no_tilt, no_ttt, times)
+
+def draw_pictures(log: Path, page: Path) -> str:
+    """Make the page of `report.py html` and say where it is, or what is missing for it."""
+    try:
+        import pictures
+        from report import record_table
+    except ImportError as error:
+        return f"no pictures ({error}): python3 -m pip install -r requirements-report.txt"
+    import runlog
+    runs = runlog.read_runs(log)
+    written = pictures.write_page(page, runs, parts=[("Results", record_table(runs))])
+    return f"pictures: {page.relative_to(REPO)} and {len(written) - 1} PNG files in {page.with_suffix('').relative_to(REPO)}/"
 
 
 def report(corpus: Corpus, main_run: list[str], no_tilt: list[str], no_ttt: list[str],
@@ -273,4 +374,4 @@ def report(corpus: Corpus, main_run: list[str], no_tilt: list[str], no_ttt: list
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,10 @@
 #!/usr/bin/env bash
 # Usage:
-#   ./run.sh                          the record run: train, quantize, score; one process per GPU
+#   ./run.sh                          the record run: check, train, quantize, score; one process per GPU
+#   ./run.sh check                    what could waste a run, in seconds: machine, settings, data, disk; starts nothing
+#   ./run.sh seeds 42 0 1234          the record run for each seed, then table, checks and the submission folder
+#   ./run.sh one-gpu                  the record run on fewer GPUs: all budgets times 8 / GPUs, the same update
+#   ./run.sh proxy [--docs FILE]      minutes on one GPU for trying ideas, no download: a corpus from what is installed
 #   ./run.sh demo                     the same pipeline on a small CPU model and text that Python ships, minutes
 #   ./run.sh test [pytest arguments]  the tests
 #   ./run.sh --help                   this text
@@ -8,8 +12,10 @@
 # Every setting of the record run is stated below; a variable that is set outside wins:
 #   SEED=0 RUN_ID=seed0 DATA_PATH=shards TOKENIZER_PATH=my.model NPROC_PER_NODE=4 ./run.sh
 # `python train_gpt.py --help` explains each one. NPROC_PER_NODE is the number of GPUs when not given: 1, 2, 4 or 8.
+# SKIP_CHECK=1 starts without the preflight.
 #
-# The record run uses PYTHON, else python3. demo and test use PYTHON, else an environment in .venv that they make.
+# Runs use PYTHON, else .venv if it holds what this machine needs, else python3, and say which. demo and test use
+# PYTHON, else an environment in .venv that they make.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -48,8 +54,55 @@ use_environment() {
     echo "environment: done, $("$python" -c 'import torch; print("torch", torch.__version__)')"
 }
 
+# What an interpreter is, and its number of GPUs; fails unless it has what a run needs here: the packages, and a torch
+# that sees the GPUs if there are any.
+describe() {
+    "$1" - 2>/dev/null <<'EOF'
+import platform, shutil, sys
+import numpy, sentencepiece, torch
+if sys.version_info < (3, 10) or shutil.which("nvidia-smi") and not torch.cuda.is_available():
+    sys.exit(1)
+print(sys.executable, platform.python_version(), "torch", torch.__version__, "gpus", torch.cuda.device_count())
+EOF
+}
+
+# Set `python` and `gpus` for runs, and say which interpreter it is.
+choose_python() {
+    local name told
+    for name in ${PYTHON:-.venv/bin/python python3}; do
+        if told=$(describe "$name"); then
+            python=$name gpus=${told##* }
+            echo "python: $told"
+            return
+        fi
+    done
+    name=${PYTHON:-python3}
+    echo "error: $name cannot run this: it needs Python >= 3.10 with the packages of requirements.txt, and on a machine" \
+         "with NVIDIA GPUs a torch that sees them. Install them:" >&2
+    echo "    $name -m pip install -r requirements.txt$(command -v nvidia-smi >/dev/null && echo " -r requirements-gpu.txt")" >&2
+    return 2
+}
+
 case ${1:-} in
-    "") ;;
+    "") choose_python ;;
+    check | one-gpu) choose_python ;;
+    proxy) choose_python; "$python" demo.py corpus .data/proxy "${@:2}" ;;
+    seeds)
+        shift
+        (($#)) || { echo "error: name the seeds: ./run.sh seeds 42 0 1234" >&2; exit 2; }
+        stamp=$(date +%Y%m%d_%H%M%S) logs=()
+        for seed in "$@"; do
+            [[ $seed =~ ^[0-9]+$ ]] || { echo "error: seed '$seed': expected a whole number" >&2; exit 2; }
+            logs+=("logs/seed${seed}_$stamp.txt")
+        done
+        choose_python
+        for seed in "$@"; do
+            SEED=$seed RUN_ID=seed${seed}_$stamp PYTHON=$python bash run.sh
+        done
+        "$python" report.py table "${logs[@]}"
+        "$python" report.py check "${logs[@]}"
+        (($# >= 3)) || echo "note: a submission needs three seeds, these are $#" >&2
+        exec "$python" report.py pack "submission_$stamp" "${logs[@]}" ;;
     demo) use_environment; shift; exec "$python" demo.py "$@" ;;
     test) use_environment; shift; exec "$python" -m pytest -q "$@" ;;
     -h | --help) usage; exit 0 ;;
@@ -94,10 +147,29 @@ export GLOBAL_TTT_CHUNK_TOKENS=32768 GLOBAL_TTT_BATCH_SEQS=32 GLOBAL_TTT_WARMUP_
 export GLOBAL_TTT_RESPECT_DOC_BOUNDARIES=1
 export NGRAM_TILT_ENABLED=1 NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 TOKEN_ORDER=16 TOKEN_THRESHOLD=0.8 TOKEN_BOOST=2.625
 
+# What a command changes in the record run.
+case ${1:-} in
+    one-gpu)
+        # The update does not depend on the number of GPUs: the same schedule in GPU seconds gives the same model.
+        NPROC_PER_NODE=${NPROC_PER_NODE:-$gpus}
+        ((NPROC_PER_NODE)) || { echo "error: no GPU found; ./run.sh demo runs on a CPU" >&2; exit 2; }
+        export NPROC_PER_NODE MAX_WALLCLOCK_SECONDS=$((600 * 8 / NPROC_PER_NODE))
+        export GPTQ_RESERVE_SECONDS=$((4 * 8 / NPROC_PER_NODE)) EVAL_WALLCLOCK_SECONDS=$((600 * 8 / NPROC_PER_NODE))
+        echo "one-gpu: $NPROC_PER_NODE GPUs, $MAX_WALLCLOCK_SECONDS s of training" ;;
+    proxy)
+        # Short, so an average over fewer steps, and fewer documents to adapt on.
+        export DATA_PATH=.data/proxy MAX_WALLCLOCK_SECONDS=180 EMA_DECAY=0.97 PHASED_TTT_PREFIX_DOCS=100 ;;
+esac
+
 eval "$outside"
 
-python=${PYTHON:-python3}
-gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+[[ ${1:-} != check ]] || exec "$python" check.py "${@:2}"
+# A submission folder has no check.py: the preflight belongs to the repository.
+if [[ -f check.py && ${SKIP_CHECK:-0} != 1 ]] && ! "$python" check.py --quiet; then
+    echo "error: not started; correct the errors above, or SKIP_CHECK=1 starts all the same" >&2
+    exit 1
+fi
+
 processes=${NPROC_PER_NODE:-$((gpus ? gpus : 1))}
 if [[ ! $processes =~ ^[1248]$ ]]; then
     echo "error: $processes processes (found $gpus GPUs): expected 1, 2, 4 or 8, because one optimizer step is 8 rows" \

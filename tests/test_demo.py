@@ -1,5 +1,7 @@
 """demo.py: the pieces that build its corpus. `./run.sh demo` itself is the test of the rest."""
+import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,79 @@ def test_the_demo_has_the_layers_loops_and_lanes_of_the_record_run():
     assert not changed & {"NUM_LAYERS", "NUM_LOOPS", "LOOP_START", "LOOP_END", "PARALLEL_START_LAYER",
                           "ENABLE_LOOPING_AT", "GATE_WINDOW", "LQER_ENABLED", "AWQ_LITE_ENABLED", "TTT_ENABLED"}
     assert re.search(r"^demo_out/$", (Path(demo.__file__).parent / ".gitignore").read_text(), re.M)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("65", 65.0), ("30", 30.0), ("1e3", 1000.0)])
+def test_demo_seconds_are_a_number_of_seconds(text, seconds):
+    assert demo.train_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "nan", "inf", "-5", "0", "5", "1e9"])
+def test_bad_demo_seconds_end_with_exit_code_2_and_touch_nothing(text, monkeypatch, capsys):
+    monkeypatch.setenv("DEMO_SECONDS", text)
+    monkeypatch.setattr(demo, "run_demo", lambda seconds: pytest.fail("started"))
+    assert demo.main([]) == 2
+    assert f"DEMO_SECONDS={text}: expected" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_demo_with_one_line_and_exit_code_130(monkeypatch, capsys):
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run_demo", interrupted)
+    assert demo.main([]) == 130
+    assert capsys.readouterr().err.strip().splitlines() == ["error: interrupted; demo_out/ holds what was done"]
+
+
+def test_ctrl_c_ends_the_running_script_too(monkeypatch, tmp_path):
+    class Process:
+        returncode, ended = None, False
+
+        @property
+        def stdout(self):
+            raise KeyboardInterrupt
+
+        def terminate(self):
+            self.ended = True
+
+        def wait(self):
+            assert self.ended
+
+    process = Process()
+    monkeypatch.setattr(demo.subprocess, "Popen", lambda *_, **__: process)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run_script(demo.Progress(1), "train", 1)
+    assert process.ended
+
+
+def test_wrong_arguments_get_a_sentence_and_exit_code_2(capsys):
+    assert demo.main(["nonsense"]) == 2 and "invalid choice" in capsys.readouterr().err
+    assert demo.main(["--help"]) == 0 and "DEMO_SECONDS" in capsys.readouterr().out
+
+
+def test_pictures_of_the_demo_say_where_they_are_or_what_is_missing(monkeypatch, tmp_path):
+    from log_samples import write_log
+    monkeypatch.setattr(demo, "REPO", tmp_path)
+    log = write_log(tmp_path)
+    pytest.importorskip("matplotlib")
+    assert demo.draw_pictures(log, tmp_path / "report.html") == "pictures: report.html and 12 PNG files in report/"
+    assert (tmp_path / "report.html").is_file()
+    monkeypatch.setitem(sys.modules, "pictures", None)
+    assert "pip install -r requirements-report.txt" in demo.draw_pictures(log, tmp_path / "report.html")
+
+
+def test_the_proxy_takes_documents_of_a_file(tmp_path):
+    docs = tmp_path / "docs.jsonl"
+    docs.write_text("".join(json.dumps({"text": f"A short text, number {k}, about nothing at all."}) + "\n"
+                            for k in range(60)))
+    manifest = demo.write_proxy(tmp_path / "new" / "proxy", docs)
+    assert (manifest["docs_val"], manifest["docs_train"]) == (3, 57)
+    assert demo.main(["corpus", str(tmp_path / "new" / "proxy")]) == 0            # made already: nothing to do
+
+
+def test_docstrings_of_packages_leave_out_their_tests(tmp_path):
+    for name, source in (("kept/core.py", '"""kept"""'), ("kept/tests/test_core.py", '"""test"""'), ("bad.py", '"""')):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    assert demo.package_modules([tmp_path]) == {"package:kept.core": "kept"}

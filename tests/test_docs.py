@@ -1,5 +1,6 @@
-"""README and run.sh say what the script does."""
+"""README, CONTRIBUTING.md and run.sh say what the script does."""
 import dataclasses
+import re
 
 import pytest
 
@@ -53,3 +54,46 @@ def test_every_setting_named_by_run_sh_exists(repo):
     ('RUN_ID="a b"; SEED=1 \\', {"RUN_ID": ["a b"], "SEED": ["1"]}), ("#SEED=3", {}), ("$SEED=3", {})])
 def test_settings_are_read_off_a_shell_script(script, found):
     assert stated_settings(script) == found
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_files_and_tests_that_documents_name_exist(repo, name):
+    text = text_of(repo, name)
+    for path in re.findall(r"`((?:tests|logs|benchmarks|tokenizers)/[\w./]+\.\w+)(?:::\w+)?`", text):
+        assert (repo / path).exists(), f"{name} names {path}"
+    for script in re.findall(r"`(?:python3? )?(\w+\.py)\b", text):
+        assert any((folder / script).is_file() for folder in (repo, repo / "benchmarks")), f"{name} names {script}"
+    tests = "".join(path.read_text(encoding="utf-8") for path in (repo / "tests").glob("test_*.py"))
+    for test in re.findall(r"\b(test_\w+)`", re.sub(r"`tests/\w+\.py`", "", text)):
+        assert f"def {test}(" in tests, f"{name} names {test}"
+
+
+def test_functions_that_the_rules_checklist_names_exist(repo):
+    rules = text_of(repo, "README.md").split("## Rules checklist")[1].split("\n## ")[0]
+    for row in rules.splitlines():
+        if row.startswith("| ") and row.count("|") == 4:
+            for name in re.findall(r"`([\w.]+)`", row.split("|")[2]):
+                thing = gpt
+                for part in name.split("."):
+                    assert hasattr(thing, part), f"README's checklist names {name}"
+                    thing = getattr(thing, part)
+
+
+def test_the_readme_has_the_sections_in_their_order(repo):
+    headings = re.findall(r"^## (.+)$", text_of(repo, "README.md"), re.M)
+    wanted = ["Results", "Quick start", "How it works", "Settings", "Rules checklist", "Tests", "Change something",
+              "Troubleshooting", "Negative results", "References and credits", "Licence"]
+    assert headings == wanted
+
+
+def test_commands_that_the_readme_names_are_those_of_run_sh(repo):
+    known = set(re.findall(r"^#   \./run\.sh ([a-z][\w-]*)", text_of(repo, "run.sh"), re.M))
+    named = {word for name in ("README.md", "CONTRIBUTING.md")
+             for word in re.findall(r"\./run\.sh ([a-z][\w-]*)", text_of(repo, name))} - {"first"}
+    assert named <= known and {"check", "seeds", "one-gpu", "proxy", "demo", "test"} <= known
+
+
+def test_the_lineage_is_credited(repo):
+    credits = text_of(repo, "README.md").split("## References and credits")[1]
+    for number in (2018, 2060, 2007, 1967, 1948, 1953, 1923, 1908, 1855, 1514, 1145, 2124):
+        assert f"#{number}" in credits
