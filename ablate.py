@@ -43,7 +43,8 @@ from pathlib import Path
 from typing import Any
 
 import train_gpt as gpt
-from report import number, parse_line, table
+from report import table
+from runlog import number, parse_line
 
 REPO = Path(__file__).resolve().parent
 PATHS = ("DATA_PATH", "TOKENIZER_PATH")

@@ -35,18 +35,6 @@ READ_S = 0.5                 # est.: tokens and bytes of the split from the page
 Table = dict[str, Any]       # what `measure` returns, as it is saved
 
 
-class Listening(gpt.Run):
-    """A run that also keeps its log lines."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.lines: list[str] = []
-
-    def log(self, line: str, *, file_only: bool = False) -> None:
-        self.lines.append(line)
-        super().log(line, file_only=file_only)
-
-
 def record_lengths() -> np.ndarray:
     """Tokens of the record's validation documents, ascending."""
     saved = json.loads(Path(__file__).with_name("record_lengths.json").read_text())
@@ -152,7 +140,6 @@ def measure_base(cfg: gpt.Config, run: gpt.Run, model: gpt.GPT) -> float:
     """One step of the base adaptation with the share of one of 8 ranks, without the sum over ranks."""
     alone = SimpleNamespace(rank=1, world_size=8, device=run.device, sum=lambda x: x, log=run.log)
     saved = [p.detach().clone() for p in model.parameters()]
-    model.requires_grad_(True)
     base = gpt.BaseAdaptation(cfg, alone, model)
     lengths = record_lengths()[-cfg.phased_ttt_prefix_docs:]
     tokens = random_stream(cfg, documents_of(lengths)).astype(np.int64)
@@ -161,7 +148,6 @@ def measure_base(cfg: gpt.Config, run: gpt.Run, model: gpt.GPT) -> float:
     if run.device.type == "cuda":
         base.replay = gpt.CapturedSteps(run, base.gradient, [()])
     ms = milliseconds(run, lambda: base.step(row, 0.0))
-    model.requires_grad_(False)
     with torch.no_grad():
         torch._foreach_copy_(list(model.parameters()), saved)
     return ms
@@ -228,7 +214,7 @@ def predict(cfg: gpt.Config, table: Table, docs: gpt.Documents, prefix_docs: int
     return total
 
 
-def validate(cfg: gpt.Config, run: Listening, model: gpt.GPT, table: Table, count: int) -> None:
+def validate(cfg: gpt.Config, run: gpt.Run, model: gpt.GPT, table: Table, count: int) -> None:
     """Score `count` documents, whose lengths are evenly spaced quantiles of the record's, and compare."""
     lengths = record_lengths()
     docs = documents_of(lengths[np.linspace(0, len(lengths) - 1, count).astype(int)])
@@ -237,8 +223,7 @@ def validate(cfg: gpt.Config, run: Listening, model: gpt.GPT, table: Table, coun
     tokens = random_stream(cfg, docs)
     data = SimpleNamespace(load_validation=lambda: (tokens, np.ones_like(tokens)), val_tokens=len(tokens))
     gpt.evaluate_ttt(cfg, run, model, data)
-    clock = next(line for line in run.lines if line.startswith("eval clock_ms:"))
-    measured = float(clock.split()[1].split(":")[1]) / 1000
+    measured = run.clocks["eval"]
     if run.rank == 0:
         predicted = predict(cfg, table, docs, prefix, run.world_size)
         print(f"validated documents:{count} world_size:{run.world_size} predicted_s:{predicted:.1f} "
@@ -256,9 +241,8 @@ def main() -> None:
         table = json.loads(Path(options.plan_only).read_text())
         predict(cfg, table, documents_of(record_lengths()), cfg.phased_ttt_prefix_docs, gpt.LANES)
         return
-    with Listening.start(dataclasses.replace(cfg, run_id=cfg.run_id or "evaluation_benchmark")) as run:
-        model = gpt.GPT(cfg, run.compute_dtype).to(run.device).requires_grad_(False)
-        model.attend, model.graphs = gpt.choose_attention(run), gpt.make_graphs(run)
+    with gpt.Run.start(dataclasses.replace(cfg, run_id=cfg.run_id or "evaluation_benchmark")) as run:
+        model = gpt.GPT(cfg, run.compute_dtype, gpt.choose_ops(run)).to(run.device)
         table = measure(cfg, run, model)
         if run.rank == 0:
             print("STEP_MS = {")
