@@ -151,7 +151,8 @@ class Config:
     tokenizer_path: str = knob("", "SentencePiece model; default: the one named by the data, "
                                "else the shipped one")
     compile: bool = knob(True, "0 runs every graph without torch.compile")
-    block_kernels: bool = knob(True, "0 runs the blocks through torch.compile also on a Hopper GPU; to compare the two")
+    block_kernels: bool = knob(True, "0 runs the blocks through torch.compile also on a Hopper GPU; to "
+                                     "compare the two")
     allow_slow: bool = knob(False, "1 lets a CUDA run go on without FlashAttention-3/4 or torch.compile")
     allow_unverified: bool = knob(False, "1 lets a run use shards without manifest or check figures")
     prequant_only: bool = knob(False, "1 stops after training and the first diagnostic")
@@ -241,8 +242,10 @@ class Config:
     ttt_lora_lr: float = knob(1e-4, "adapter learning rate", 0.0)
     ttt_beta2: float = knob(0.999, "adapter AdamW second-moment decay", 0.0, BELOW_ONE)
     ttt_weight_decay: float = knob(2.0, "adapter AdamW weight decay", 0.0)
-    ttt_warm_start_a: bool = knob(True, "keep A between batches of one lane that have as many rows; 0 draws it anew")
-    ttt_stop_after: str = knob("", "document:chunk after which nothing learns any more; repeats a run that stopped there")
+    ttt_warm_start_a: bool = knob(True, "keep A between batches of one lane that have as many rows; 0 draws "
+                                        "it anew")
+    ttt_stop_after: str = knob("", "document:chunk after which nothing learns any more; repeats a run that "
+                                   "stopped there")
     ttt_k_lora: bool = knob(True, "adapters on the key projection")
     ttt_o_lora: bool = knob(True, "adapters on the attention output")
     ttt_mlp_lora: bool = knob(True, "adapters on the MLP")
@@ -430,8 +433,8 @@ class Interrupted(BaseException):
 
 
 class Run:
-    """Process-wide facts and services; create with Run.start(), use as a context manager. `sum` and `broadcast` work
-    in place on tensors of any dtype on the run's device.
+    """Process-wide facts and services; create with Run.start(), use as a context manager. `sum` and
+    `broadcast` work in place on tensors of any dtype on the run's device.
 
     origin      SHA-256 of tokenizer and code, written into checkpoints and artifacts.
     last_good   the last finite number that the run reported, in words, for error messages.
@@ -463,21 +466,20 @@ class Run:
         rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         local_rank = int(env.get("LOCAL_RANK", 0))
         if ROWS_PER_STEP % world_size:
-            raise ConfigError(f"WORLD_SIZE={world_size}: expected 1, 2, 4 or 8, because one optimizer step is "
-                              f"{ROWS_PER_STEP} rows dealt evenly to the ranks; change --nproc_per_node")
+            raise ConfigError(f"WORLD_SIZE={world_size}: expected 1, 2, 4 or 8, because one optimizer step "
+                              f"is {ROWS_PER_STEP} rows dealt evenly to the ranks; change --nproc_per_node")
         if cfg.run_id in (".", "..") or len(cfg.run_id) > LONGEST_RUN_ID:
             raise ConfigError(f"RUN_ID={cfg.run_id[:20]!r} ({len(cfg.run_id)} characters): expected the "
-                              f"beginning of a "
+                              "beginning of a "
                               f"file name, at most {LONGEST_RUN_ID} characters and neither . nor ..; choose "
-                              f"another")
+                              "another")
         device = torch.device("cpu")
         if torch.cuda.is_available():
             # so that all ranks refuse, not only some
             last = int(env.get("LOCAL_WORLD_SIZE", local_rank + 1)) - 1
             if last >= torch.cuda.device_count():
                 raise ConfigError(f"LOCAL_RANK={last}: expected below {torch.cuda.device_count()}, the GPUs "
-                                  f"of "
-                                  "this machine; lower NPROC_PER_NODE")
+                                  "of this machine; lower NPROC_PER_NODE")
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
@@ -520,8 +522,7 @@ class Run:
         if left and not resumes:
             self._close_log()
             raise ConfigError(f"RUN_ID={self.run_id}: {left[0]} exists from an earlier run; choose another "
-                              f"RUN_ID, "
-                              "remove that run's files, or go on from it with QUANTIZE_ONLY=1 or "
+                              "RUN_ID, remove that run's files, or go on from it with QUANTIZE_ONLY=1 or "
                               "TTT_EVAL_ONLY=1")
 
     def begin(self) -> None:
@@ -540,7 +541,8 @@ class Run:
             self._unwritten += f"error {kind.__name__}\n".encode() if kind else b""
             self._has_begun |= kind is None
             self._close_log()
-        if dist.is_initialized() and error is None:     # after an error the other ranks may not answer any more
+        # after an error the other ranks may not answer any more
+        if dist.is_initialized() and error is None:
             dist.destroy_process_group()
 
     def _close_log(self) -> None:
@@ -595,7 +597,7 @@ class Run:
             if silence_s > self._limit_s:
                 self.report(f"error: rank {self.rank} made no progress for {silence_s:.0f} s in stage "
                             f"{self.stage_name}: it hangs, or waits for a rank that does; look at the GPUs "
-                            f"and start again")
+                            "and start again")
                 os._exit(1)
 
     def report(self, sentence: str) -> bool:
@@ -638,7 +640,7 @@ class Run:
         return x
 
     def agree(self, values: Sequence[float]) -> list[float]:
-        """Rank 0's `values` on every rank, float64; through the host, so that decisions do not stall the GPU."""
+        """Rank 0's `values` on every rank, float64; through the host: a decision must not stall the GPU."""
         if self.world_size == 1:
             return list(values)
         box = torch.tensor(list(values), dtype=torch.float64)
@@ -689,8 +691,7 @@ def require_finite(run: Run, what: str, *values: Tensor | float) -> None:
         if not bool(torch.isfinite(torch.as_tensor(value)).all()):
             shown = f" is {value}" if isinstance(value, float) else " holds NaN or infinity"
             raise RunError(f"{what}{shown} in stage {run.stage_name}; last good value: {run.last_good}; "
-                           f"lower MATRIX_LR "
-                           "or check the data")
+                           "lower MATRIX_LR or check the data")
 
 
 def save(run: Run, path: Path, data: bytes) -> None:
@@ -752,7 +753,8 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 SEGMENT_PAD = 64             # cu_seqlens are padded to a multiple of this many entries
 CHECKED_NAME = ".checked.json"                   # beside the shards: what reading every value has found
 READ_AT_ONCE = 1 << 24
-CHECK_FIGURES = {"train_shards": 80, "val_tokens": (47_851_521, 47_853_568),       # of the published CaseOps export
+# Of the published CaseOps export.
+CHECK_FIGURES = {"train_shards": 80, "val_tokens": (47_851_521, 47_853_568),
                  "val_bytes": {"targets": 47_851_520, "bytes": 151_074_499, "tolerance": 2},
                  "tokenizer": {"file": "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model",
                                "sha256": "97754754561f20def5edd99765ca0668f880bd94e67316d54aa10ab25f45cc4d"}}
@@ -768,11 +770,11 @@ def read_shard_header(path: Path) -> int:
         raw = file.read(SHARD_HEADER_BYTES)
     if len(raw) < SHARD_HEADER_BYTES:
         raise DataError(f"{path}: expected a token shard with a header of {SHARD_HEADER_BYTES:,} bytes, "
-                        f"found a file of "
-                        f"{len(raw):,}; it is cut off, fetch this shard again")
+                        f"found a file of {len(raw):,}; it is cut off, fetch this shard again")
     header = np.frombuffer(raw, dtype="<i4")
     if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise DataError(f"{path}: expected a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION}), found "
+        raise DataError(f"{path}: expected a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION}), "
+                        "found "
                         f"{header[:2].tolist()}; this is no shard of this family, prepare the data again")
     count, have = int(header[2]), path.stat().st_size
     want = SHARD_HEADER_BYTES + 2 * count
@@ -789,13 +791,15 @@ def read_shard(path: Path) -> np.ndarray:
 
 
 def find_shards(folder: Path, series: str) -> list[Path]:
-    """Files fineweb_<series>_000000.bin ... in numeric order; DataError when there is none or one is missing."""
+    """Files fineweb_<series>_000000.bin ... in numeric order; DataError when none or one is missing."""
     pattern = re.compile(rf"fineweb_{series}_(\d{{6}})\.bin")
     if not folder.is_dir():
-        raise DataError(f"DATA_PATH={folder}: no such folder; run prepare_caseops_data.py or correct the path")
+        raise DataError(f"DATA_PATH={folder}: no such folder; run prepare_caseops_data.py or correct the "
+                        "path")
     found = sorted((int(m[1]), path) for path in folder.iterdir() if (m := pattern.fullmatch(path.name)))
     if not found:
-        raise DataError(f"{folder}: no fineweb_{series}_*.bin; run prepare_caseops_data.py or correct DATA_PATH")
+        raise DataError(f"{folder}: no fineweb_{series}_*.bin; run prepare_caseops_data.py or correct "
+                        "DATA_PATH")
     missing = sorted(set(range(found[-1][0] + 1)) - {number for number, _ in found})
     if missing:
         raise DataError(f"{folder}: fineweb_{series}_{missing[0]:06d}.bin is missing; fetch it again")
@@ -838,22 +842,27 @@ class Dataset:
 
     @classmethod
     def open(cls, cfg: Config) -> "Dataset":
-        """Check headers, numbering, sidecar lengths and that both splits belong together; raises DataError."""
+        """Check headers, numbering, sidecar lengths, and that the splits belong together (DataError)."""
         folder = Path(cfg.data_path)
         train, val, sidecar = (tuple(find_shards(folder, series)) for series in ("train", "val", "val_bytes"))
         counts = {path.name: read_shard_header(path) for path in (*train, *val, *sidecar)}
         tokens, byte_counts = ([counts[path.name] for path in paths] for paths in (val, sidecar))
         if tokens != byte_counts:
-            raise DataError(f"{folder}: every fineweb_val_bytes shard must be as long as its fineweb_val shard; found "
-                            f"{tokens} tokens and {byte_counts} byte counts; prepare the validation split again")
+            raise DataError(f"{folder}: every fineweb_val_bytes shard must be as long as its fineweb_val "
+                            "shard; found "
+                            f"{tokens} tokens and {byte_counts} byte counts; prepare the validation split "
+                            "again")
         val_tokens, manifest = sum(tokens), cls._manifest(folder, counts)
         if manifest is None and not cfg.allow_unverified:
             low, high = CHECK_FIGURES["val_tokens"]
             if not low <= val_tokens <= high or len(train) > CHECK_FIGURES["train_shards"]:
                 raise DataError(
-                    f"{folder}: without manifest.json only the published export is trusted ({low:,} to {high:,} "
-                    f"validation tokens, at most {CHECK_FIGURES['train_shards']} training shards), found {val_tokens:,} "
-                    f"and {len(train)}; prepare the data with prepare_caseops_data.py, which writes a manifest, or "
+                    f"{folder}: without manifest.json only the published export is trusted ({low:,} to "
+                    f"{high:,} "
+                    f"validation tokens, at most {CHECK_FIGURES['train_shards']} training shards), found "
+                    f"{val_tokens:,} "
+                    f"and {len(train)}; prepare the data with prepare_caseops_data.py, which writes a "
+                    "manifest, or "
                     "set ALLOW_UNVERIFIED=1 if you are sure that training and validation do not overlap")
         return cls(folder, train, val, sidecar, val_tokens, manifest)
 
@@ -871,14 +880,15 @@ class Dataset:
             if None in needed:
                 raise ValueError("a hash or a total is null")
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: not a manifest of this family ({error}); prepare the data again") from error
+            raise DataError(f"{path}: not a manifest of this family ({error}); prepare the data "
+                            f"again") from error
         # A partial download may leave out training shards at the end, never a file of the validation split.
         wrong = sorted(name for name in listed.keys() | counts.keys()
                        if listed.get(name) != counts.get(name) and (name in counts or "_val_" in name))
         if wrong:
             raise DataError(f"{folder}: manifest.json and files disagree: {wrong[0]} should hold "
-                            f"{listed.get(wrong[0])} values, found {counts.get(wrong[0])} ({len(wrong)} such files); "
-                            "both splits must come from one preparation run")
+                            f"{listed.get(wrong[0])} values, found {counts.get(wrong[0])} ({len(wrong)} "
+                            "such files); both splits must come from one preparation run")
         return manifest
 
     def check_values(self, cfg: Config, run: Run, split: str, read: bool = True) -> bool:
@@ -933,13 +943,13 @@ class Dataset:
             want, found = self.manifest["files"][path.name]["sha256"], facts[path]["sha256"]
             if want != found:
                 raise DataError(f"{path}: SHA-256 {found[:16]}..., but manifest.json says {want[:16]}...; "
-                                f"the file is "
+                                "the file is "
                                 "damaged or from another preparation run, fetch or prepare it again")
         for path in series[0]:
             if facts[path]["largest"] >= cfg.vocab_size:
                 raise DataError(f"{path}: expected tokens below VOCAB_SIZE={cfg.vocab_size}, found "
                                 f"{facts[path]['largest']}; set VOCAB_SIZE as in the preparation, or "
-                                f"prepare again")
+                                "prepare again")
         if len(series) == 1:
             return
         if facts[series[0][0]]["first"] != BOS:
@@ -962,20 +972,21 @@ class Dataset:
                     f"{self.folder}: the first {published['targets']:,} validation targets stand for "
                     f"{head:,} bytes, "
                     f"the published export's for {published['bytes']:,}; fetch the fineweb_val_bytes shards "
-                    f"again")
+                    "again")
 
     def load_validation(self) -> tuple[np.ndarray, np.ndarray]:
         """All validation tokens and their byte counts, uint16 (tokens,) each."""
         tokens, counts = (np.concatenate([read_shard(path) for path in paths])
                           for paths in (self.val, self.val_bytes))
         if len(tokens) < 2 or tokens[0] != BOS:
-            raise DataError(f"{self.folder}: the validation split must hold at least two tokens and begin with BOS "
+            raise DataError(f"{self.folder}: the validation split must hold at least two tokens and begin "
+                            "with BOS "
                             f"({BOS}), found {len(tokens)} tokens beginning with {tokens[:1].tolist()}")
         return tokens, counts
 
 
 def check_tokenizer(cfg: Config, data: Dataset) -> Path:
-    """Find the tokenizer of this run; refuse one that is not what configuration, manifest or published export say."""
+    """Find the tokenizer of this run; refuse what configuration, manifest or published export contradict."""
     if data.manifest:
         stated, source = data.manifest["tokenizer"], "the shards' manifest"
     elif cfg.allow_unverified:
@@ -989,13 +1000,14 @@ def check_tokenizer(cfg: Config, data: Dataset) -> Path:
     for name, want in ((source, stated.get("sha256")), (recorded.name, beside)):
         if want and want != digest:
             raise DataError(f"{path}: SHA-256 {digest[:16]}..., but {name} says {want[:16]}...; use the "
-                            f"tokenizer "
-                            "the shards were made with")
-    if merges := (data.manifest or {}).get("merges"):     # pairs of tokens joined by `prepare_caseops_data.py fuse`
+                            "tokenizer the shards were made with")
+    # pairs of tokens joined by `prepare_caseops_data.py fuse`
+    if merges := (data.manifest or {}).get("merges"):
         file = data.folder / Path(str(merges["file"])).name
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != merges["sha256"]:
             raise DataError(f"{file}: expected the merges that the shards were made with, SHA-256 "
-                            f"{merges['sha256'][:16]}..., found {'others' if file.is_file() else 'no file'}; copy it "
+                            f"{merges['sha256'][:16]}..., found "
+                            f"{'others' if file.is_file() else 'no file'}; copy it "
                             "from where the shards were made")
     import sentencepiece                                  # only this check needs it
     try:
@@ -1008,8 +1020,8 @@ def check_tokenizer(cfg: Config, data: Dataset) -> Path:
     said = {"vocabulary size": stated.get("vocab_size", cfg.vocab_size), "BOS id": stated.get("bos_id", BOS),
             "operator ids": list(stated.get("operator_ids", OPERATOR_IDS))}
     if found != expected or said != expected:
-        raise DataError(f"{path}: expected {expected}, found {found} in the model and {said} in the shards' manifest; "
-                        "set VOCAB_SIZE and TOKENIZER_PATH to match the data")
+        raise DataError(f"{path}: expected {expected}, found {found} in the model and {said} in the shards' "
+                        "manifest; set VOCAB_SIZE and TOKENIZER_PATH to match the data")
     return path
 
 
@@ -1028,8 +1040,8 @@ def _find_tokenizer(cfg: Config, data: Dataset, stated: Mapping[str, Any]) -> Pa
 
 
 def segment_bounds(tokens: np.ndarray, cap: int, pad: int = SEGMENT_PAD) -> np.ndarray:
-    """cu_seqlens of a flat row, int32 [0, ..., n]: documents start at BOS, segments are cut every `cap` tokens, and
-    n is repeated (empty segments) up to a multiple of `pad` entries."""
+    """cu_seqlens of a flat row, int32 [0, ..., n]: documents start at BOS, segments are cut every `cap`
+    tokens, and n is repeated (empty segments) up to a multiple of `pad` entries."""
     n = len(tokens)
     starts = np.union1d(0, np.flatnonzero(tokens == BOS))
     pieces = -(-np.diff(starts, append=n) // cap)
@@ -1047,13 +1059,14 @@ class Row(NamedTuple):
 
 
 class PackingLoader:
-    """The endless stream of training rows, in shard order; rank r of R yields rows r, R + r, 2R + r, ... A row is
-    row_tokens inputs and their targets; consecutive rows do not overlap. A shard is read from its first BOS; its tail
-    that holds no full row is dropped. A thread prepares rows ahead, in the same order."""
+    """The endless stream of training rows, in shard order; rank r of R yields rows r, R + r, 2R + r, ... A
+    row is row_tokens inputs and their targets; consecutive rows do not overlap. A shard is read from its
+    first BOS; its tail that holds no full row is dropped. A thread prepares rows ahead, in the same order."""
     PREFETCH = 3
 
-    def __init__(self, paths: Sequence[Path], row_tokens: int, segment_cap: int, rank: int = 0, world_size: int = 1,
-                 device: torch.device | str = "cpu", warn: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, paths: Sequence[Path], row_tokens: int, segment_cap: int, rank: int = 0,
+                 world_size: int = 1, device: torch.device | str = "cpu",
+                 warn: Callable[[str], None] = lambda line: None) -> None:
         self.paths, self.row_tokens, self.segment_cap = list(paths), row_tokens, segment_cap
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self._warn, self._rows, self._reader = warn, self._host_rows(), ThreadPoolExecutor(1)
@@ -1064,7 +1077,8 @@ class PackingLoader:
 
     def __next__(self) -> Row:
         self._ahead.append(self._reader.submit(next, self._rows))
-        inputs, targets, bounds, shard = self._ahead[0].result()      # an error stays first: the next call meets it too
+        # an error stays first: the next call meets it too
+        inputs, targets, bounds, shard = self._ahead[0].result()
         del self._ahead[0]
         # From pinned memory, so the copies overlap with what the GPU is doing.
         return Row(*(x.to(self.device, non_blocking=True) for x in (inputs, targets, bounds)), shard)
@@ -1079,27 +1093,29 @@ class PackingLoader:
                 bos = np.flatnonzero(tokens == BOS)
                 cursor = int(bos[0]) if len(bos) else len(tokens)
                 if cursor + span > len(tokens):
-                    self._warn(f"data warning shard:{path.name} tokens:{len(tokens)} skipped: no BOS, or shorter "
-                               f"than one row of {span} tokens")
+                    self._warn(f"data warning shard:{path.name} tokens:{len(tokens)} skipped: no BOS, or "
+                               f"shorter than one row of {span} tokens")
                 while cursor + span <= len(tokens):
                     yield tokens[cursor:cursor + span], shard
                     cursor += span
                     used += 1
             if not used:
-                raise DataError(f"no training shard holds one row of {span:,} tokens from its first BOS on; lower "
-                                "TRAIN_BATCH_TOKENS or prepare more data")
+                raise DataError(f"no training shard holds one row of {span:,} tokens from its first BOS on; "
+                                "lower TRAIN_BATCH_TOKENS or prepare more data")
 
     def _host_rows(self) -> Iterator[tuple]:
         for span, shard in itertools.islice(self.spans(), self.rank, None, self.world_size):
             row = torch.from_numpy(span.astype(np.int64))
-            item = (row[:-1].clone(), row[1:].clone(), torch.from_numpy(segment_bounds(span[:-1], self.segment_cap)))
+            item = (row[:-1].clone(), row[1:].clone(), torch.from_numpy(segment_bounds(span[:-1],
+                                                                                       self.segment_cap)))
             yield *(x.pin_memory() if self.device.type == "cuda" else x for x in item), shard
 
 
-def calibration_batches(paths: Sequence[Path], seq_len: int, batch_seqs: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """Batches of random sequences, int64 (batch_seqs, seq_len + 1) each, for ever; document borders are ignored.
-    Every file gets a random phase and a random order of its sequences; each row is drawn from a file with
-    probability proportional to what the file has left. When all are used up they are dealt anew."""
+def calibration_batches(paths: Sequence[Path], seq_len: int, batch_seqs: int,
+                        seed: int = 0) -> Iterator[np.ndarray]:
+    """Batches of random sequences, int64 (batch_seqs, seq_len + 1) each, for ever; document borders are
+    ignored. Every file gets a random phase and a random order of its sequences; each row is drawn from a file
+    with probability proportional to what the file has left. When all are used up they are dealt anew."""
     rng = np.random.Generator(np.random.PCG64(seed))
     shards = [np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES) for path in paths]
 
@@ -1108,10 +1124,11 @@ def calibration_batches(paths: Sequence[Path], seq_len: int, batch_seqs: int, se
         for tokens in shards:
             max_phase = min(seq_len - 1, max(0, len(tokens) - seq_len - 1))
             phase = int(rng.integers(max_phase + 1)) if max_phase else 0
-            stacks.append((phase + seq_len * rng.permutation(max(0, (len(tokens) - 1 - phase) // seq_len))).tolist())
+            count = max(0, (len(tokens) - 1 - phase) // seq_len)
+            stacks.append((phase + seq_len * rng.permutation(count)).tolist())
         if not any(stacks):
-            raise DataError(f"no training shard holds one sequence of {seq_len + 1:,} tokens; lower TRAIN_SEQ_LEN or "
-                            "prepare more data")
+            raise DataError(f"no training shard holds one sequence of {seq_len + 1:,} tokens; lower "
+                            "TRAIN_SEQ_LEN or prepare more data")
         return stacks
 
     stacks: list[list[int]] = []
@@ -1916,8 +1933,8 @@ def is_logged(cfg: Config, done: int) -> bool:
 
 
 def log_step(cfg: Config, run: Run, done: int, losses: Tensor, elapsed_s: float) -> None:
-    """One line about step `done`. losses (2,): this rank's sums of the rows' mean losses, of this step and of all;
-    raises RuntimeError unless both are finite."""
+    """One line about step `done`. losses (2,): this rank's sums of the rows' mean losses, of this step and of
+    all; raises RuntimeError unless both are finite."""
     mean_loss, every_loss = (run.sum(losses) / ROWS_PER_STEP).tolist()
     run.log(f"{done}/{cfg.iterations} train_loss: {mean_loss:.4f} train_time: {elapsed_s / 60:.1f}m "
             f"tok/s: {done * cfg.train_batch_tokens / elapsed_s:.0f} train_time_ms:{1000 * elapsed_s:.0f}")
@@ -1968,13 +1985,15 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
 
         # The step: gradients of all rows, Muon and AdamW, the average.
         loss = train_rows(cfg, run, model, optimizer, loader, rows_per_rank, looping=loop_on is not None)
-        loss_sum += loss                                   # NaN and infinity stay in a sum: no step goes unchecked
+        # NaN and infinity stay in a sum: no step goes unchecked
+        loss_sum += loss
         optimizer.step(step, lr_factor(cfg, progress))
         average.update()
 
         clock.step_done()
         if is_logged(cfg, step + 1):
-            log_step(cfg, run, step + 1, torch.stack([loss, loss_sum]), time.perf_counter() - clock.timer.start)
+            log_step(cfg, run, step + 1, torch.stack([loss, loss_sum]), time.perf_counter()
+                     - clock.timer.start)
     steps = step if stop else cfg.iterations
     if not steps:
         raise ConfigError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} leaves no time for a step "
@@ -2731,8 +2750,7 @@ CHECKPOINT_MAGIC, ARTIFACT_MAGIC = b"GOLFWGHT", b"GOLFCODE"
 # quantization.
 # Every other setting does, so that a new one is compared unless it is listed here.
 RUN_FIELDS = tuple("run_id data_path tokenizer_path compile block_kernels allow_ prequant_only quantize_only "
-                   "ttt_eval_only audit "
-                   "checkpoint_dir skip_check quiet fused_ce_enabled".split())
+                   "ttt_eval_only audit checkpoint_dir skip_check quiet fused_ce_enabled".split())
 SCORING_FIELDS = ("val_batch_tokens", "eval_", "ttt_", "phased_ttt_", "global_ttt_", "ngram_", "token_")
 QUANTIZATION_FIELDS = ("matrix_bits", "embed_bits", "gptq_calibration", "attn_clip", "mlp_clip", "embed_clip",
                        "fill_", "rdo_", "compressor", "awq_", "lqer_")
@@ -2754,8 +2772,8 @@ def shaping_settings(magic: bytes, cfg: Config) -> dict[str, Any]:
 def build_container(magic: bytes, cfg: Config, streams: Mapping[str, bytes],
                     notes: Mapping[str, Any] | None = None,
                     origin: Mapping[str, str] | None = None) -> bytes:
-    """Named byte streams with the settings that shaped them, notes (JSON), Run.origin and a SHA-256.
-    Layout: magic (8), version u32, header length u32, header (zlib JSON), streams, SHA-256 of all before (32)."""
+    """Named byte streams with the settings that shaped them, notes (JSON), Run.origin and a SHA-256. Layout:
+    magic (8), version u32, header length u32, header (zlib JSON), streams, SHA-256 of all before (32)."""
     header = zlib.compress(json.dumps({
         "settings": shaping_settings(magic, cfg), "origin": origin or {},
         "streams": [[name, len(stream)] for name, stream in streams.items()], "notes": notes or {}},
@@ -2797,8 +2815,7 @@ def read_container(path: Path, magic: bytes, cfg: Config, run: Run | None = None
                             "corrupted, write it again")
     if sha256 not in ("", found := hashlib.sha256(data).hexdigest()):
         raise ArtifactError(f"{path}: SHA-256 {found[:16]}..., but rank 0 has {sha256[:16]}...; all ranks "
-                            f"must "
-                            "read the same file, look at the disk and start again")
+                            "must read the same file, look at the disk and start again")
     version, header_bytes = np.frombuffer(data[8:16], "<u4").tolist()
     if version != FORMAT_VERSION:
         raise ArtifactError(f"{path}: format version {version}, expected {FORMAT_VERSION}; write it again "
@@ -3149,7 +3166,8 @@ class BpbMeter:
         """Totals over all ranks; call once, at the end."""
         nats, tokens, num_bytes = self.run.sum(self.sums.clone()).tolist()
         if not num_bytes:
-            raise DataError("the scored targets carry no bytes; the byte sidecar is all zero, prepare it again")
+            raise DataError("the scored targets carry no bytes; the byte sidecar is all zero, prepare it "
+                            "again")
         score = Score(nats / tokens, nats / (math.log(2) * num_bytes), int(tokens), int(num_bytes))
         require_finite(self.run, "val_loss", score.loss)
         self.run.last_good = f"val_loss {score.loss:.4f} in stage {self.run.stage_name}"
@@ -3223,7 +3241,7 @@ def closed_hints(count: int) -> Hints:
 
 
 class NgramTable:
-    """Hints from an exact table, in C, for targets that come in slices: what one has counted, the next one knows."""
+    """Hints from an exact table, in C, of targets in slices: each knows what those before have counted."""
 
     def __init__(self, tokens: np.ndarray, num_targets: int, context: int, threshold: float) -> None:
         """Room for num_targets targets of the stream tokens (N,) uint16; MemoryError when there is none."""
@@ -3257,15 +3275,15 @@ class NgramTable:
 
 def ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarray, context: int,
                 threshold: float) -> Hints:
-    """Walk the targets in `order`; look each context of `context` tokens up, then count the target that follows it.
+    """Walk the targets in `order`; look each context of `context` tokens up, then count the target that
+    follows it.
 
     tokens     (N,) uint16 stream; target i is tokens[i + 1].
     order      (n,) int64 targets in the order in which they are scored, each at most once.
-    doc_start  (N - 1,) int64 first token of the document that target i is scored in; a context that would reach
-               before it gives no hint and is not counted.
-    The hint is the token that first reached the highest count; the gate opens where its share of all counts is at
-    least `threshold`, both as fp32. Raises MemoryError when the table does not fit.
-    """
+    doc_start  (N - 1,) int64 first token of the document that target i is scored in; a context that would
+               reach before it gives no hint and is not counted. The hint is the token that first reached the
+               highest count; the gate opens where its share of all counts is at least `threshold`, both as
+               fp32. Raises MemoryError when the table does not fit. """
     tokens = np.ascontiguousarray(tokens, np.uint16)
     order = np.ascontiguousarray(order, np.int64)
     doc_start = np.ascontiguousarray(doc_start, np.int64)
@@ -3975,7 +3993,8 @@ def rank_share(bounds: np.ndarray, rank: int, world_size: int) -> tuple[int, int
 
 
 BASE_SEGMENTS = 512          # segments of a rank's share that fixed shapes have room for
-BASE_CAPTURE_TOKENS = 20_000     # longer shares keep a GPU busy without a CUDA graph, and would cost it memory
+# longer shares keep a GPU busy without a CUDA graph, and would cost it memory
+BASE_CAPTURE_TOKENS = 20_000
 
 
 class BaseAdaptation:
@@ -3996,7 +4015,8 @@ class BaseAdaptation:
         zeros = functools.partial(torch.zeros, device=run.device)
         self.inputs, self.targets = (zeros(length, dtype=torch.int64) for _ in range(2))
         self.weights, self.bounds = zeros(length), zeros(BASE_SEGMENTS, dtype=torch.int32)
-        self.names, self.trained = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
+        self.names, self.trained = zip(*((name, p) for name, p in model.named_parameters()
+                                         if p.requires_grad))
         self.flat, self.momentum = (zeros(sum(p.numel() for p in self.trained)) for _ in range(2))
         self.replay: Callable[[], None] | None = None                 # a captured `gradient`
 
@@ -4024,8 +4044,8 @@ class BaseAdaptation:
     def gradient(self) -> None:
         """Fill `flat`. Eager: the shapes are those of no other graph."""
         row = Row(self.inputs, self.targets, self.segments, 0)
-        _, grads = self.model.ops.row_gradients(self.model, row, looping=True, segment_cap=self.cfg.ttt_eval_seq_len,
-                                                weights=self.weights)
+        _, grads = self.model.ops.row_gradients(self.model, row, looping=True,
+                                                segment_cap=self.cfg.ttt_eval_seq_len, weights=self.weights)
         grads = [grads[name] for name in self.names]
         self.flat.copy_(torch.cat([grad.flatten() for grad in grads]))
 
@@ -4265,12 +4285,10 @@ def check_ready(cfg: Config, run: Run, model: GPT) -> None:
             room = shutil.disk_usage(folder).free
         except OSError as error:
             raise RunError(f"{setting}={folder}: expected a folder to write to, found: {error.strerror}; "
-                           f"correct the path "
-                           "or its permissions") from error
+                           "correct the path or its permissions") from error
         if room < needed:
             raise RunError(f"{setting}={folder}: expected room for {needed:,} bytes, found {room:,}; free "
-                           f"some, or name "
-                           "another folder with CHECKPOINT_DIR")
+                           "some, or name another folder with CHECKPOINT_DIR")
 
 
 def check_data(cfg: Config, run: Run, data: Dataset, split: str, read: bool = True) -> bool:
@@ -4352,7 +4370,7 @@ def calibrate(cfg: Config, run: Run, data: Dataset, model: GPT, train_s: float |
     return stats
 
 
-# === Fast paths: from here on everything is only a faster way to do something above, and names what it replaces.
+# === Fast paths: from here on everything is a faster way to do something above, and names what it replaces.
 
 
 # --- 15 attention kernels -----------------------------------------------------------------------------------
@@ -4452,7 +4470,8 @@ def choose_attention(run: Run) -> tuple[Attend, AttentionKernel]:
             if capability < (9, 0) or (load is _load_flash_attention_3 and capability[0] != 9):
                 raise ImportError(f"needs compute capability 9.0, found {capability[0]}.{capability[1]}")
             attend = load()
-            kernel = flash_attention_4_kernel() if load is _load_flash_attention_4 else autograd_attention(attend)
+            is_fa4 = load is _load_flash_attention_4
+            kernel = flash_attention_4_kernel() if is_fa4 else autograd_attention(attend)
         except (ImportError, OSError, AttributeError, RuntimeError, TypeError) as error:
             # Packages whose halves do not match fail in all of these ways.
             refused.append(f"{name}: {error}")
@@ -5794,7 +5813,8 @@ if triton is not None:
         for i in range(N - 1, -1, -1):
             bit = tl.load(took_ptr + i) >> at & 1
             at = _trellis_source(at, bit)
-            tl.store(codes_ptr + i, _trellis_point(tl.load(x_ptr + i), (2 * bit + (at & 1)).to(tl.float32), limit))
+            tl.store(codes_ptr + i, _trellis_point(tl.load(x_ptr + i), (2 * bit + (at & 1)).to(tl.float32),
+                                                   limit))
 
     @triton.jit
     def _trellis_source(state, bit):                 # the state whose next_state(., bit) this is
@@ -5821,8 +5841,8 @@ def trellis_round(x: Tensor, limit: Tensor) -> Tensor:
 
 if triton is not None:
     @triton.jit
-    def _adapter_adamw_kernel(params_ptr, low_ptr, exp_avg_sq_ptr, grads_ptr, learns_ptr, unbias_ptr, P, lr, decay, beta2,
-                              eps, HAS_LOW: tl.constexpr, BLOCK: tl.constexpr):
+    def _adapter_adamw_kernel(params_ptr, low_ptr, exp_avg_sq_ptr, grads_ptr, learns_ptr, unbias_ptr, P, lr,
+                              decay, beta2, eps, HAS_LOW: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(1).to(tl.int64)
         if tl.load(learns_ptr + row) != 0:
             cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -5841,11 +5861,12 @@ if triton is not None:
 ADAMW_BLOCK = 4096
 
 
-def adapter_adamw(params: Tensor, low: Tensor, exp_avg_sq: Tensor, grads: Tensor, learns: Tensor, unbias: Tensor,
-                  lr: float, weight_decay: float, beta2: float, eps: float) -> None:
+def adapter_adamw(params: Tensor, low: Tensor, exp_avg_sq: Tensor, grads: Tensor, learns: Tensor,
+                  unbias: Tensor, lr: float, weight_decay: float, beta2: float, eps: float) -> None:
     """plain_adapter_adamw; on a GPU by one kernel, which does not touch the rows that do not learn."""
     if not params.is_cuda or triton is None:
-        return plain_adapter_adamw(params, low, exp_avg_sq, grads, learns, unbias, lr, weight_decay, beta2, eps)
+        return plain_adapter_adamw(params, low, exp_avg_sq, grads, learns, unbias, lr, weight_decay, beta2,
+                                   eps)
     launch_adapter_adamw(params, low, exp_avg_sq, grads, learns, unbias, lr, weight_decay, beta2, eps)
 
 
@@ -5853,8 +5874,8 @@ def launch_adapter_adamw(params: Tensor, low: Tensor, exp_avg_sq: Tensor, grads:
                          unbias: Tensor, lr: float, weight_decay: float, beta2: float, eps: float) -> None:
     rows, P = params.shape
     _adapter_adamw_kernel[(triton.cdiv(P, ADAMW_BLOCK), rows)](
-        params, low, exp_avg_sq, grads.contiguous(), learns.contiguous(), unbias, P, lr, 1 - lr * weight_decay, beta2, eps,
-        HAS_LOW=low.data_ptr() != params.data_ptr(), BLOCK=ADAMW_BLOCK)
+        params, low, exp_avg_sq, grads.contiguous(), learns.contiguous(), unbias, P, lr, 1 - lr
+        * weight_decay, beta2, eps, HAS_LOW=low.data_ptr() != params.data_ptr(), BLOCK=ADAMW_BLOCK)
 
 
 # --- 17 compilation -----------------------------------------------------------------------------------------
@@ -5885,8 +5906,8 @@ def choose_ops(run: Run) -> Ops:
         return ops._replace(row_gradients=kernels.row_gradients, hidden=kernels.hidden, score=kernel_score,
                             chunk_gradients=kernels.chunk_gradients)
     if is_gpu and not cfg.allow_slow:
-        raise ConfigError(f"no block kernels ({refused}); a run on other paths is slower by a third or more, allow it by "
-                          "ALLOW_SLOW=1")
+        raise ConfigError(f"no block kernels ({refused}); a run on other paths is slower by a third or "
+                          "more, allow it by ALLOW_SLOW=1")
     if not cfg.compile:
         run.log(f'blocks backend:plain reason:"{refused}; COMPILE=0"')
         return ops
@@ -5904,12 +5925,12 @@ def refuse_kernels(run: Run) -> str:
     if torch.cuda.get_device_capability(run.device) < (9, 0):
         return "not tried on GPUs before compute capability 9.0"
     if cfg.head_dim < 16 or cfg.head_dim & (cfg.head_dim - 1) or cfg.model_dim % 16 or cfg.mlp_dim % 16:
-        return f"a head width of {cfg.head_dim} is no power of two from 16 on, or a width is no multiple of 16"
+        return f"head width {cfg.head_dim} is no power of two from 16 on, or a width no multiple of 16"
     return "" if cfg.block_kernels else "BLOCK_KERNELS=0"
 
 
 def choose_products(run: Run) -> Products:
-    """The products around the MLP's activation, with it in their epilogue where quack is installed; logged."""
+    """The products around the MLP's activation, with it as their epilogue where quack is there; logged."""
     if run.cfg.mlp_dim % 32 or run.cfg.model_dim % 32:
         refused = "a width is no multiple of 32"
     else:
