@@ -33,12 +33,8 @@ CACHE_BYTES, LOG_BYTES = 4 << 30, 64 << 20
 CALIBRATION_S = 3.2  # of one H100 for 16 batches, measured in warm-up: logs/h100_180s.txt
 GPU_FIELDS = ("index", "uuid", "name", "memory.total", "memory.free", "driver_version")
 UNSEEN_MIB = 2048  # memory in use beyond this belongs to somebody
-THROTTLE_FIELDS = (
-    "clocks_event_reasons.hw_slowdown",
-    "clocks_event_reasons.sw_thermal_slowdown",
-    "clocks_event_reasons.hw_thermal_slowdown",
-    "clocks_event_reasons.sw_power_cap",
-)
+THROTTLE_FLAGS = ("hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "sw_power_cap")
+THROTTLE_NAMES = ("clocks_event_reasons", "clocks_throttle_reasons")  # newer and older drivers
 
 
 class Item(NamedTuple):
@@ -195,19 +191,7 @@ def check_gpus(cfg, env: Mapping[str, str]) -> Iterator[Item]:
         )
         return
     yield Item("ok", "driver", f"{gpus[0]['driver_version']}, torch built for CUDA {torch.version.cuda}")
-    throttled = [
-        f"GPU {row[0]}: {field.split('.')[1]}"
-        for field in THROTTLE_FIELDS
-        for row in ask_smi(f"--query-gpu=index,{field}")
-        if row[-1] == "Active"
-    ]
-    yield Item(
-        "warning" if throttled else "ok",
-        "throttling",
-        "; ".join(throttled) + ": the run would be slow; cool or exchange this machine"
-        if throttled
-        else "none",
-    )
+    yield check_throttling()
     uuids = {gpu["uuid"] for gpu in gpus}
     others = [
         f"process {pid} ({name.rsplit('/', 1)[-1]}, {memory} MiB)"
@@ -230,6 +214,21 @@ def check_gpus(cfg, env: Mapping[str, str]) -> Iterator[Item]:
     else:
         yield Item("ok", "other runs", "none on these GPUs")
     yield from check_memory(cfg, [float(gpu["memory.free"]) for gpu in gpus])
+
+
+def check_throttling() -> Item:
+    for name in THROTTLE_NAMES:
+        rows = {flag: ask_smi(f"--query-gpu=index,{name}.{flag}") for flag in THROTTLE_FLAGS}
+        if any(rows.values()):
+            active = [f"GPU {row[0]}: {flag}" for flag in rows for row in rows[flag] if row[-1] == "Active"]
+            if active:
+                return Item(
+                    "warning",
+                    "throttling",
+                    f"{'; '.join(active)}: the run would be slow; exchange this machine",
+                )
+            return Item("ok", "throttling", "none")
+    return Item("ok", "throttling", "not known: nvidia-smi does not say")
 
 
 def number_of_processes(env: Mapping[str, str]) -> int | None:
@@ -562,7 +561,9 @@ def check_names(cfg, env: Mapping[str, str]) -> Iterator[Item]:
         yield Item("ok", "files", "RUN_ID is not set: names carry seed and time, nothing is overwritten")
         return
     found = [*Path("logs").glob(f"{cfg.run_id}.*"), *checkpoints.glob(f"{cfg.run_id}.*")]
-    present = sorted(str(path) for path in found if path.stat().st_size)        # a failed start may leave an empty log
+    present = sorted(
+        str(path) for path in found if path.stat().st_size
+    )  # a failed start may leave an empty log
     resumes = cfg.quantize_only or cfg.ttt_eval_only
     if resumes and not any(Path(name).parent == checkpoints for name in present):
         yield Item(

@@ -30,26 +30,27 @@ find_python() {
         fi
     done
     echo "error: no Python >= 3.10 with venv found (Debian, Ubuntu: apt-get install python3-venv); or set PYTHON to" \
-         "an interpreter that has requirements.txt and requirements-test.txt" >&2
+         "an interpreter that has the packages of ${files[*]}" >&2
     return 2
 }
 
-# Set `python` to an interpreter that has requirements.txt and requirements-test.txt.
+# Set `python` to an interpreter that has the packages of `files`.
+files=(requirements.txt requirements-test.txt requirements-report.txt)
 use_environment() {
     python=${PYTHON:-.venv/bin/python}
     [[ -z ${PYTHON:-} ]] || return 0
     local wanted base
-    wanted=$(cat requirements.txt requirements-test.txt)
+    wanted=$(cat "${files[@]}")
     if "$python" -c '' 2>/dev/null && [[ -f .venv/installed && $(<.venv/installed) == "$wanted" ]]; then
         return
     fi
     base=$(find_python)
-    echo "environment: making .venv with $("$base" --version) and installing requirements.txt, requirements-test.txt"
+    echo "environment: making .venv with $("$base" --version) and installing ${files[*]}"
     if ! command -v nvidia-smi >/dev/null && [[ $(uname) == Linux ]]; then
         echo "environment: no GPU here; the plain torch wheel brings CUDA libraries, README.md names a smaller one"
     fi
     "$base" -m venv --clear .venv
-    "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-test.txt
+    "$python" -m pip install --quiet --disable-pip-version-check "${files[@]/#/-r}"
     echo "$wanted" > .venv/installed
     echo "environment: done, $("$python" -c 'import torch; print("torch", torch.__version__)')"
 }

@@ -665,6 +665,8 @@ def _check_totals(run: Run) -> Iterator[tuple[str, str, str]]:
                 ),
             )
     rule = "totals"
+    if run.is_ours and (silent := [name for name, s in scores.items() if not (s.targets and s.bytes)]):
+        yield "error", rule, f"no totals in the score line: {', '.join(silent)}; lines were cut"
     said = {name: (s.targets, s.bytes) for name, s in scores.items() if s.targets and s.bytes}
     if len(set(said.values())) > 1:
         yield "error", rule, f"evaluations scored different totals (targets, bytes): {said}"

@@ -139,7 +139,17 @@ def test_somebody_else_on_the_gpu_is_an_error(one_h100, fake_smi):
 
 def test_a_throttled_gpu_is_a_warning(one_h100, fake_smi):
     fake_smi(throttled="Active")
-    assert "hw_slowdown" in texts(check.check_gpus(gpt.Config(), {}), "warning")
+    assert "GPU 0: hw_slowdown" in texts(check.check_gpus(gpt.Config(), {}), "warning")
+
+
+def test_older_drivers_are_asked_by_their_names(monkeypatch):
+    def older(query):
+        return [["0", "Active"]] if query.endswith("clocks_throttle_reasons.hw_slowdown") else []
+
+    monkeypatch.setattr(check, "ask_smi", older)
+    assert "GPU 0: hw_slowdown" in check.check_throttling().text
+    monkeypatch.setattr(check, "ask_smi", lambda query: [])
+    assert "not known" in check.check_throttling().text
 
 
 @pytest.mark.parametrize("processes", ["3", "8"])

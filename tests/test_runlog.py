@@ -232,6 +232,7 @@ def test_a_false_number_or_broken_limit_is_an_error(tmp_path, name):
         ("train_time: 9.1m", "train_time: 9.9m", "the line says 9.9"),
         ("train_time: 9.1m tok/s: 6482476", "train_time: 0.5m tok/s: 117989475", "training time falls"),
         ("4500/20000 train_loss", "4900/20000 train_loss", "stopped at step 4852"),
+        (f" targets:{TARGETS} bytes:{BYTES}", "", "no totals in the score line"),
         ("frac:0.350", "frac:0.200", "looping was to begin"),
         ("  seed: 42\n", "", "seed"),
         (
