@@ -216,7 +216,7 @@ def test_leaky_square():
 def test_embed_with_bos_and_rows_shorter_than_the_batch():
     model, B, T = small_model(model_dim=24), 2, 7
     tokens = torch.randint(2, model.cfg.vocab_size, (B, T), device=DEVICE)
-    tokens[0, 3] = tokens[1, 0] = tokens[1, 6] = gpt.BOS
+    tokens[0, 0] = tokens[0, 3] = tokens[1, 6] = gpt.BOS   # the second row has no previous token at its start either
     tokens[0, 4] = tokens[0, 5]                            # one row of the embedding gets several gradients
     w = gpt.kernel_weights(model)
     buffers, grads = gpt.kernel_gradients(model)
