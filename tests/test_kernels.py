@@ -247,7 +247,7 @@ def test_loss_and_its_gradients_with_hints(V, row_scale, in_place):
     targets, hints = torch.randint(0, V, (2, N), device=DEVICE).unbind()
     with torch.no_grad():
         logits[0, 0], logits[1, 1] = 0.0, 500.0
-    caps = torch.tensor([70.0, 12.0], device=DEVICE, requires_grad=True)       # above 60 the kernel shifts its sums
+    caps = torch.tensor([110.0, 12.0], device=DEVICE, requires_grad=True)      # fp32 cannot hold exp(110)
     log_probs = gpt.softcap_logits(logits, *caps).log_softmax(-1)
     nll = -log_probs.gather(-1, targets[:, None])[:, 0]
     factors = randn(N) if row_scale else torch.full((N,), 0.25, device=DEVICE)
