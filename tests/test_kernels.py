@@ -86,8 +86,7 @@ def few_programs():
 # --- one kernel at a time -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("residual", [None, "mixed", "lane"])
-@pytest.mark.parametrize("skip_kind", [None, "other", "x"])
-@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize(("skip_kind", "adds"), [(None, True), ("other", False), ("x", True)])
 def test_mix_and_norm(residual, skip_kind, adds):
     model, N, layer_index, row = small_model(model_dim=24), 7, 1, 1
     D, W = model.cfg.model_dim, model.cfg.gate_window
@@ -153,8 +152,9 @@ def test_norm_before_the_mlp(residual):
 @pytest.mark.parametrize(("heads", "kv_heads", "rope_dims", "repeats_kv"), [
     (2, 1, 6, False), (2, 1, 8, True), (2, 2, 4, False), (4, 2, 2, True)])
 def test_attention_with_prepare_qk_and_remove_own_value(heads, kv_heads, rope_dims, repeats_kv):
-    model, N = small_model(model_dim=32, num_heads=heads, num_kv_heads=kv_heads, rope_dims=rope_dims), 9
-    cfg = model.cfg
+    cfg, N = small_config(model_dim=32, num_heads=heads, num_kv_heads=kv_heads, rope_dims=rope_dims,
+                          sparse_attn_gate_scale=1.5), 9
+    model = random_model(cfg).to(DEVICE)
     H, G, K = heads, kv_heads, cfg.head_dim
     cu_seqlens, longest = int32(0, 1, 1, 6, N, N), 6
     w = gpt.kernel_weights(model)
@@ -216,7 +216,7 @@ def test_leaky_square():
 def test_embed_with_bos_and_rows_shorter_than_the_batch():
     model, B, T = small_model(model_dim=24), 2, 7
     tokens = torch.randint(2, model.cfg.vocab_size, (B, T), device=DEVICE)
-    tokens[0, 3] = tokens[1, 0] = tokens[1, 6] = gpt.BOS
+    tokens[0, 0] = tokens[0, 3] = tokens[1, 6] = gpt.BOS   # the second row has no previous token at its start either
     tokens[0, 4] = tokens[0, 5]                            # one row of the embedding gets several gradients
     w = gpt.kernel_weights(model)
     buffers, grads = gpt.kernel_gradients(model)
@@ -247,7 +247,7 @@ def test_loss_and_its_gradients_with_hints(V, row_scale, in_place):
     targets, hints = torch.randint(0, V, (2, N), device=DEVICE).unbind()
     with torch.no_grad():
         logits[0, 0], logits[1, 1] = 0.0, 500.0
-    caps = torch.tensor([70.0, 12.0], device=DEVICE, requires_grad=True)       # above 60 the kernel shifts its sums
+    caps = torch.tensor([110.0, 12.0], device=DEVICE, requires_grad=True)      # fp32 cannot hold exp(110)
     log_probs = gpt.softcap_logits(logits, *caps).log_softmax(-1)
     nll = -log_probs.gather(-1, targets[:, None])[:, 0]
     factors = randn(N) if row_scale else torch.full((N,), 0.25, device=DEVICE)
@@ -386,14 +386,12 @@ def check_block(is_parallel, skip_kind, *, kinds=(), has_mlp=False, repeats_kv=F
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("repeats_kv", [False, True])
-@pytest.mark.parametrize("skip_kind", [None, "other", "x"])
+@pytest.mark.parametrize(("skip_kind", "repeats_kv"), [(None, False), ("other", True), ("x", False)])
 def test_serial_block(skip_kind, repeats_kv):
     check_block(False, skip_kind, repeats_kv=repeats_kv)
 
 
-@pytest.mark.parametrize("is_parting", [False, True])
-@pytest.mark.parametrize("skip_kind", [None, "other", "x"])
+@pytest.mark.parametrize(("skip_kind", "is_parting"), [(None, True), ("other", False), ("other", True), ("x", False)])
 def test_parallel_block(skip_kind, is_parting):
     with few_programs():
         check_block(True, skip_kind, is_parting=is_parting)
@@ -449,7 +447,7 @@ def wide_tiles():
 MODELS = {                                                 # every shape in which skips, lanes and loops can meet
     "lanes begin in the decoder": dict(num_layers=4, loop_start=1, loop_end=2, parallel_start_layer=3, num_loops=1),
     "lanes begin in the encoder": dict(num_layers=4, loop_start=0, loop_end=0, parallel_start_layer=1, num_loops=1),
-    "one stream, odd number of layers": dict(num_layers=3, loop_start=1, loop_end=1, parallel_start_layer=3, num_loops=1),
+    "one stream, odd layers": dict(num_layers=3, loop_start=1, loop_end=1, parallel_start_layer=3, num_loops=1),
     "two layers": dict(num_layers=2, num_kv_heads=2, num_loops=1),
 }
 
@@ -476,7 +474,7 @@ def model_shapes(draw):
 
 @given(model_shapes(), st.booleans(), st.booleans(), st.integers(0, 99),
        st.lists(st.integers(0, 6), min_size=1, max_size=4).filter(any))
-@settings(max_examples=6)
+@settings(max_examples=5)
 def test_gradients_of_random_models_and_rows(shape, looping, repeats_kv, seed, lengths):
     with wider_tiles():
         check_model(small_config(**shape), looping, lengths, repeats_kv, seed)
