@@ -162,6 +162,9 @@ case ${1:-} in
         export DATA_PATH=.data/proxy MAX_WALLCLOCK_SECONDS=180 EMA_DECAY=0.97 PHASED_TTT_PREFIX_DOCS=100 ;;
 esac
 
+# FlashAttention-4 keeps what it has compiled between runs only when told to.
+export FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1
+
 eval "$outside"
 
 [[ ${1:-} != check ]] || exec "$python" check.py "${@:2}"
