@@ -5924,8 +5924,11 @@ def refuse_kernels(run: Run) -> str:
         return "Triton is not installed"
     if torch.cuda.get_device_capability(run.device) < (9, 0):
         return "not tried on GPUs before compute capability 9.0"
-    if cfg.head_dim < 16 or cfg.head_dim & (cfg.head_dim - 1) or cfg.model_dim % 16 or cfg.mlp_dim % 16:
-        return f"head width {cfg.head_dim} is no power of two from 16 on, or a width no multiple of 16"
+    group = cfg.num_heads // cfg.num_kv_heads
+    if cfg.head_dim < 16 or cfg.head_dim & (cfg.head_dim - 1) or group & (group - 1):
+        return f"head width {cfg.head_dim} and heads per key {group} must be powers of two, the width from 16 on"
+    if cfg.model_dim % 16 or cfg.mlp_dim % 16:
+        return f"widths {cfg.model_dim} and {cfg.mlp_dim} must be multiples of 16"
     return "" if cfg.block_kernels else "BLOCK_KERNELS=0"
 
 
