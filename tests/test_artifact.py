@@ -1,7 +1,6 @@
 """Section 11: containers that refuse damage, codes and tensors that come back bit for bit."""
 import dataclasses
 import os
-import runpy
 
 import numpy as np
 import pytest
@@ -143,17 +142,6 @@ def test_size_report_adds_the_file_and_the_code(tmp_path, monkeypatch, capsys):
     model_bytes = sizes["Serialized model quantized+pergroup"]
     assert model_bytes == gpt.artifact_path(run).stat().st_size
     assert sizes["Total submission size quantized+pergroup"] == model_bytes + sizes["Code size (compressed)"]
-
-
-def test_a_packed_script_counts_its_own_file(tmp_path, capsys, repo):
-    packed = tmp_path / "packed.py"
-    packed.write_bytes(bytes(1234))
-    assert gpt.report_code_size(gpt.Run(tiny_config()), str(packed)) == 1234
-    assert "artifact code_form:packed_file\n" in capsys.readouterr().out
-    # What the loader hands over arrives under its name, and the readable script has none.
-    program = runpy.run_path(str(repo / "train_gpt.py"), {"PACKED_FILE": str(packed)}, "program")
-    assert program["PACKED_FILE"] == str(packed)
-    assert gpt.PACKED_FILE is None
 
 
 @pytest.fixture

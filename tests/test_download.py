@@ -132,7 +132,7 @@ def test_download_fetches_verifies_and_names_the_paths(repo, hub, published, tmp
     assert done.returncode == 0, done.stderr + done.stdout
     folder = tmp_path / prepare.PUBLISHED_NAME
     names = {path.name for path in folder.iterdir()}
-    assert names == {"manifest.json", "caseops_8192.model", "fineweb_train_000000.bin",
+    assert names == {"manifest.json", ".checked.json", "caseops_8192.model", "fineweb_train_000000.bin",
                      "fineweb_train_000001.bin",
                      *(Path(name).name for name in published if "fineweb_val_" in name)}
     for name, data in published.items():

@@ -174,7 +174,7 @@ def test_attention_with_prepare_qk_and_remove_own_value(heads, kv_heads, rope_di
     sources = [n, *wqkv, model.q_gain, model.xsa_alpha, model.attn_gate]
     expected = dict(zip(names, torch.autograd.grad((gated * dgated).sum(), sources)))
 
-    at = gpt.Batch2D(N, cu_seqlens, longest, model.rope, cfg.sparse_attn_gate_scale, ATTENTION[repeats_kv],
+    at = gpt.Layout(N, cu_seqlens, longest, model.rope, cfg.sparse_attn_gate_scale, ATTENTION[repeats_kv],
                      gpt.PLAIN_PRODUCTS)
     with torch.no_grad(), few_programs():
         state = gpt.attention_forward(w.layers[1], n, at, None)
@@ -194,7 +194,7 @@ def test_a_value_of_zero_has_a_finite_gradient():
     model, N = small_model(), 2
     layer = gpt.kernel_weights(model).layers[1]
     layer.qkv[-model.cfg.kv_dim:] = 0
-    at = gpt.Batch2D(N, int32(0, N), N, model.rope, 1.0, MATH, gpt.PLAIN_PRODUCTS)
+    at = gpt.Layout(N, int32(0, N), N, model.rope, 1.0, MATH, gpt.PLAIN_PRODUCTS)
     n, dgated = (randn(N, model.cfg.model_dim) for _ in range(2))
     with torch.no_grad():
         state = gpt.attention_forward(layer, n, at, None)
@@ -352,7 +352,7 @@ def check_block(is_parallel, skip_kind, *, kinds=(), has_mlp=False, repeats_kv=F
     expected["x"] = expected["x"] + extra if adds_extra else expected["x"]
     expected["x0"] = expected["x0"] + dx0_before
 
-    at = gpt.Batch2D(T, cu_seqlens, longest, model.rope, cfg.sparse_attn_gate_scale, ATTENTION[repeats_kv],
+    at = gpt.Layout(T, cu_seqlens, longest, model.rope, cfg.sparse_attn_gate_scale, ATTENTION[repeats_kv],
                      gpt.PLAIN_PRODUCTS)
     flat = {name: t.detach().flatten(0, 1) for name, t in (("x", x), ("lane1", lane1), ("x0", x0), ("saved", saved))}
     flat_skip = {None: None, "other": flat["saved"], "x": flat["x"]}[skip_kind]
