@@ -604,14 +604,14 @@ def test_without_compile_the_operations_are_the_plain_functions_and_the_log_says
     assert gpt.choose_ops(gpt.Run(tiny_config(compile=False))) == gpt.Ops()
     assert capsys.readouterr().out.splitlines() == [
         'attention backend:math reason:"no GPU"', 'loss backend:plain reason:"no GPU"',
-        'blocks backend:plain reason:"COMPILE=0"']
+        'blocks backend:plain reason:"no GPU; COMPILE=0"']
 
 
 def test_compiled_blocks_keep_the_chosen_attention_and_loss(fresh_compiler, capsys):
     compiled = gpt.choose_ops(gpt.Run(tiny_config(compile=True)))
     assert compiled.plain() == gpt.Ops()
     assert compiled.row_gradients is gpt.row_gradients
-    assert 'blocks backend:compiled reason:"COMPILE=1"' in capsys.readouterr().out
+    assert 'blocks backend:compiled reason:"no GPU"' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("changes", "reason"), [({"fused_ce_enabled": False}, "FUSED_CE_ENABLED=0"), ({}, "Triton")])
@@ -627,9 +627,28 @@ def test_a_gpu_with_triton_gets_the_fused_loss(monkeypatch, capsys):
     assert capsys.readouterr().out == 'loss backend:fused_triton reason:"first choice"\n'
 
 
-def test_a_gpu_without_compilation_stops_the_run_unless_slowness_is_allowed():
-    with pytest.raises(gpt.ConfigError, match="without torch.compile or Triton .* ALLOW_SLOW=1"):
-        gpt.choose_ops(gpt.Run(tiny_config(compile=False), device=torch.device("cuda")))
+@pytest.mark.parametrize(("capability", "changes", "reason"), [
+    ((8, 0), {}, "before compute capability 9.0"), ((9, 0), {"block_kernels": False}, "BLOCK_KERNELS=0"),
+    ((9, 0), {"model_dim": 32, "num_heads": 4}, "head width 8")])
+def test_a_gpu_without_block_kernels_stops_the_run_unless_slowness_is_allowed(monkeypatch, capability, changes,
+                                                                              reason):
+    monkeypatch.setattr(gpt, "triton", object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(gpt, "choose_attention", lambda run: (gpt.attend_math, gpt.autograd_attention(gpt.attend_math)))
+    sizes = {"model_dim": 64, "num_heads": 4, "num_kv_heads": 2, **changes}
+    with pytest.raises(gpt.ConfigError, match=f"no block kernels .*{reason}.*ALLOW_SLOW=1"):
+        gpt.choose_ops(gpt.Run(tiny_config(**sizes), device=torch.device("cuda")))
+    slow = gpt.choose_ops(gpt.Run(tiny_config(**sizes, allow_slow=True), device=torch.device("cuda")))
+    assert slow.row_gradients is gpt.row_gradients
+
+
+def test_a_gpu_with_everything_gets_the_block_kernels(monkeypatch, capsys):
+    monkeypatch.setattr(gpt, "triton", object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpt, "choose_attention", lambda run: (gpt.attend_math, gpt.autograd_attention(gpt.attend_math)))
+    ops = gpt.choose_ops(gpt.Run(tiny_config(model_dim=64, num_heads=4), device=torch.device("cuda")))
+    assert isinstance(ops.row_gradients.__self__, gpt.Kernels) and ops.score is gpt.kernel_score
+    assert 'blocks backend:kernels reason:"first choice"' in capsys.readouterr().out
 
 
 # GPU
