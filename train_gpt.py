@@ -3316,15 +3316,15 @@ BATCH_CHUNKS = 16_000        # most rows x chunks of the longest document; short
 ROW_BUCKETS = (2, 4, 8, 16, 32, 48, 64)
 WINDOW_BUCKETS = (96, 192, 288, 384, 528, 672, 864, 1056, 1248, 1680, 2112, 2560)
 # Milliseconds of a learning chunk step by rows, at each of STEP_WINDOWS; balances lanes, orders their steps.
-# Estimated for one H100 (3 ms + 0.93 us per token, at least 5); benchmarks/evaluation.py measures it.
+# Measured on one H100 by benchmarks/evaluation.py (logs/evaluation_h100.out).
 STEP_WINDOWS = (96, 384, 864, 1248, 1680, 2112, 2560)
 STEP_MS = {
-    2: (5.0, 5.0, 5.0, 5.3, 6.1, 6.9, 7.8),
-    8: (5.0, 5.9, 9.4, 12.3, 15.5, 18.7, 22.0),
-    16: (5.0, 8.7, 15.9, 21.6, 28.0, 34.4, 41.1),
-    32: (5.9, 14.4, 28.7, 40.1, 53.0, 65.9, 79.2),
-    48: (7.3, 20.1, 41.6, 58.7, 78.0, 97.3, 117.3),
-    64: (8.7, 25.9, 54.4, 77.3, 103.0, 128.7, 155.4)}
+    2: (3.63, 4.07, 5.0, 6.02, 7.02, 8.03, 9.08),
+    8: (4.36, 6.17, 10.11, 13.24, 17.98, 21.99, 26.94),
+    16: (5.46, 9.12, 17.53, 24.15, 33.43, 41.42, 51.45),
+    32: (8.01, 16.1, 32.81, 46.66, 64.1, 80.22, 99.09),
+    48: (11.03, 23.66, 48.19, 68.82, 94.93, 121.05, 148.13),
+    64: (13.18, 30.64, 63.39, 90.33, 120.65, 150.97, 182.4)}
 
 
 class Documents(NamedTuple):
@@ -3882,7 +3882,7 @@ def lane_draws(cfg: Config, run: Run, lane: int) -> DrawA:
         -1 / math.sqrt(shape[-1]), 1 / math.sqrt(shape[-1]), generator=generator)
 
 
-FORWARD_SHARE = 0.45         # cost of a chunk step that only scores, relative to one that learns
+FORWARD_SHARE = 0.43         # cost of a chunk step that only scores, relative to one that learns (at most)
 CHECKPOINTS = 16             # times in a phase at which ranks agree whether adaptation must stop
 BUDGET_SHARE = 0.97          # part of the evaluation budget that a prediction may fill
 

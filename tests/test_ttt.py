@@ -1102,7 +1102,7 @@ def test_benchmark_carries_the_records_lengths(benchmark_module):
 
 
 def test_benchmark_adds_up_the_parts_of_the_clock(benchmark_module, capsys):
-    table = json.loads((gpt.REPO / "benchmarks" / "evaluation_estimate.json").read_text())
+    table = json.loads((gpt.REPO / "benchmarks" / "evaluation_h100.json").read_text())
     cfg, docs = gpt.Config(), benchmark_module.documents_of(benchmark_module.record_lengths()[::100])
     totals = [benchmark_module.predict(cfg, table, docs, 50, world_size) for world_size in (1, 8)]
     assert totals[0] > 2 * totals[1] > 0
