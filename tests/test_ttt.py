@@ -1027,7 +1027,7 @@ for shape in ADAMW_SHAPES:
     gpt.plain_adapter_adamw(*plain)
     gpt.launch_adapter_adamw(*fast)
     for a, b in zip(plain[:3], fast[:3]):
-        torch.testing.assert_close(a.float(), b.float(), rtol=1e-2 if a.dtype == torch.bfloat16 else 1e-6, atol=1e-7)
+        torch.testing.assert_close(a.float(), b.float(), rtol=1e-2 if a.dtype == torch.bfloat16 else 2e-5, atol=1e-6)
 print("equal")
 """
 
@@ -1048,7 +1048,7 @@ def test_adapter_kernel_equals_the_plain_step(shape):
     gpt.plain_adapter_adamw(*plain)
     gpt.adapter_adamw(*fast)
     for a, b in zip(plain[:3], fast[:3]):
-        torch.testing.assert_close(a.float(), b.float(), rtol=1e-2 if a.dtype == torch.bfloat16 else 1e-6, atol=1e-7)
+        torch.testing.assert_close(a.float(), b.float(), rtol=1e-2 if a.dtype == torch.bfloat16 else 2e-5, atol=1e-6)
 
 
 @pytest.mark.gpu
@@ -1056,8 +1056,8 @@ def test_captured_steps_equal_eager_ones(setup):
     """Every score and every adapter after several batches, and nothing left behind by capturing."""
     run = gpt.Run(setup.cfg, device=torch.device("cuda"))
     torch.manual_seed(0)
-    model = random_model(setup.cfg, compute_dtype=torch.bfloat16).requires_grad_(False).cuda()
-    model.attend = gpt.attend_torch_varlen
+    # Plain math reads segment bounds on the host, which cannot be captured.
+    model = random_model(setup.cfg, compute_dtype=torch.bfloat16, ops=gpt.Ops(attend=gpt.attend_torch_varlen)).cuda()
     phases = setup.plan(lanes=1)
     scored = gpt.certified_order(phases, setup.docs, setup.cfg.ttt_chunk_size)
     results = []
