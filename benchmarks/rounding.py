@@ -33,8 +33,8 @@ def main() -> None:
         checkpoint = gpt.checkpoint_path(run).with_name(f"{cfg.run_id}.weights")
         streams, _ = gpt.read_container(checkpoint, gpt.CHECKPOINT_MAGIC, plain)
         model.load_state_dict(gpt.unpack_tensors(streams["weights"]))
-        gpt.sort_hidden_units(model)
         gpt.log_start(plain, run, data, gpt.check_tokenizer(plain, data), model)
+        run.begin()
         weights = {name: p.clone() for name, p in model.state_dict().items()}
         stats = gpt.collect_hessians(dataclasses.replace(plain, rdo_lambda=1.0), run, model, data.train,
                                      plain.gptq_calibration_batches)

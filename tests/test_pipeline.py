@@ -417,18 +417,32 @@ def test_a_loss_that_is_not_finite_between_two_log_lines_ends_the_run(tmp_path, 
     write_run_data(tmp_path / "data")
     train_rows, steps = gpt.train_rows, []
 
-    def one_bad_step(*args):
-        steps.append(train_rows(*args))
+    def one_bad_step(*args, **kwargs):
+        steps.append(train_rows(*args, **kwargs))
         return steps[-1] * (float("inf") if len(steps) == 7 else 1)
     monkeypatch.setattr(gpt, "train_rows", one_bad_step)
     message = check_failure(Finished(tmp_path, iterations=9, warmup_steps=0))
     assert "train_loss up to step 9 is inf" in message and "at step 5;" in message
 
 
+def test_a_loss_that_is_not_finite_after_the_last_log_line_ends_the_run(tmp_path, monkeypatch):
+    """A run that its clock stops ends between two log lines."""
+    write_run_data(tmp_path / "data")
+    train_rows, steps = gpt.train_rows, []
+
+    def one_bad_step(*args, **kwargs):
+        steps.append(train_rows(*args, **kwargs))
+        return steps[-1] * (float("inf") if len(steps) == 7 else 1)
+    monkeypatch.setattr(gpt, "train_rows", one_bad_step)
+    monkeypatch.setattr(gpt, "plan_step", lambda cfg, step, *rest: (step / cfg.iterations, step == 8))
+    message = check_failure(Finished(tmp_path, iterations=100, warmup_steps=0))
+    assert "train_loss up to step 8 is inf" in message and "at step 5;" in message
+
+
 @pytest.mark.parametrize("stage, changes", [("diagnostic pre-quantization post-ema", dict(quantize_only=True)),
                                             ("scoring", dict(ttt_eval_only=True))])
 def test_a_score_that_is_not_finite_ends_with_one(resumable, monkeypatch, stage, changes):
-    result, run_stage = gpt.BpbMeter.result, []
+    result = gpt.BpbMeter.result
 
     def spoil(meter):
         if meter.run.stage_name == stage:

@@ -1,6 +1,7 @@
 """Section 2: ranks, collectives, the log file, names of runs, signals, seeded generators, the C compiler."""
 import errno
 import io
+import itertools
 import os
 import re
 import signal
@@ -8,11 +9,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
 import train_gpt as gpt
 from helpers import tiny_config
+from toy_data import write_run_data
 
 
 @pytest.fixture
@@ -223,6 +226,69 @@ def test_progress_is_one_line_on_a_terminal_and_nothing_elsewhere(monkeypatch, c
         run.log("a log line")
         assert ("\rstep 1" in screen.getvalue()) == shown
         assert screen.getvalue().endswith(("\r      \r" if shown else "") + "a log line\n")
+
+
+@pytest.mark.parametrize("screen", [Terminal(), io.StringIO()])
+def test_training_and_scoring_show_progress_on_a_terminal_only(tmp_path, monkeypatch, screen):
+    write_run_data(tmp_path)
+    cfg = tiny_config(data_path=str(tmp_path), allow_unverified=False, ttt_batch_size=2)
+    data, model = gpt.Dataset.open(cfg), gpt.GPT(cfg)
+    monotonic = itertools.count()                         # so much later each time that every text is due
+    monkeypatch.setattr(gpt.time, "monotonic", lambda: float(next(monotonic)))
+    monkeypatch.setattr(sys, "stdout", screen)
+    run = gpt.Run(cfg)
+    gpt.train(cfg, run, data, model)
+    gpt.evaluate_ttt(cfg, run, model, data)
+    shown = re.findall(r"\r([^\r\n]*\S)[^\r\n]*\r", screen.getvalue())
+    if not screen.isatty():
+        assert "\r" not in screen.getvalue() and "train_loss" in screen.getvalue()
+        return
+    steps = [m for text in shown if (m := re.fullmatch(
+        r"step (\d)/4, train_loss \d\.\d{4} at step (\d), (\d+) s left", text))]
+    assert [(m[1], m[2]) for m in steps] == [("1", "1"), ("2", "2"), ("3", "3")]
+    batches = [m for text in shown if (m := re.fullmatch(
+        r"phase ([12])/2: batch (\d+)/(\d+), bpb \d+\.\d{4}, (\d+) s left", text))]
+    for phase in "12":
+        done, total = zip(*((int(m[2]), int(m[3])) for m in batches if m[1] == phase))
+        assert done == tuple(range(1, total[0] + 1))
+        last = [m for m in batches if m[1] == phase][-1]
+        assert last[4] == "0"
+
+
+def test_the_time_left_follows_the_clock_plan_in_training_and_the_planned_cost_in_scoring(
+        tmp_path, monkeypatch):
+    write_run_data(tmp_path)
+    cfg = tiny_config(data_path=str(tmp_path), allow_unverified=False, max_wallclock_seconds=100.0,
+                      gptq_reserve_seconds=20.0, phased_ttt_prefix_docs=0, ngram_tilt_enabled=False)
+    data, model, run, now_s, texts = gpt.Dataset.open(cfg), gpt.GPT(cfg), gpt.Run(cfg), [0.0], []
+    monkeypatch.setattr(gpt.time, "perf_counter", lambda: now_s[0])
+    monkeypatch.setattr(gpt.Run, "progress", lambda run, text: texts.append(text) if text else None)
+    monkeypatch.setattr(gpt, "estimate_calibration", lambda *args: 1.0)
+    train_rows, score_batch = gpt.train_rows, gpt.Scorer.score_batch
+
+    def slow_rows(*args, **kwargs):
+        now_s[0] += 15.0
+        return train_rows(*args, **kwargs)
+
+    def slow_batch(scorer, batch, *rest):                 # three times as slow as planned
+        now_s[0] += 3 * (batch.end_us - int(batch.steps.start_us[0])) / 1e6
+        return score_batch(scorer, batch, *rest)
+    monkeypatch.setattr(gpt, "train_rows", slow_rows)
+    monkeypatch.setattr(gpt.Scorer, "score_batch", slow_batch)
+    gpt.train(cfg, run, data, model)
+    assert [text.split(", ")[-1] for text in texts] == ["65 s left", "50 s left", "35 s left"]
+    docs, texts[:] = gpt.Documents(np.array([0, 40]), np.array([41, 21])), []
+    [phase] = gpt.plan_batches(docs, batch_size=1, lanes=1, chunk=cfg.ttt_chunk_size,
+                               window=cfg.ttt_eval_seq_len)
+    for batch in phase[0]:
+        batch.steps.start_us[:] *= 1000                   # seconds, not milliseconds
+        batch.steps.cost_us[:] *= 1000
+    scorer = gpt.Scorer(cfg, run, model, 61)
+    scorer.follow(docs, gpt.certified_order([phase], docs, cfg.ttt_chunk_size))
+    gpt.score_phase(scorer, phase, [gpt.lane_draws(cfg, run, 0)], "1/1")
+    left_us = phase[0][1].end_us - phase[0][0].end_us
+    assert [text.split(", ")[-1] for text in texts] == [f"{3 * left_us / 1e6:.0f} s left", "0 s left"]
+    assert left_us >= 1e6
 
 
 def test_a_cpu_run_computes_in_fp32():

@@ -25,8 +25,11 @@ KINDS = ("q", "k", "v", "o", "mlp", "head")
 
 def as_rank(cfg: gpt.Config, rank: int, world_size: int) -> SimpleNamespace:
     """A rank that never meets the others: enough for work that is dealt without communication."""
+    def generator(*keys: int) -> torch.Generator:
+        return gpt.Run.generator(SimpleNamespace(cfg=cfg, device="cpu"), *keys)
+
     return SimpleNamespace(cfg=cfg, rank=rank, world_size=world_size, device=torch.device("cpu"),
-                           generator=lambda *keys: gpt.Run.generator(SimpleNamespace(cfg=cfg, device="cpu"), *keys))
+                           generator=generator, beat=lambda: None)
 
 
 # --- golden vectors: windows, documents, queue --------------------------------------------------------------
