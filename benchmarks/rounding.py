@@ -3,11 +3,11 @@
 
     RUN_ID=h100_180s DATA_PATH=shards python benchmarks/rounding.py          settings as of that run
 
-Variants: the trellis alone, RDO_LAMBDA of 0.5 and 1, and 1 without protected columns or without low-rank corrections.
-For each: bytes of the artifact, BPB of the validation text without test-time training, and the quantization
-tax (BPB above that of the unquantized weights) relative to plain GPTQ. Steps are scaled until the artifact is as long
-as plain GPTQ's, at most 4 kB less. Everything goes to the log of run `<RUN_ID>_rounding`, with the seconds of each
-stage; its artifacts lie beside those of the earlier run.
+Variants: the trellis alone, RDO_LAMBDA of 0.5 and 1, and 1 without protected columns or without low-rank
+corrections. For each: bytes of the artifact, BPB of the validation text without test-time training, and the
+quantization tax (BPB above that of the unquantized weights) relative to plain GPTQ. Steps are scaled until
+the artifact is as long as plain GPTQ's, at most 4 kB less. Everything goes to the log of run
+`<RUN_ID>_rounding`, with the seconds of each stage; its artifacts lie beside those of the earlier run.
 """
 import dataclasses
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as gpt  # noqa: E402
 
-VARIANTS = (                                              # the first one's bytes are what the others may spend
+VARIANTS = (                               # the first one's bytes are what the others may spend
     {}, {"rdo_lambda": 1e-9},                             # next to 0: no step is scaled
     {"rdo_lambda": 0.5}, {"rdo_lambda": 1.0}, {"rdo_lambda": 1.0, "awq_lite_enabled": False},
     {"rdo_lambda": 1.0, "lqer_enabled": False})

@@ -26,8 +26,8 @@ def in_tmp(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("world_size", ["3", "5", "6", "7", "16"])
 def test_world_sizes_that_do_not_divide_a_step_are_refused(in_tmp, world_size):
-    with pytest.raises(gpt.ConfigError, match=f"WORLD_SIZE={world_size}: expected 1, 2, 4 or 8, because one optimizer "
-                                              "step is 8 rows.*change --nproc_per_node"):
+    message = f"WORLD_SIZE={world_size}: expected 1, 2, 4 or 8, because one optimizer step is 8 rows"
+    with pytest.raises(gpt.ConfigError, match=f"{message}.*change --nproc_per_node"):
         gpt.Run.start(tiny_config(), {"WORLD_SIZE": world_size, "RANK": "0"})
     assert not list(in_tmp.iterdir())
 
@@ -35,7 +35,8 @@ def test_world_sizes_that_do_not_divide_a_step_are_refused(in_tmp, world_size):
 @pytest.mark.gpu
 def test_more_processes_than_gpus_are_refused(in_tmp):
     count = torch.cuda.device_count()
-    with pytest.raises(gpt.ConfigError, match=f"LOCAL_RANK={count}: expected below {count}, the GPUs of this machine"):
+    message = f"LOCAL_RANK={count}: expected below {count}, the GPUs of this machine"
+    with pytest.raises(gpt.ConfigError, match=message):
         gpt.Run.start(tiny_config(), {"LOCAL_RANK": str(count)})
 
 
@@ -53,7 +54,8 @@ def test_log_lines_reach_stdout_and_the_log_file_alike(in_tmp, capsys):
         assert (in_tmp / "logs" / "abc.txt").read_text() == ""               # nothing is kept of a start
         run.begin()
         run.log("second line")
-        assert (in_tmp / "logs" / "abc.txt").read_text() == "first line\nsecond line\n"          # then at once
+        # then at once
+        assert (in_tmp / "logs" / "abc.txt").read_text() == "first line\nsecond line\n"
     assert capsys.readouterr().out == "first line\nsecond line\n"
 
 
@@ -119,7 +121,8 @@ def test_the_name_of_an_earlier_run_is_refused_unless_it_is_resumed(in_tmp, left
     path.write_text("something")
     cfg = dict(run_id="abc", checkpoint_dir="weights")
     for _ in range(2):
-        with pytest.raises(gpt.ConfigError, match=f"RUN_ID=abc: {left} exists from an earlier run; choose another"):
+        message = f"RUN_ID=abc: {left} exists from an earlier run; choose another"
+        with pytest.raises(gpt.ConfigError, match=message):
             gpt.Run.start(tiny_config(**cfg), {})
     assert path.read_text() == "something"
     for resumed in ("quantize_only", "ttt_eval_only"):
@@ -129,11 +132,12 @@ def test_the_name_of_an_earlier_run_is_refused_unless_it_is_resumed(in_tmp, left
 
 def test_two_runs_of_one_name_at_a_time_are_refused_and_a_killed_one_leaves_no_lock(in_tmp, repo):
     code = ("import train_gpt as gpt; from helpers import tiny_config\n"
-            "run = gpt.Run.start(tiny_config(run_id='abc', quantize_only=True), {}); print('started', flush=True)\n"
+            "run = gpt.Run.start(tiny_config(run_id='abc', quantize_only=True), {})\n"
+            "print('started', flush=True)\n"
             "input()")
     env = {**os.environ, "PYTHONPATH": f"{repo}{os.pathsep}{repo / 'tests'}"}
-    with subprocess.Popen([sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          text=True) as other:
+    with subprocess.Popen([sys.executable, "-c", code], env=env, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "started\n"
         for resumes in (False, True):
             with pytest.raises(gpt.ConfigError, match="RUN_ID=abc: a run of this name is going on"):
@@ -158,7 +162,8 @@ def test_a_number_that_is_not_finite_names_stage_and_last_good_value(bad):
     run.stage("training")
     run.last_good = "train_loss 2.5000 at step 100"
     gpt.require_finite(run, "train_loss", 1.0, torch.ones(3))
-    with pytest.raises(gpt.RunError, match="in stage training; last good value: train_loss 2.5000 at step 100"):
+    message = "in stage training; last good value: train_loss 2.5000 at step 100"
+    with pytest.raises(gpt.RunError, match=message):
         gpt.require_finite(run, "train_loss", 1.0, bad)
 
 
@@ -175,7 +180,8 @@ def test_saving_to_a_full_disk_waits_until_there_is_room(tmp_path, monkeypatch, 
     gpt.save(gpt.Run(tiny_config()), tmp_path / "x.weights", b"weights" * 200)
     assert (tmp_path / "x.weights").read_bytes() == b"weights" * 200
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 and "file:x.weights bytes:1400" in lines[0] and "make 1,400 bytes of room" in lines[0]
+    assert len(lines) == 1 and "file:x.weights bytes:1400" in lines[0]
+    assert "make 1,400 bytes of room" in lines[0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -198,9 +204,10 @@ def test_a_call_that_does_not_return_is_abandoned(repo):
             "pause = ctypes.CDLL(None).sleep\n"
             "def wait():\n"
             "    end = __import__('time').time() + 60\n"
-            "    print('waiting', flush=True)\n"
             "    while __import__('time').time() < end:\n"
-            "        try: pause(60)\n"
+            "        try:\n"
+            "            print('waiting', flush=True)\n"
+            "            pause(60)\n"
             "        except gpt.Interrupted: pass\n"
             "with gpt.catch_signals(lambda number: os._exit(100 + number)): wait()\n")
     with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(repo)},
@@ -312,7 +319,8 @@ def test_compiled_c_can_be_called_and_leaves_no_file(monkeypatch, tmp_path):
 
 def test_a_missing_c_compiler_is_named(monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
-    with pytest.raises(RuntimeError, match="no C compiler: expected `no-such-compiler` on the PATH; install gcc"):
+    message = "no C compiler: expected `no-such-compiler` on the PATH; install gcc"
+    with pytest.raises(RuntimeError, match=message):
         gpt.compile_c("int x;")
 
 

@@ -947,13 +947,6 @@ def test_no_score_line_before_the_coverage_check(setup, tmp_path, monkeypatch, c
     assert "val_bpb" not in capsys.readouterr().out
 
 
-def test_clocks_are_logged_in_milliseconds_with_their_sum(setup, tmp_path, capsys):
-    evaluate(setup, setup.cfg, tmp_path)
-    line, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("eval clock_ms:"))
-    clock, warmup, load, total = (int(pair.split(":")[1]) for pair in line.split()[1:])
-    assert load == 0 and clock > 0 and abs(clock + warmup - total) <= 1
-
-
 # --- padded and captured steps ------------------------------------------------------------------------------
 
 BUCKETS = gpt.Buckets(rows=(2, 3), windows=(16, 32))
