@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
 """Make the submission: a self-extracting train_gpt.py and the files it needs, in one folder.
 
-    python pack.py FOLDER          write FOLDER (must not exist), then check that the packed script is the same program
+    python pack.py FOLDER          write FOLDER (must not exist), then check that the packed script is the
+                                   same program
     python report.py pack FOLDER   the same
 
-The packed script is a small Python file whose one string literal holds the program, without comments and docstrings,
-compressed by LZMA. It unpacks the program in memory and leaves the lines where Python's `inspect` looks for
-them,
-because Triton reads the source of its kernels; no file is written. Its length on disk is the code size that a
-run
-counts. Any Python from 3.10 on packs the same bytes, and runs them.
+The packed script is a small Python file whose one string literal holds the program, without comments and
+docstrings, compressed by LZMA. It unpacks the program in memory and leaves the lines where Python's `inspect`
+looks for them, because Triton reads the source of its kernels; no file is written. Its length on disk is the
+code size that a run counts. Any Python from 3.10 on packs the same bytes, and runs them.
 """
 from __future__ import annotations
 
@@ -29,7 +28,8 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent
 COMPANIONS = ("run.sh", "launch.py", "lossless_caps.py", "caseops_encoder.py", "caseops_merges.py",
-              "prepare_caseops_data.py", "requirements.txt", "requirements-gpu.txt", "tokenizers", "LICENSE", "README.md")
+              "prepare_caseops_data.py", "requirements.txt", "requirements-gpu.txt", "tokenizers", "LICENSE",
+              "README.md")
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 0, "pb": 0,
                  "dict_size": 1 << 20}]
 # Latin-1 makes every byte one character, so that the payload needs no base64. __file__ stays that of the
@@ -109,7 +109,8 @@ class _Spans(ast.NodeVisitor):
         self.generic_visit(node)
         self._in_function = outside
         first = node.body[0]
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+        is_value = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+        if is_value and isinstance(first.value.value, str):
             self.drop(self.start(first), self.end(first), "" if len(node.body) > 1 else "pass")
 
     def _drop_hints(self, node: ast.FunctionDef) -> None:
@@ -123,8 +124,8 @@ class _Spans(ast.NodeVisitor):
 
 C_QUOTE = 'r"""'
 # Operators that two neighbours must not become.
-LONG_OPERATORS = {"**", "//", "<<", ">>", "->", ":=", "==", "!=", "<=", ">=", "+=", "-=", "*=", "/=", "%=", "&=",
-                  "|=", "^=", "@=", "..."}
+LONG_OPERATORS = {"**", "//", "<<", ">>", "->", ":=", "==", "!=", "<=", ">=", "+=", "-=", "*=", "/=", "%=",
+                  "&=", "|=", "^=", "@=", "..."}
 
 
 def _is_twin(name: str) -> bool:

@@ -1982,6 +1982,9 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
             loop_on = step, clock.now()
             encoder, decoder = execution_order(cfg, True)
             run.log(f"layer_loop:enabled step:{step} frac:{progress:.3f} encoder:{encoder} decoder:{decoder}")
+        if progress > 0:
+            left_s = clock.now() * (1 / progress - 1)
+            run.progress(f"step {step}/{cfg.iterations}, {run.last_good}, {left_s:.0f} s left")
 
         # The step: gradients of all rows, Muon and AdamW, the average.
         loss = train_rows(cfg, run, model, optimizer, loader, rows_per_rank, looping=loop_on is not None)
@@ -3968,18 +3971,24 @@ def score_phase(scorer: Scorer, phase: Phase, draws: Sequence[DrawA], label: str
     run, docs = scorer.run, scorer.docs
     mine = range(run.rank, len(phase), run.world_size)
     total, done = sum(len(phase[lane]) for lane in mine), 0
+    planned_us, done_us = sum(phase[lane][-1].end_us for lane in mine if phase[lane]), 0
+    start = time.perf_counter()
     for lane in mine:
         may_learn = functools.partial(limit.may_learn, lane) if limit else lambda start_us: True
         for batch in phase[lane]:
             keeps_a = batch.carries and scorer.cfg.ttt_warm_start_a
             scorer.score_batch(batch, None if keeps_a else draws[lane], may_learn)
             done += 1
+            done_us += batch.end_us - int(batch.steps.start_us[0])
             if label and run.rank == 0:
                 nats, _, num_bytes = scorer.meter.sums.tolist()
                 lengths = docs.length[list(batch.docs)]
-                run.log(f"ttt batch:{done}/{total} bpb:{nats / math.log(2) / max(num_bytes, 1):.6f} "
+                bpb = nats / math.log(2) / max(num_bytes, 1)
+                run.log(f"ttt batch:{done}/{total} bpb:{bpb:.6f} "
                         f"documents:{len(lengths)} doc_len:{lengths.min()}-{lengths.max()} lane:{lane} "
                         f"phase:{label}")
+                left_s = (time.perf_counter() - start) * (planned_us - done_us) / done_us
+                run.progress(f"phase {label}: batch {done}/{total}, bpb {bpb:.4f}, {left_s:.0f} s left")
         if limit:
             limit.pass_checkpoints(math.inf)
 

@@ -3,11 +3,11 @@
 
     RUN_ID=h100_180s DATA_PATH=shards python benchmarks/rounding.py          settings as of that run
 
-Variants: the trellis alone, RDO_LAMBDA of 0.5 and 1, and 1 without protected columns or without low-rank corrections.
-For each: bytes of the artifact, BPB of the validation text without test-time training, and the quantization
-tax (BPB above that of the unquantized weights) relative to plain GPTQ. Steps are scaled until the artifact is as long
-as plain GPTQ's, at most 4 kB less. Everything goes to the log of run `<RUN_ID>_rounding`, with the seconds of each
-stage; its artifacts lie beside those of the earlier run.
+Variants: the trellis alone, RDO_LAMBDA of 0.5 and 1, and 1 without protected columns or without low-rank
+corrections. For each: bytes of the artifact, BPB of the validation text without test-time training, and the
+quantization tax (BPB above that of the unquantized weights) relative to plain GPTQ. Steps are scaled until
+the artifact is as long as plain GPTQ's, at most 4 kB less. Everything goes to the log of run
+`<RUN_ID>_rounding`, with the seconds of each stage; its artifacts lie beside those of the earlier run.
 """
 import dataclasses
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as gpt  # noqa: E402
 
-VARIANTS = (                                              # the first one's bytes are what the others may spend
+VARIANTS = (                               # the first one's bytes are what the others may spend
     {}, {"rdo_lambda": 1e-9},                             # next to 0: no step is scaled
     {"rdo_lambda": 0.5}, {"rdo_lambda": 1.0}, {"rdo_lambda": 1.0, "awq_lite_enabled": False},
     {"rdo_lambda": 1.0, "lqer_enabled": False})
@@ -33,8 +33,8 @@ def main() -> None:
         checkpoint = gpt.checkpoint_path(run).with_name(f"{cfg.run_id}.weights")
         streams, _ = gpt.read_container(checkpoint, gpt.CHECKPOINT_MAGIC, plain)
         model.load_state_dict(gpt.unpack_tensors(streams["weights"]))
-        gpt.sort_hidden_units(model)
         gpt.log_start(plain, run, data, gpt.check_tokenizer(plain, data), model)
+        run.begin()
         weights = {name: p.clone() for name, p in model.state_dict().items()}
         stats = gpt.collect_hessians(dataclasses.replace(plain, rdo_lambda=1.0), run, model, data.train,
                                      plain.gptq_calibration_batches)

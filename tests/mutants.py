@@ -7,8 +7,8 @@
     python tests/mutants.py --list
 
 A mutation is an exact replacement in train_gpt.py. One whose text is not found is an error: a change of the
-program must
-carry its mutations along. Exit code 1 when a mutation survives, that is when its tests pass.
+program must carry its mutations along. Exit code 1 when a mutation survives, that is when its tests pass, or
+when tests that claim a rule fail without any mutation, for then they prove nothing.
 """
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 REPO = Path(__file__).resolve().parent.parent
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", "demo_out", "checkpoints", "data")
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", "demo_out", "checkpoints",
+                                  "data")
 TIMEOUT_S = 900
 
 
 class Mutation(NamedTuple):
-    rule: str
     old: str
     new: str
-    tests: str               # what pytest is given: files, -k expressions
+    tests: str               # a test file, or "FILE -k EXPRESSION"
     is_fast: bool = False
 
 
@@ -39,127 +39,202 @@ def lines(*text: str) -> str:
     return "".join(f"{line}\n" for line in text)
 
 
-RULES = "tests/test_rules.py -k "
-MUTATIONS = {
-    "calibration_on_validation_in_run": Mutation(
-        "calibration reads training data only",
-        "    stats = collect_hessians(cfg, run, model, data.train, cfg.gptq_calibration_batches)",
-        "    stats = collect_hessians(cfg, run, model, data.val, cfg.gptq_calibration_batches)",
-        RULES + "calibration_reads", True),
-    "calibration_on_validation_in_warm_up": Mutation(
-        "calibration reads training data only",
-        "collect_hessians(cfg, run, model, data.train, num_batches=run.world_size)",
-        "collect_hessians(cfg, run, model, data.val, num_batches=run.world_size)",
-        RULES + "calibration_reads"),
-    "constant_learning_rate": Mutation(
-        "the learning rate follows its schedule",
-        "optimizer.step(step, lr_factor(cfg, progress))", "optimizer.step(step, 1.0)",
-        RULES + "factor_of_its_progress", True),
-    "average_before_the_step": Mutation(
-        "the average takes in the weights after the step",
-        lines("        optimizer.step(step, lr_factor(cfg, progress))", "        average.update()"),
-        lines("        average.update()", "        optimizer.step(step, lr_factor(cfg, progress))"),
-        RULES + "average_takes_in", True),
-    "another_decay": Mutation(
-        "the average has the decay that is set",
-        "WeightAverage(model, cfg.ema_decay)", "WeightAverage(model, 0.9 * cfg.ema_decay)",
-        RULES + "average_takes_in"),
-    "stop_without_calibration": Mutation(
-        "training stops early enough for calibration",
-        "clock_s + step_s + calibration_s > cfg.max_wallclock_seconds", "clock_s + step_s > "
-                                                                        "cfg.max_wallclock_seconds",
-        "tests/test_training.py -k one_more_step_and_calibration"),
-    "stop_rule_not_told_of_calibration": Mutation(
-        "training stops early enough for calibration",
-        "clock.longest_recent(), calibration_s))", "clock.longest_recent(), 0.0))",
-        RULES + "calibration_measured_in_warm_up"),
-    "train_clock_halved": Mutation(
-        "the training clock is the time that passed",
-        "    train_s = clock.timer.seconds()\n", "    train_s = clock.timer.seconds() / 2\n",
-        RULES + "training_clock", True),
-    "train_clock_without_calibration": Mutation(
-        "calibration belongs to the training clock",
-        "clock_s, budget_s = train_s + calibration_s,", "clock_s, budget_s = train_s,",
-        RULES + "training_clock"),
-    "eval_clock_after_reading": Mutation(
-        "the evaluation clock holds reading, planning and hints",
-        lines("    timer = Timer(run)", "    tokens, byte_counts = data.load_validation()"),
-        lines("    tokens, byte_counts = data.load_validation()", "    timer = Timer(run)"),
-        RULES + "evaluation_clock", True),
-    "eval_clock_after_planning": Mutation(
-        "the evaluation clock holds reading, planning and hints",
-        "    scored = certified_order(phases, docs, C)\n",
-        lines("    timer = Timer(run)", "    scored = certified_order(phases, docs, C)"),
-        RULES + "evaluation_clock"),
-    "eval_clock_after_hints": Mutation(
-        "the evaluation clock holds reading, planning and hints",
-        "    stream = make_stream(run, tokens, byte_counts, hints, cfg)\n",
-        lines("    stream = make_stream(run, tokens, byte_counts, hints, cfg)", "    timer = Timer(run)"),
-        RULES + "evaluation_clock"),
-    "artifact_over_the_limit": Mutation(
-        "an artifact 1,000 bytes over the limit is refused",
-        "if room >= 0]", "if room >= -1000]", RULES + "over_the_limit", True),
-    "artifact_over_the_limit_taken_first": Mutation(
-        "an artifact 1,000 bytes over the limit is refused",
-        "if 0 <= room and (", "if -1000 <= room and (", RULES + "over_the_limit"),
-    "packed_size_halved": Mutation(
-        "the code counts with the bytes of the packed script",
-        "    return code.num_bytes\n", "    return code.num_bytes // 2\n", "tests/test_pack.py -k "
-                                                                           "counts_the_packed", True),
-    "coverage_check_removed": Mutation(
-        "every target counts once",
-        "if score.tokens != len(tokens) - 1:", "if False:", RULES + "leaves_a_target_out"),
-    "over_budget_report_removed": Mutation(
-        "an evaluation over its budget is reported",
-        "if cfg.eval_wallclock_seconds and seconds > "
-        "cfg.eval_wallclock_seconds:", "if False:", RULES + "over_its_budget"),
-    "ttt_warm_up_removed": Mutation(
-        "test-time training is compiled before its clock starts",
-        lines("    model.sizes_vary = cfg.compile", "    if cfg.compile:"),
-        lines("    model.sizes_vary = cfg.compile", "    if False:"), RULES + "warm_up_of_test_time"),
-    "finite_check_at_step_1_only": Mutation(
-        "a loss that is not finite ends the run at any step",
-        "        loss_sum += loss\n", "        loss_sum += loss if step == 0 else 0\n",
-        "tests/test_pipeline.py -k between_two_log_lines"),
-    "adapters_into_the_wrong_document": Mutation(
-        "adapters and their optimizer begin anew with each document",
-        lines("                bank = reusable", "                bank.reset()"), lines("                "
-                                                                                        "bank = reusable"),
-        "tests/test_ttt.py"),
-    "hints_one_token_early": Mutation(
-        "a hint is counted from tokens that have been scored",
-        "hints = ngram_hints(tokens, order, doc_start,", "hints = ngram_hints(tokens, np.roll(order, -1), "
-                                                         "doc_start,",
-        "tests/test_ttt.py"),
-    "global_phase_on_unscored_documents": Mutation(
-        "the base learns from scored documents only",
-        "is_last = (scored.phase == 0) &", "is_last = (scored.phase == scored.phase.max()) &",
-        "tests/test_hints.py tests/test_ttt.py"),
-    "weights_in_memory_scored": Mutation(
-        "what ships is scored",
-        "    model.load_state_dict(decode_model(cfg, streams, notes))", "    dict(decode_model(cfg, "
-                                                                        "streams, notes))",
-        "tests/test_pipeline.py -k artifact_again"),
-    "rank_skips_training_rows": Mutation(
-        "every row is trained on by one rank",
-        "self.rank, None, self.world_size)", "self.rank, None, self.world_size + (self.world_size > 1))",
-        "tests/test_data.py -k rank_r_of_R", True),
-    "rank_skips_scored_rows": Mutation(
-        "every row is scored by one rank",
-        "len(tokens) - 1, width * run.world_size):", "len(tokens) - 1, width * (run.world_size + (run.rank "
-                                                     "== 1))):",
-        "tests/test_training.py -k same_targets_as_one"),
-    "sidecar_off_by_one_in_plain_scores": Mutation(
-        "a target counts its own bytes",
-        "(x[1:].astype(np.int64)).to(run.device) for x in (tokens, byte_counts))",
-        "(x.astype(np.int64)).to(run.device) for x in (tokens[1:], byte_counts[:-1]))",
-        RULES + "bytes_are_those", True),
-    "sidecar_off_by_one_in_ttt": Mutation(
-        "a target counts its own bytes",
-        "meter.add(tilted, stream.byte_counts[target + 1], scored)", "meter.add(tilted, "
-                                                                     "stream.byte_counts[target], scored)",
-        RULES + "bytes_are_those"),
-}
+RULES, TTT, HINTS = "tests/test_rules.py -k ", "tests/test_ttt.py -k ", "tests/test_hints.py -k "
+CALIBRATION_READS = RULES + "calibration_reads"
+AVERAGE = RULES + "average_takes_in"
+TRAIN_CLOCK = RULES + "training_clock"
+EVAL_CLOCK = RULES + "evaluation_clock"
+OVER_THE_LIMIT = RULES + "over_the_limit"
+WHOLE_EVALUATION = TTT + "whole_evaluation"
+BYTES = RULES + "bytes_are_those"
+
+# Mutations by name, under the rule that each breaks.
+BROKEN_RULES: dict[str, dict[str, Mutation]] = {
+    "calibration reads training data only": {
+        "calibration_on_validation_in_run": Mutation(
+            "collect_hessians(cfg, run, model, data.train, cfg.gptq_calibration_batches)",
+            "collect_hessians(cfg, run, model, data.val, cfg.gptq_calibration_batches)",
+            CALIBRATION_READS),
+        "calibration_on_validation_in_warm_up": Mutation(
+            "collect_hessians(cfg, run, model, data.train, num_batches=run.world_size)",
+            "collect_hessians(cfg, run, model, data.val, num_batches=run.world_size)",
+            CALIBRATION_READS)},
+    "the learning rate follows its schedule": {
+        "constant_learning_rate": Mutation(
+            "optimizer.step(step, lr_factor(cfg, progress))",
+            "optimizer.step(step, 1.0)",
+            RULES + "factor_of_its_progress")},
+    "the average takes in the weights after each step, with the decay that is set": {
+        "average_before_the_step": Mutation(
+            lines("        optimizer.step(step, lr_factor(cfg, progress))", "        average.update()"),
+            lines("        average.update()", "        optimizer.step(step, lr_factor(cfg, progress))"),
+            AVERAGE, is_fast=True),
+        "another_decay": Mutation(
+            "WeightAverage(model, cfg.ema_decay)",
+            "WeightAverage(model, 0.9 * cfg.ema_decay)",
+            AVERAGE)},
+    "training stops early enough for calibration": {
+        "stop_without_calibration": Mutation(
+            "clock_s + step_s + calibration_s > cfg.max_wallclock_seconds",
+            "clock_s + step_s > cfg.max_wallclock_seconds",
+            "tests/test_training.py -k one_more_step_and_calibration", is_fast=True),
+        "stop_rule_not_told_of_calibration": Mutation(
+            "clock.longest_recent(), calibration_s))",
+            "clock.longest_recent(), 0.0))",
+            RULES + "calibration_measured_in_warm_up")},
+    "the training clock is the time that passed, with calibration": {
+        "train_clock_halved": Mutation(
+            "    train_s = clock.timer.seconds()\n",
+            "    train_s = clock.timer.seconds() / 2\n",
+            TRAIN_CLOCK, is_fast=True),
+        "train_clock_without_calibration": Mutation(
+            "clock_s, budget_s = train_s + calibration_s,",
+            "clock_s, budget_s = train_s,",
+            TRAIN_CLOCK)},
+    "the evaluation clock holds reading, planning and hints": {
+        "eval_clock_after_reading": Mutation(
+            lines("    timer = Timer(run)", "    tokens, byte_counts = data.load_validation()"),
+            lines("    tokens, byte_counts = data.load_validation()", "    timer = Timer(run)"),
+            EVAL_CLOCK),
+        "eval_clock_after_planning": Mutation(
+            "    scored = certified_order(phases, docs, C)\n",
+            lines("    timer = Timer(run)", "    scored = certified_order(phases, docs, C)"),
+            EVAL_CLOCK),
+        "eval_clock_after_hints": Mutation(
+            "    limit = LearningLimit(cfg, run, phases, scored, timer)\n",
+            lines("    timer = Timer(run)", "    limit = LearningLimit(cfg, run, phases, scored, timer)"),
+            EVAL_CLOCK, is_fast=True)},
+    "an artifact over the limit is refused": {
+        "artifact_over_the_limit": Mutation(
+            "if room >= 0]", "if room >= -1000]", OVER_THE_LIMIT, is_fast=True),
+        "artifact_over_the_limit_taken_first": Mutation(
+            "if 0 <= room and (", "if -1000 <= room and (", OVER_THE_LIMIT),
+        "total_over_the_limit": Mutation(
+            "if model_bytes + code_bytes > SIZE_LIMIT:",
+            "if model_bytes + code_bytes > SIZE_LIMIT + 1000:",
+            RULES + "together_stay_within")},
+    "the code counts with the bytes of the packed script": {
+        "packed_size_halved": Mutation(
+            "    return code.num_bytes\n",
+            "    return code.num_bytes // 2\n",
+            "tests/test_pack.py -k counts_the_packed")},
+    "every target counts once": {
+        "coverage_check_removed": Mutation(
+            "if score.tokens != len(tokens) - 1:", "if False:", RULES + "leaves_a_target_out", is_fast=True)},
+    "an evaluation over its budget is reported": {
+        "over_budget_report_removed": Mutation(
+            "if cfg.eval_wallclock_seconds and seconds > cfg.eval_wallclock_seconds:",
+            "if False:",
+            RULES + "over_its_budget")},
+    "test-time training is compiled before its clock starts": {
+        "ttt_warm_up_removed": Mutation(
+            "    elif buckets is not None:                             # one graph serves all sizes\n",
+            "    elif False:\n",
+            RULES + "warm_up_of_test_time"),
+        "ttt_warm_up_without_learning": Mutation(
+            lines("        scorer.step(buckets.rows[-1], buckets.windows[0], True)",
+                  "        scorer.step(buckets.rows[0], buckets.windows[-1], True)"),
+            "        scorer.step(buckets.rows[-1], buckets.windows[-1], False)\n",
+            RULES + "warm_up_of_test_time")},
+    "a loss that is not finite ends the run at any step": {
+        "finite_check_at_step_1_only": Mutation(
+            "loss_sum += loss",
+            "loss_sum += 0 * loss_sum if step else loss",
+            "tests/test_pipeline.py -k between_two_log_lines"),
+        "finite_check_at_logged_steps_only": Mutation(
+            '    require_finite(run, f"train_loss up to step {steps}", run.sum(loss_sum).item())\n', "",
+            "tests/test_pipeline.py -k after_the_last_log_line")},
+    "adapters and their optimizer belong to one document and begin anew with it": {
+        "adapters_of_the_document_before": Mutation(
+            lines('            if letter == "B":', "                part.zero_()"),
+            lines('            if letter == "B":', "                pass"),
+            TTT + "new_batch_keeps_a"),
+        "optimizer_of_the_document_before": Mutation(
+            "        self.exp_avg_sq[:rows].zero_()\n", "", TTT + "new_batch_keeps_a"),
+        "adapters_learn_from_the_document_beside": Mutation(
+            "self.bank.update(grads, learns)",
+            "self.bank.update(grads.roll(1, 0), learns)",
+            TTT + "do_not_see_each_other", is_fast=True)},
+    "a hint is counted from tokens that have been scored": {
+        "hints_one_token_early": Mutation(
+            "doc_start)[0].tobytes()",
+            "doc_start)[0][np.minimum(np.arange(1, len(doc_start) + 1), len(doc_start) - 1)].tobytes()",
+            TTT + "hints_are_counted", is_fast=True),
+        "target_counted_before_its_hint_is_looked_up": Mutation(
+            lines("        confidence[k] = (float)e->best / (float)e->total;",
+                  "        if (confidence[k] >= g->threshold)",
+                  "            hint[k] = e->top;",
+                  "        if (!count_token(e, &g->counts, at, tokens[i + 1]))",
+                  "            return 1;"),
+            lines("        if (!count_token(e, &g->counts, at, tokens[i + 1]))",
+                  "            return 1;",
+                  "        confidence[k] = (float)e->best / (float)e->total;",
+                  "        if (confidence[k] >= g->threshold)",
+                  "            hint[k] = e->top;"),
+            HINTS + "later_tokens_cannot"),
+        "hint_of_the_next_target": Mutation(
+            "hints = stream.tokens[target + 1].long(), stream.hints[place].long()",
+            "hints = stream.tokens[target + 1].long(), stream.hints[place + 1].long()",
+            TTT + "hints_enter_the_score")},
+    "a chunk is scored by weights that have not learnt from it": {
+        "learn_before_scoring": Mutation(
+            "        gradients = self.model.ops.chunk_gradients or chunk_gradients\n",
+            lines("        gradients = self.model.ops.chunk_gradients or chunk_gradients",
+                  "        if learn:",
+                  "            arguments = self.model, self.bank, inputs, at, answers, hints, learns, True",
+                  "            self.bank.update(gradients(*arguments)[2], learns)"),
+            TTT + "next_chunk_leaves")},
+    "the base learns from scored documents only": {
+        "global_phase_on_unscored_documents": Mutation(
+            "is_last = (scored.phase == 0) &",
+            "is_last = (scored.phase == scored.phase.max()) &",
+            TTT + "base_adapts_only_on_documents"),
+        "global_phase_on_all_documents": Mutation(
+            "chosen = select_prefix(scored, docs, C, prefix)",
+            "chosen = np.arange(len(docs.start))",
+            WHOLE_EVALUATION),
+        "global_phase_before_the_first": Mutation(
+            lines("        limit.begin_phase(number)",
+                  '        score_phase(scorer, phase, draws, f"{number + 1}/{len(phases)}", limit)'),
+            lines("        limit.begin_phase(number)",
+                  "        if number == 0 and len(phases) > 1:",
+                  "            chosen = select_prefix(scored, docs, C, prefix)",
+                  "            adapt_base(cfg, run, model, tokens, docs, chosen)",
+                  '        score_phase(scorer, phase, draws, f"{number + 1}/{len(phases)}", limit)'),
+            WHOLE_EVALUATION)},
+    "what ships is scored": {
+        "weights_in_memory_scored": Mutation(
+            "    model.load_state_dict(decode_model(cfg, streams, notes))\n",
+            "    decode_model(cfg, streams, notes)\n",
+            "tests/test_pipeline.py -k artifact_again")},
+    "every row is trained on, or scored, by one rank": {
+        "rank_skips_training_rows": Mutation(
+            "self.rank, None, self.world_size)",
+            "self.rank, None, self.world_size + (self.world_size > 1))",
+            "tests/test_data.py -k rank_r_of_R", is_fast=True),
+        "rank_skips_scored_rows": Mutation(
+            "range(width * run.rank, len(tokens) - 1, width * run.world_size):",
+            "range(width * run.rank, len(tokens) - 1, width * (run.world_size + (run.rank == 1))):",
+            "tests/test_scoring.py -k ranks_together", is_fast=True),
+        "rank_skips_lanes": Mutation(
+            "    mine = range(run.rank, len(phase), run.world_size)\n",
+            "    mine = range(run.rank, len(phase), run.world_size + (run.rank == 1))\n",
+            TTT + "plan_does_not_know_ranks"),
+        "rank_skips_a_segment_of_the_base_adaptation": Mutation(
+            "    return int(cuts[rank]), int(cuts[rank + 1])\n",
+            "    return int(cuts[rank]) + (rank == 1), int(cuts[rank + 1])\n",
+            TTT + "rank_shares_tile")},
+    "a target counts its own bytes": {
+        "sidecar_off_by_one_in_plain_scores": Mutation(
+            "(torch.from_numpy(x[1:].astype(np.int64)).to(run.device) for x in (tokens, byte_counts))",
+            "(torch.from_numpy(x.astype(np.int64)).to(run.device) for x in (tokens[1:], byte_counts[:-1]))",
+            BYTES, is_fast=True),
+        "sidecar_off_by_one_in_ttt": Mutation(
+            "stream.byte_counts[target + 1], scored)",
+            "stream.byte_counts[target], scored)",
+            BYTES)}}
+
+MUTATIONS = {name: mutation for mutations in BROKEN_RULES.values() for name, mutation in mutations.items()}
 
 
 def apply(mutation: Mutation, source: str) -> str:
@@ -171,44 +246,55 @@ def apply(mutation: Mutation, source: str) -> str:
     return source.replace(mutation.old, mutation.new)
 
 
-def survives(mutation: Mutation) -> tuple[bool, str]:
-    """Whether the tests pass on a mutated copy, and pytest's closing line."""
+def tests_pass(tests: str, mutation: Mutation | None = None) -> tuple[bool, str]:
+    """Whether these tests pass on a copy, mutated where a mutation is given, and pytest's closing lines."""
     with tempfile.TemporaryDirectory(prefix="mutant_") as folder:
         copy = Path(shutil.copytree(REPO, Path(folder) / "repo", ignore=LEFT_OUT))
         program = copy / "train_gpt.py"
-        program.write_text(apply(mutation, program.read_text(encoding="utf-8")), encoding="utf-8")
-        files, _, words = mutation.tests.partition(" -k ")
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files.split(),
-                   *(["-k", words] if words else [])]
-        env = {"VECTORS_DIR": str(REPO.parent / "shared" / "vectors"), **os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+        if mutation is not None:
+            program.write_text(apply(mutation, program.read_text(encoding="utf-8")), encoding="utf-8")
+        files, _, words = tests.partition(" -k ")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=line",
+                   *files.split(), *(["-k", words] if words else [])]
+        env = {"VECTORS_DIR": str(REPO.parent / "shared" / "vectors"), **os.environ,
+               "PYTHONDONTWRITEBYTECODE": "1"}
         done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
     if done.returncode not in (0, 1):
-        raise RuntimeError(f"pytest could not run {mutation.tests}: {(done.stdout + done.stderr)[-2000:]}")
-    return done.returncode == 0, done.stdout.strip().splitlines()[-1]
+        raise RuntimeError(f"pytest could not run {tests}: {(done.stdout + done.stderr)[-2000:]}")
+    return done.returncode == 0, "\n".join(done.stdout.strip().splitlines()[-2:])
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", choices=[[], *MUTATIONS])
     parser.add_argument("--fast", action="store_true")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args(arguments)
-    chosen = {name: mutation for name, mutation in MUTATIONS.items()
-              if (not options.names or name in options.names) and (mutation.is_fast or not options.fast)}
-    survivors = 0
-    for name, mutation in chosen.items():
-        if options.list:
-            print(f"{name}: {mutation.rule}")
-            continue
-        start = time.monotonic()
-        has_survived, closing = survives(mutation)
-        survivors += has_survived
-        print(f"{'SURVIVED' if has_survived else 'caught  '} {name:<38} {time.monotonic() - start:5.0f} s  "
-              f"{mutation.tests}"
-              f"{'  ' + closing if has_survived else ''}", flush=True)
+    chosen = [name for name, mutation in MUTATIONS.items()
+              if (not options.names or name in options.names) and (mutation.is_fast or not options.fast)]
+    survivors, broken, start = 0, set(), time.monotonic()
+    for tests in dict.fromkeys(MUTATIONS[name].tests for name in chosen if not options.list):
+        pass_unbroken, closing = tests_pass(tests)
+        if not pass_unbroken:
+            broken.add(tests)
+            print(f"FAILS WITHOUT A MUTATION {tests}\n{closing}", flush=True)
+    for rule, mutations in BROKEN_RULES.items():
+        mine = [name for name in mutations if name in chosen]
+        if mine:
+            print(f"\n{rule}")
+        for name in mine:
+            if options.list:
+                print(f"    {name}")
+                continue
+            has_survived, closing = tests_pass(mutations[name].tests, mutations[name])
+            survivors += has_survived
+            print(f"    {'SURVIVED' if has_survived else 'caught  '} {name:<44} {mutations[name].tests}",
+                  flush=True)
     if not options.list:
-        print(f"mutants mutations:{len(chosen)} survivors:{survivors}")
-    return 1 if survivors else 0
+        print(f"\nmutants mutations:{len(chosen)} survivors:{survivors} failing_unmutated:{len(broken)}")
+        print(f"elapsed_s:{time.monotonic() - start:.0f}", file=sys.stderr)
+    return 1 if survivors or broken else 0
 
 
 if __name__ == "__main__":

@@ -46,8 +46,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("data", ids=range(5), argvalues=(b"\\05", b"\x00\x00" + b"07", b"\\\x00" + b"1", bytes(range(256)) * 2,
-                                  np.random.default_rng(0).integers(0, 256, 200_000, np.uint8).tobytes()))
+@pytest.mark.parametrize("data", ids=range(5), argvalues=(
+    b"\\05", b"\x00\x00" + b"07", b"\\\x00" + b"1", bytes(range(256)) * 2,
+    np.random.default_rng(0).integers(0, 256, 200_000, np.uint8).tobytes()))
 def test_any_bytes_survive_as_a_literal(data, tmp_path):
     script = tmp_path / "literal.py"
     script.write_bytes(('#coding:latin1\nimport sys\nsys.stdout.buffer.write("%s".encode("latin1"))'
@@ -194,7 +195,8 @@ def pythons():
     for minor in range(10, 14):
         on_path = shutil.which(f"python3.{minor}")
         found |= {on_path} if on_path else set()
-        found |= {str(path) for path in (gpt.Path.home() / ".pyenv" / "versions").glob(f"3.{minor}.*/bin/python")}
+        versions = gpt.Path.home() / ".pyenv" / "versions"
+        found |= {str(path) for path in versions.glob(f"3.{minor}.*/bin/python")}
     return sorted(path for path in found
                   if subprocess.run([path, "-c", "import lzma"], capture_output=True).returncode == 0)
 
@@ -208,8 +210,8 @@ def test_every_python_packs_the_same_bytes_and_compiles_them(repo, tmp_path):
               "print(len(packed), hashlib.sha256(packed).hexdigest())")
     small = tmp_path / "small.py"
     small.write_text(pack.minify((repo / "train_gpt.py").read_text(encoding="utf-8")), encoding="utf-8")
-    found = {python: subprocess.run([python, "-B", "-c", script, str(small)], cwd=repo, text=True, capture_output=True)
-             for python in pythons()}
+    found = {python: subprocess.run([python, "-B", "-c", script, str(small)], cwd=repo, text=True,
+                                    capture_output=True) for python in pythons()}
     assert all(done.returncode == 0 for done in found.values()), [done.stderr for done in found.values()]
     assert len({done.stdout for done in found.values()}) == 1, found
 
@@ -248,7 +250,8 @@ def test_packed_script_finds_its_folder_and_its_source_and_writes_nothing(tmp_pa
     for python in pythons():
         done = subprocess.run([python, str(packed)], capture_output=True, text=True, env=env, cwd="/")
         assert done.stdout == f"def kernel(x):\n return x+1\n {packed.parent} []\n", done.stderr
-    with subprocess.Popen([sys.executable, str(packed), "wait"], stdout=subprocess.PIPE, text=True, env=env) as waiting:
+    command = [sys.executable, str(packed), "wait"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as waiting:
         assert waiting.stdout.readline()
         waiting.send_signal(signal.SIGKILL)
     assert not list(temporary.iterdir())

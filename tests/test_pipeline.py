@@ -33,7 +33,8 @@ class Finished:
         self.folder = folder
         env = environment(**{**SETTINGS, "data_path": folder / "data", **changes})
         out, err = io.StringIO(), io.StringIO()
-        with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+        with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out),
+              contextlib.redirect_stderr(err)):
             for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
                 patch.delenv(name, raising=False)
             for name, value in env.items():
@@ -53,10 +54,12 @@ class Finished:
 
     def score(self, name: str) -> tuple[str, ...]:
         """(loss, bpb, targets, bytes) of a diagnostic, or of the final score, as printed."""
-        return self.one(rf"{name} val_loss:(\S+) val_bpb:(\S+) eval_time:\d+ms targets:(\d+) bytes:(\d+)").groups()
+        return self.one(rf"{name} val_loss:(\S+) val_bpb:(\S+) eval_time:\d+ms "
+                        r"targets:(\d+) bytes:(\d+)").groups()
 
 
-PREQUANT, QUANTIZED, TTT = "diagnostic pre-quantization post-ema", "diagnostic quantized", "quantized_ttt_phased"
+PREQUANT, QUANTIZED = "diagnostic pre-quantization post-ema", "diagnostic quantized"
+TTT = "quantized_ttt_phased"
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +98,8 @@ LINES = {                                                           # logging.md
     "total": rf"Total submission size quantized\+pergroup: {N} bytes",
     "quantized": rf"{QUANTIZED} val_loss:\d+\.\d{{8}} val_bpb:\d+\.\d{{8}} eval_time:{N}ms( .*)?",
     "ttt_warmup": r"ttt_lora:compile warmup done \(\d+\.\ds\)",
-    "hints": rf"ngram_tilt:hints total={sum(VAL_LENGTHS) - 1} gated=({N}) token_gate=\1 within_gate=0 word_gate=0 "
-             "agree2plus=0",
+    "hints": rf"ngram_tilt:hints total={sum(VAL_LENGTHS) - 1} gated=({N}) token_gate=\1 within_gate=0 "
+             "word_gate=0 agree2plus=0",
     "precompute": rf"ngram_tilt:precompute_done elapsed=\d+\.\d\ds total_targets={sum(VAL_LENGTHS) - 1}",
     "phases": r"ttt_phased: total_docs:13 prefix_docs:5 suffix_docs:8 num_phases:1 boundaries:\[5\]",
     "ttt": rf"{TTT} val_loss:\d+\.\d{{8}} val_bpb:\d+\.\d{{8}} eval_time:{N}ms( .*)?",
@@ -118,8 +121,8 @@ def test_log_reports_training_progress(whole):
 
 
 def test_log_lines_come_in_the_order_of_the_stages(whole):
-    stages = ["settings", "params", "warmup", "loop_warmup", "loops", "ema", "serialized", "hessians", "prequant",
-              "artifact", "quantized", "ttt_warmup", "phases", "hints", "ttt", "total_eval"]
+    stages = ["settings", "params", "warmup", "loop_warmup", "loops", "ema", "serialized", "hessians",
+              "prequant", "artifact", "quantized", "ttt_warmup", "phases", "hints", "ttt", "total_eval"]
     places = [next(k for k, line in enumerate(whole.lines) if re.match(LINES[name], line)) for name in stages]
     assert places == sorted(places)
 
@@ -139,7 +142,8 @@ def test_log_file_has_the_lines_of_stdout(whole):
 def test_the_source_lies_beside_the_log_which_has_its_hash_and_the_commit(whole):
     source = lzma.decompress((whole.folder / "logs" / "toy.source.py.xz").read_bytes())
     assert source == Path(gpt.__file__).read_bytes()
-    line = whole.one(r"code commit:(\S+) code_sha256:(\w{64}) source_sha256:(\w{64}) source_file:logs/toy\.source\.py\.xz")
+    line = whole.one(r"code commit:(\S+) code_sha256:(\w{64}) source_sha256:(\w{64}) "
+                     r"source_file:logs/toy\.source\.py\.xz")
     assert line[3] == hashlib.sha256(source).hexdigest() and line[2] == gpt.shipped_code().sha256
     assert re.fullmatch(r"[0-9a-f]{40}(\+dirty)?|none", line[1])
 
@@ -154,9 +158,9 @@ def test_the_command_in_the_log_repeats_the_settings(whole):
 
 def test_new_log_lines_follow_the_grammar(whole):
     """An event word (or two), then key:value pairs."""
-    for event in ("versions", "run", "code commit", "data checked", "eval eval_ms", "artifact written", "attention",
-                  "loss", "blocks", "warmup elapsed_s", "train speed", "train clock_s", "quantize", "artifact",
-                  "ttt batch", "ttt adapted_base", "audit"):
+    for event in ("versions", "run", "code commit", "data checked", "eval eval_ms", "artifact written",
+                  "attention", "loss", "blocks", "warmup elapsed_s", "train speed", "train clock_s",
+                  "quantize", "artifact", "ttt batch", "ttt adapted_base", "audit"):
         found = [line for line in whole.lines if line.startswith(event)]
         assert found, event
         for line in found:
@@ -215,7 +219,8 @@ def test_scoring_an_artifact_again_gives_the_same_scores(whole, resumable):
     (resumable / "checkpoints" / "toy.weights").unlink()
     again = Finished(resumable, ttt_eval_only=True)
     assert again.code == 0
-    assert [again.score(name) for name in (QUANTIZED, TTT)] == [whole.score(name) for name in (QUANTIZED, TTT)]
+    for name in (QUANTIZED, TTT):
+        assert again.score(name) == whole.score(name)
     assert not again.matches(rf"{PREQUANT}.*") and not again.matches("GPTQ:.*")
 
 
@@ -223,7 +228,8 @@ def test_same_seed_repeats_the_whole_run_and_another_seed_does_not(whole, tmp_pa
     write_run_data(tmp_path / "data")
     again = Finished(tmp_path, prequant_only=True)
     assert again.score(PREQUANT) == whole.score(PREQUANT)
-    assert Finished(tmp_path, prequant_only=True, run_id="other", seed=1).score(PREQUANT)[:2] != whole.score(PREQUANT)[:2]
+    other = Finished(tmp_path, prequant_only=True, run_id="other", seed=1)
+    assert other.score(PREQUANT)[:2] != whole.score(PREQUANT)[:2]
 
 
 def test_prequant_only_stops_before_quantization(tmp_path):
@@ -248,8 +254,8 @@ def test_without_tilt_no_hints_are_made(whole, resumable):
 
 def test_wall_clock_stops_training_early_and_says_so(tmp_path):
     write_run_data(tmp_path / "data")
-    stopped = Finished(tmp_path, prequant_only=True, iterations=10**6, max_wallclock_seconds=2.0, gptq_reserve_seconds=0.5,
-                       enable_looping_at=0.0)
+    stopped = Finished(tmp_path, prequant_only=True, iterations=10**6, max_wallclock_seconds=2.0,
+                       gptq_reserve_seconds=0.5, enable_looping_at=0.0)
     assert stopped.code == 0
     stopped.one("gptq:reserving 0.5s, effective=1500ms")
     steps = int(stopped.one(rf"stopping_early: wallclock_cap train_time: {N}ms step: ({N})/1000000")[1])
@@ -299,7 +305,8 @@ def test_before_training_only_headers_of_validation_shards_are_read(whole):
 # --- exit codes and messages --------------------------------------------------------------------------------
 
 def test_bad_settings_and_usage_end_with_two(tmp_path):
-    for changes, message in (({"iteration": 3}, "did you mean ITERATIONS"), ({"iterations": "three"}, "a whole number"),
+    for changes, message in (({"iteration": 3}, "did you mean ITERATIONS"),
+                             ({"iterations": "three"}, "a whole number"),
                              ({"quantize_only": True, "ttt_eval_only": True}, "at most one of"),
                              ({"within_boost": 1}, "not causal")):
         run = Finished(tmp_path, **changes)
@@ -334,8 +341,9 @@ def test_validation_without_bytes_ends_with_one(resumable):
     path = resumable / "data" / "fineweb_val_bytes_000000.bin"
     write_shard(path, np.zeros(sum(VAL_LENGTHS)))
     (resumable / "data" / "manifest.json").unlink()
-    assert "sidecar is all zero" in check_failure(Finished(resumable, ttt_eval_only=True, allow_unverified=True,
-                                                           tokenizer_path=resumable / "data" / "toy.model"))
+    run = Finished(resumable, ttt_eval_only=True, allow_unverified=True,
+                   tokenizer_path=resumable / "data" / "toy.model")
+    assert "sidecar is all zero" in check_failure(run)
 
 
 def check_failure(run: Finished) -> str:
@@ -344,11 +352,17 @@ def check_failure(run: Finished) -> str:
     return run.errors
 
 
+def environment_without_ranks() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items()
+            if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+
+
 def test_command_line_passes_the_exit_code_on(repo, tmp_path):
-    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    done = subprocess.run([sys.executable, str(repo / "train_gpt.py")], cwd=tmp_path, env={**env, "ITERATION": "3"},
+    env = {**environment_without_ranks(), "ITERATION": "3"}
+    done = subprocess.run([sys.executable, str(repo / "train_gpt.py")], cwd=tmp_path, env=env,
                           capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "did you mean ITERATIONS" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "did you mean ITERATIONS" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # --- nothing false gets out ---------------------------------------------------------------------------------
@@ -366,7 +380,8 @@ def test_a_changed_byte_count_is_refused_once_the_checkpoint_is_written(tmp_path
     change_value(tmp_path / "data" / "fineweb_val_bytes_000000.bin")
     run = Finished(tmp_path)
     assert "fineweb_val_bytes_000000.bin: SHA-256" in check_failure(run)
-    assert run.matches("Serialized model: .*") and not run.matches(f"{PREQUANT}.*")      # no score, nothing lost
+    # no score, nothing lost
+    assert run.matches("Serialized model: .*") and not run.matches(f"{PREQUANT}.*")
     assert "but manifest.json says" in check_failure(Finished(tmp_path, quantize_only=True))
 
 
@@ -417,18 +432,33 @@ def test_a_loss_that_is_not_finite_between_two_log_lines_ends_the_run(tmp_path, 
     write_run_data(tmp_path / "data")
     train_rows, steps = gpt.train_rows, []
 
-    def one_bad_step(*args):
-        steps.append(train_rows(*args))
+    def one_bad_step(*args, **kwargs):
+        steps.append(train_rows(*args, **kwargs))
         return steps[-1] * (float("inf") if len(steps) == 7 else 1)
     monkeypatch.setattr(gpt, "train_rows", one_bad_step)
     message = check_failure(Finished(tmp_path, iterations=9, warmup_steps=0))
     assert "train_loss up to step 9 is inf" in message and "at step 5;" in message
 
 
-@pytest.mark.parametrize("stage, changes", [("diagnostic pre-quantization post-ema", dict(quantize_only=True)),
-                                            ("scoring", dict(ttt_eval_only=True))])
+def test_a_loss_that_is_not_finite_after_the_last_log_line_ends_the_run(tmp_path, monkeypatch):
+    """A run that its clock stops ends between two log lines."""
+    write_run_data(tmp_path / "data")
+    train_rows, steps = gpt.train_rows, []
+
+    def one_bad_step(*args, **kwargs):
+        steps.append(train_rows(*args, **kwargs))
+        return steps[-1] * (float("inf") if len(steps) == 7 else 1)
+    monkeypatch.setattr(gpt, "train_rows", one_bad_step)
+    monkeypatch.setattr(gpt, "plan_step", lambda cfg, step, *rest: (step / cfg.iterations, step == 8))
+    message = check_failure(Finished(tmp_path, iterations=100, warmup_steps=0))
+    assert "train_loss up to step 8 is inf" in message and "at step 5;" in message
+
+
+@pytest.mark.parametrize("stage, changes", [
+    ("diagnostic pre-quantization post-ema", dict(quantize_only=True)),
+    ("scoring", dict(ttt_eval_only=True))])
 def test_a_score_that_is_not_finite_ends_with_one(resumable, monkeypatch, stage, changes):
-    result, run_stage = gpt.BpbMeter.result, []
+    result = gpt.BpbMeter.result
 
     def spoil(meter):
         if meter.run.stage_name == stage:
@@ -458,7 +488,8 @@ def test_an_artifact_other_than_the_one_written_is_refused(resumable, monkeypatc
     def replaced(cfg, run, *rest):
         digest, path = write_artifact(cfg, run, *rest), gpt.artifact_path(run)
         streams, notes = gpt.read_container(path, gpt.ARTIFACT_MAGIC, cfg)
-        path.write_bytes(gpt.build_container(gpt.ARTIFACT_MAGIC, cfg, streams, {**notes, "more": 1}, run.origin))
+        notes["more"] = 1
+        path.write_bytes(gpt.build_container(gpt.ARTIFACT_MAGIC, cfg, streams, notes, run.origin))
         return digest
     monkeypatch.setattr(gpt, "write_artifact", replaced)
     assert "toy.artifact: SHA-256" in check_failure(Finished(resumable, quantize_only=True))
@@ -534,7 +565,8 @@ def test_too_little_room_and_a_missing_compiler_are_found_before_training(tmp_pa
 def test_checkpoint_dir_holds_checkpoint_and_artifact(tmp_path):
     write_run_data(tmp_path / "data")
     assert Finished(tmp_path, checkpoint_dir="elsewhere/weights", ttt_enabled=False).code == 0
-    assert sorted(path.name for path in (tmp_path / "elsewhere" / "weights").iterdir()) == ["toy.artifact", "toy.weights"]
+    left = sorted(path.name for path in (tmp_path / "elsewhere" / "weights").iterdir())
+    assert left == ["toy.artifact", "toy.weights"]
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -543,13 +575,14 @@ def test_calibration_belongs_to_the_training_clock_and_comes_first(whole):
     total, steps, calibration = map(int, clock.groups())
     assert abs(total - steps - calibration) <= 1 and calibration > 0
     assert calibration == int(whole.one(r"GPTQ:collected .* elapsed_ms:(\d+)")[1])
-    order = [k for start in ("GPTQ:collected", "train clock_s", PREQUANT) for k, line in enumerate(whole.lines)
-             if line.startswith(start)]
+    order = [k for start in ("GPTQ:collected", "train clock_s", PREQUANT)
+             for k, line in enumerate(whole.lines) if line.startswith(start)]
     assert order == sorted(order)
 
 
 def test_evaluation_clocks_are_in_the_log_in_milliseconds_with_their_sum(whole):
-    parts = list(map(int, whole.one(rf"eval eval_ms:({N}) load_ms:({N}) compile_ms:({N}) sum_ms:({N}) .*").groups()))
+    line = whole.one(rf"eval eval_ms:({N}) load_ms:({N}) compile_ms:({N}) sum_ms:({N}) .*")
+    parts = list(map(int, line.groups()))
     assert abs(sum(parts[:3]) - parts[3]) <= 2
     assert parts[0] == int(whole.one(rf"total_eval_time:\S+s total_eval_ms:({N})")[1])
     assert parts[0] == int(whole.one(rf"{TTT} .*eval_time:({N})ms.*")[1])
@@ -566,11 +599,13 @@ def test_a_training_clock_over_its_budget_is_reported(resumable, monkeypatch):
 
 def launch(folder: Path, processes: int, script: str = "train_gpt.py", **changes) -> subprocess.Popen:
     """A run as run.sh starts it."""
-    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    env = environment_without_ranks()
     env |= environment(**{**SETTINGS, "data_path": folder / "data", **changes})
-    env |= {"PYTHONPATH": f"{gpt.REPO}{os.pathsep}{gpt.REPO / 'tests'}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-            "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(gpt.REPO / "launch.py"), str(processes)] if processes > 1 else [sys.executable]
+    env |= {"PYTHONPATH": f"{gpt.REPO}{os.pathsep}{gpt.REPO / 'tests'}", "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable]
+    if processes > 1:
+        command += [str(gpt.REPO / "launch.py"), str(processes)]
     return subprocess.Popen([*command, str(gpt.REPO / script)], cwd=folder, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -593,7 +628,8 @@ def test_a_signal_ends_all_ranks_with_one_line(tmp_path, processes, number):
 
 @pytest.mark.two_process
 @pytest.mark.parametrize("changes, code, message", [
-    ({"iteration": 3}, 2, "did you mean ITERATIONS"), ({"quantize_only": True}, 1, "toy.weights: cannot be read")])
+    ({"iteration": 3}, 2, "did you mean ITERATIONS"),
+    ({"quantize_only": True}, 1, "toy.weights: cannot be read")])
 def test_two_processes_tell_an_error_once_and_keep_the_exit_code(tmp_path, changes, code, message):
     write_run_data(tmp_path / "data")
     with launch(tmp_path, 2, **changes) as run:
@@ -619,11 +655,13 @@ def one_and_two(whole, tmp_path_factory):
     """Results of scoring the same artifact in one process and on both ranks, and the launch's output."""
     folder = Path(shutil.copytree(whole.folder, tmp_path_factory.mktemp("two") / "run"))
     repo = gpt.REPO
-    settings = environment(**{**SETTINGS, "data_path": folder / "data", "ttt_eval_only": True, "global_ttt_lr": 0.05})
-    env = {**os.environ, **settings, "PYTHONPATH": f"{repo}{os.pathsep}{repo / 'tests'}", "OMP_NUM_THREADS": "1",
-           "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
-                           "--nproc_per_node=2", str(repo / "tests" / "two_process_ttt.py"), str(folder)],
+    settings = environment(**{**SETTINGS, "data_path": folder / "data", "ttt_eval_only": True,
+                              "global_ttt_lr": 0.05})
+    env = {**os.environ, **settings, "PYTHONPATH": f"{repo}{os.pathsep}{repo / 'tests'}",
+           "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--local-addr=127.0.0.1", "--nproc_per_node=2",
+                           str(repo / "tests" / "two_process_ttt.py"), str(folder)],
                           cwd=folder, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     order = (folder / "logs" / "toy.order.bin").read_bytes()
@@ -661,7 +699,8 @@ def test_two_processes_adapt_the_base_as_one_does(one_and_two):
 
 @pytest.mark.two_process
 def test_two_processes_follow_the_same_plan_and_log_once(whole, one_and_two):
-    """The scoring order is the same file (checked where it is made) with the same digest; only rank 0 writes."""
+    """The scoring order is the same file (checked where it is made) with the same digest; only rank 0
+    writes."""
     lines = one_and_two[-1]
     audits = [line for line in lines if line.startswith("audit ")]
     assert audits == [whole.one("audit .*")[0]]

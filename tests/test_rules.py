@@ -110,11 +110,13 @@ def test_the_training_clock_is_steps_and_calibration(setting, clock, capsys):
 
 def test_the_evaluation_clock_holds_reading_planning_hints_and_scoring(setting, clock, capsys):
     cfg, run, data, model = setting()
-    for owner, name, seconds in ((gpt.Dataset, "load_validation", 1.0), (gpt, "plan_batches", 2.0),
-                                 (gpt, "ngram_hints", 4.0), (gpt, "adapt_base", 8.0), (gpt, "warm_up_ttt", 1000.0)):
-        clock.takes(owner, name, seconds)
+    takes_s = {"plan_batches": 2.0, "certified_order": 4.0, "HintFeed": 8.0, "LearningLimit": 16.0,
+               "adapt_base": 32.0, "warm_up_ttt": 1000.0}
+    for name, seconds in takes_s.items():
+        clock.takes(gpt, name, seconds)
+    clock.takes(gpt.Dataset, "load_validation", 1.0)
     gpt.evaluate_ttt(cfg, run, model, data)
-    assert "total_eval_ms:15000" in capsys.readouterr().out
+    assert "total_eval_ms:63000" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("over", [False, True])
@@ -125,46 +127,50 @@ def test_an_evaluation_over_its_budget_is_reported(setting, clock, capsys, over)
     assert ("eval warning over_budget_s:0.5" in capsys.readouterr().out) == over
 
 
-def test_a_plan_that_leaves_a_target_out_ends_the_run(setting, monkeypatch):
-    cfg, run, data, model = setting(ngram_tilt_enabled=False)
-    plan = gpt.plan_batches
-
-    def without_one_batch(*args, **kwargs):
-        phases = plan(*args, **kwargs)
-        next(lane for lane in phases[-1] if lane).pop()
-        return phases
-    monkeypatch.setattr(gpt, "plan_batches", without_one_batch)
-    with pytest.raises(RuntimeError, match="every target must count once"):
+def test_an_evaluation_that_leaves_a_target_out_ends_the_run(setting, monkeypatch, capsys):
+    cfg, run, data, model = setting(ngram_tilt_enabled=False, phased_ttt_prefix_docs=0)
+    score_phase = gpt.score_phase
+    monkeypatch.setattr(gpt, "score_phase", lambda scorer, phase, *rest: score_phase(
+        scorer, [phase[0], *([] for _ in phase[1:])], *rest))
+    with pytest.raises(RuntimeError, match="expected each exactly once"):
         gpt.evaluate_ttt(cfg, run, model, data)
+    assert "val_bpb" not in capsys.readouterr().out
 
 
-def test_warm_up_of_test_time_training_scores_random_tokens(setting, monkeypatch):
+def test_warm_up_of_test_time_training_takes_steps_on_random_tokens(setting, monkeypatch):
     """Otherwise compilation would fall into the evaluation clock."""
     cfg, run, data, model = setting(compile=True)
-    scored = []
-    monkeypatch.setattr(gpt, "score_batch", lambda cfg, run, model, stream, *rest: scored.append(stream.tokens))
-    gpt.warm_up_ttt(cfg, run, model)
-    assert scored and all(len(tokens) > 2 * cfg.ttt_chunk_size for tokens in scored)
+    step, learns = gpt.Scorer.step, []
+
+    def recording(scorer, rows, width, learn):
+        assert len(scorer.stream.tokens.unique()) > 30
+        learns.append(learn)
+        step(scorer, rows, width, learn)
+        assert scorer.meter.sums[1] > 0                   # it did score something
+    monkeypatch.setattr(gpt.Scorer, "step", recording)
+    scorer, _ = gpt.warm_up_ttt(cfg, run, model, data.val_tokens)
+    assert any(learns) and not scorer.meter.sums.any()
 
 
 def test_bytes_are_those_of_the_targets_themselves(setting):
     """Position by position: a sidecar read one token early or late gives other bytes to at least one
     target."""
     cfg, run, data, model = setting()
+    model.requires_grad_(False)
     tokens = random_stream(np.random.default_rng(0), VAL_LENGTHS)
-    total = len(tokens)
+    docs, total = gpt.find_documents(tokens), len(tokens)
+    phases = gpt.plan_batches(docs, batch_size=4, chunk=cfg.ttt_chunk_size, window=cfg.ttt_eval_seq_len)
+    draws = [gpt.lane_draws(cfg, run, lane) for lane in range(gpt.LANES)]
     for position in (0, 1, 8, 9, 10, total - 2, total - 1):
         counts = np.zeros(total, np.uint16)
         counts[[position, 5]] = 1000, 1
         score = gpt.evaluate_plain(cfg, run, model, tokens, counts)
         assert score.bytes == (1 if position == 0 else 1001)
-        docs, meter = gpt.find_documents(tokens), gpt.BpbMeter(run)
-        stream = gpt.make_stream(run, tokens, counts, None, cfg)
-        phases = gpt.plan_batches(docs, batch_size=4, chunk=cfg.ttt_chunk_size, window=cfg.ttt_eval_seq_len)
-        gpt.score_phase(cfg, run, model.requires_grad_(False), stream, docs, phases[0], meter,
-                        [gpt.lane_draws(cfg, run, lane) for lane in range(gpt.LANES)])
-        assert meter.result().bytes == score.bytes
-        model.requires_grad_(True)
+        scorer = gpt.Scorer(cfg, run, model, total)
+        scorer.load(tokens, counts)
+        scorer.follow(docs, gpt.certified_order(phases, docs, cfg.ttt_chunk_size))
+        gpt.score_phase(scorer, phases[0], draws)
+        assert scorer.meter.result().bytes == score.bytes
 
 
 # Size
@@ -175,8 +181,8 @@ def test_an_artifact_over_the_limit_is_not_accepted(setting, monkeypatch, short_
     cfg, run, data, model = setting()
     sizes = itertools.chain([50_000], tries, itertools.repeat(tries[-1]))
     monkeypatch.setattr(gpt, "quantize", lambda *args: ({}, {}))
-    monkeypatch.setattr(gpt, "encode_model", lambda *args: (dict.fromkeys(map(str, itertools.chain.from_iterable(
-        map(gpt.group_streams, gpt.STREAM_GROUPS))), b""), {}))
+    streams = {name: b"" for group in gpt.CODING_ORDER for name in gpt.group_streams(group)}
+    monkeypatch.setattr(gpt, "encode_model", lambda *args: (streams, {}))
     monkeypatch.setattr(gpt, "build_container", lambda *args: bytes(next(sizes)))
     assert len(gpt.fit_artifact(cfg, run, model, None, 50_000)) == 50_000
     if len(tries) > 1:
@@ -184,6 +190,25 @@ def test_an_artifact_over_the_limit_is_not_accepted(setting, monkeypatch, short_
         return
     with pytest.raises(gpt.ArtifactError, match="no clip sigmas found that fit"):
         gpt.fit_artifact(cfg, run, model, None, 50_000 - short_by)
+
+
+@pytest.mark.parametrize("over", [0, 1, 1000])
+def test_script_and_artifact_together_stay_within_the_limit(setting, monkeypatch, tmp_path, over):
+    """Also when the search for clip sigmas hands on an artifact that is too long."""
+    cfg, run, data, model = setting(run_id="size", checkpoint_dir=str(tmp_path))
+    limits = []
+
+    def fit(cfg, run, model, stats, limit):
+        limits.append(limit)
+        return bytes(gpt.SIZE_LIMIT - 40_000 + over)
+    monkeypatch.setattr(gpt, "report_code_size", lambda run: 40_000)
+    monkeypatch.setattr(gpt, "fit_artifact", fit)
+    if over:
+        with pytest.raises(gpt.ArtifactError, match="of code exceed 16,000,000; raise"):
+            gpt.write_artifact(cfg, run, model, None)
+    else:
+        gpt.write_artifact(cfg, run, model, None)
+    assert limits[0] <= gpt.SIZE_LIMIT - 40_000
 
 
 def test_a_toy_stream_has_bytes_at_its_ends():

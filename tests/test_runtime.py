@@ -1,6 +1,7 @@
 """Section 2: ranks, collectives, the log file, names of runs, signals, seeded generators, the C compiler."""
 import errno
 import io
+import itertools
 import os
 import re
 import signal
@@ -8,11 +9,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
 import train_gpt as gpt
 from helpers import tiny_config
+from toy_data import write_run_data
 
 
 @pytest.fixture
@@ -23,8 +26,8 @@ def in_tmp(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("world_size", ["3", "5", "6", "7", "16"])
 def test_world_sizes_that_do_not_divide_a_step_are_refused(in_tmp, world_size):
-    with pytest.raises(gpt.ConfigError, match=f"WORLD_SIZE={world_size}: expected 1, 2, 4 or 8, because one optimizer "
-                                              "step is 8 rows.*change --nproc_per_node"):
+    message = f"WORLD_SIZE={world_size}: expected 1, 2, 4 or 8, because one optimizer step is 8 rows"
+    with pytest.raises(gpt.ConfigError, match=f"{message}.*change --nproc_per_node"):
         gpt.Run.start(tiny_config(), {"WORLD_SIZE": world_size, "RANK": "0"})
     assert not list(in_tmp.iterdir())
 
@@ -32,7 +35,8 @@ def test_world_sizes_that_do_not_divide_a_step_are_refused(in_tmp, world_size):
 @pytest.mark.gpu
 def test_more_processes_than_gpus_are_refused(in_tmp):
     count = torch.cuda.device_count()
-    with pytest.raises(gpt.ConfigError, match=f"LOCAL_RANK={count}: expected below {count}, the GPUs of this machine"):
+    message = f"LOCAL_RANK={count}: expected below {count}, the GPUs of this machine"
+    with pytest.raises(gpt.ConfigError, match=message):
         gpt.Run.start(tiny_config(), {"LOCAL_RANK": str(count)})
 
 
@@ -50,7 +54,8 @@ def test_log_lines_reach_stdout_and_the_log_file_alike(in_tmp, capsys):
         assert (in_tmp / "logs" / "abc.txt").read_text() == ""               # nothing is kept of a start
         run.begin()
         run.log("second line")
-        assert (in_tmp / "logs" / "abc.txt").read_text() == "first line\nsecond line\n"          # then at once
+        # then at once
+        assert (in_tmp / "logs" / "abc.txt").read_text() == "first line\nsecond line\n"
     assert capsys.readouterr().out == "first line\nsecond line\n"
 
 
@@ -116,7 +121,8 @@ def test_the_name_of_an_earlier_run_is_refused_unless_it_is_resumed(in_tmp, left
     path.write_text("something")
     cfg = dict(run_id="abc", checkpoint_dir="weights")
     for _ in range(2):
-        with pytest.raises(gpt.ConfigError, match=f"RUN_ID=abc: {left} exists from an earlier run; choose another"):
+        message = f"RUN_ID=abc: {left} exists from an earlier run; choose another"
+        with pytest.raises(gpt.ConfigError, match=message):
             gpt.Run.start(tiny_config(**cfg), {})
     assert path.read_text() == "something"
     for resumed in ("quantize_only", "ttt_eval_only"):
@@ -126,11 +132,12 @@ def test_the_name_of_an_earlier_run_is_refused_unless_it_is_resumed(in_tmp, left
 
 def test_two_runs_of_one_name_at_a_time_are_refused_and_a_killed_one_leaves_no_lock(in_tmp, repo):
     code = ("import train_gpt as gpt; from helpers import tiny_config\n"
-            "run = gpt.Run.start(tiny_config(run_id='abc', quantize_only=True), {}); print('started', flush=True)\n"
+            "run = gpt.Run.start(tiny_config(run_id='abc', quantize_only=True), {})\n"
+            "print('started', flush=True)\n"
             "input()")
     env = {**os.environ, "PYTHONPATH": f"{repo}{os.pathsep}{repo / 'tests'}"}
-    with subprocess.Popen([sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          text=True) as other:
+    with subprocess.Popen([sys.executable, "-c", code], env=env, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "started\n"
         for resumes in (False, True):
             with pytest.raises(gpt.ConfigError, match="RUN_ID=abc: a run of this name is going on"):
@@ -155,7 +162,8 @@ def test_a_number_that_is_not_finite_names_stage_and_last_good_value(bad):
     run.stage("training")
     run.last_good = "train_loss 2.5000 at step 100"
     gpt.require_finite(run, "train_loss", 1.0, torch.ones(3))
-    with pytest.raises(gpt.RunError, match="in stage training; last good value: train_loss 2.5000 at step 100"):
+    message = "in stage training; last good value: train_loss 2.5000 at step 100"
+    with pytest.raises(gpt.RunError, match=message):
         gpt.require_finite(run, "train_loss", 1.0, bad)
 
 
@@ -172,7 +180,8 @@ def test_saving_to_a_full_disk_waits_until_there_is_room(tmp_path, monkeypatch, 
     gpt.save(gpt.Run(tiny_config()), tmp_path / "x.weights", b"weights" * 200)
     assert (tmp_path / "x.weights").read_bytes() == b"weights" * 200
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 and "file:x.weights bytes:1400" in lines[0] and "make 1,400 bytes of room" in lines[0]
+    assert len(lines) == 1 and "file:x.weights bytes:1400" in lines[0]
+    assert "make 1,400 bytes of room" in lines[0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -195,9 +204,10 @@ def test_a_call_that_does_not_return_is_abandoned(repo):
             "pause = ctypes.CDLL(None).sleep\n"
             "def wait():\n"
             "    end = __import__('time').time() + 60\n"
-            "    print('waiting', flush=True)\n"
             "    while __import__('time').time() < end:\n"
-            "        try: pause(60)\n"
+            "        try:\n"
+            "            print('waiting', flush=True)\n"
+            "            pause(60)\n"
             "        except gpt.Interrupted: pass\n"
             "with gpt.catch_signals(lambda number: os._exit(100 + number)): wait()\n")
     with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(repo)},
@@ -225,6 +235,69 @@ def test_progress_is_one_line_on_a_terminal_and_nothing_elsewhere(monkeypatch, c
         assert screen.getvalue().endswith(("\r      \r" if shown else "") + "a log line\n")
 
 
+@pytest.mark.parametrize("screen", [Terminal(), io.StringIO()])
+def test_training_and_scoring_show_progress_on_a_terminal_only(tmp_path, monkeypatch, screen):
+    write_run_data(tmp_path)
+    cfg = tiny_config(data_path=str(tmp_path), allow_unverified=False, ttt_batch_size=2)
+    data, model = gpt.Dataset.open(cfg), gpt.GPT(cfg)
+    monotonic = itertools.count()                         # so much later each time that every text is due
+    monkeypatch.setattr(gpt.time, "monotonic", lambda: float(next(monotonic)))
+    monkeypatch.setattr(sys, "stdout", screen)
+    run = gpt.Run(cfg)
+    gpt.train(cfg, run, data, model)
+    gpt.evaluate_ttt(cfg, run, model, data)
+    shown = re.findall(r"\r([^\r\n]*\S)[^\r\n]*\r", screen.getvalue())
+    if not screen.isatty():
+        assert "\r" not in screen.getvalue() and "train_loss" in screen.getvalue()
+        return
+    steps = [m for text in shown if (m := re.fullmatch(
+        r"step (\d)/4, train_loss \d\.\d{4} at step (\d), (\d+) s left", text))]
+    assert [(m[1], m[2]) for m in steps] == [("1", "1"), ("2", "2"), ("3", "3")]
+    batches = [m for text in shown if (m := re.fullmatch(
+        r"phase ([12])/2: batch (\d+)/(\d+), bpb \d+\.\d{4}, (\d+) s left", text))]
+    for phase in "12":
+        done, total = zip(*((int(m[2]), int(m[3])) for m in batches if m[1] == phase))
+        assert done == tuple(range(1, total[0] + 1))
+        last = [m for m in batches if m[1] == phase][-1]
+        assert last[4] == "0"
+
+
+def test_the_time_left_follows_the_clock_plan_in_training_and_the_planned_cost_in_scoring(
+        tmp_path, monkeypatch):
+    write_run_data(tmp_path)
+    cfg = tiny_config(data_path=str(tmp_path), allow_unverified=False, max_wallclock_seconds=100.0,
+                      gptq_reserve_seconds=20.0, phased_ttt_prefix_docs=0, ngram_tilt_enabled=False)
+    data, model, run, now_s, texts = gpt.Dataset.open(cfg), gpt.GPT(cfg), gpt.Run(cfg), [0.0], []
+    monkeypatch.setattr(gpt.time, "perf_counter", lambda: now_s[0])
+    monkeypatch.setattr(gpt.Run, "progress", lambda run, text: texts.append(text) if text else None)
+    monkeypatch.setattr(gpt, "estimate_calibration", lambda *args: 1.0)
+    train_rows, score_batch = gpt.train_rows, gpt.Scorer.score_batch
+
+    def slow_rows(*args, **kwargs):
+        now_s[0] += 15.0
+        return train_rows(*args, **kwargs)
+
+    def slow_batch(scorer, batch, *rest):                 # three times as slow as planned
+        now_s[0] += 3 * (batch.end_us - int(batch.steps.start_us[0])) / 1e6
+        return score_batch(scorer, batch, *rest)
+    monkeypatch.setattr(gpt, "train_rows", slow_rows)
+    monkeypatch.setattr(gpt.Scorer, "score_batch", slow_batch)
+    gpt.train(cfg, run, data, model)
+    assert [text.split(", ")[-1] for text in texts] == ["65 s left", "50 s left", "35 s left"]
+    docs, texts[:] = gpt.Documents(np.array([0, 40]), np.array([41, 21])), []
+    [phase] = gpt.plan_batches(docs, batch_size=1, lanes=1, chunk=cfg.ttt_chunk_size,
+                               window=cfg.ttt_eval_seq_len)
+    for batch in phase[0]:
+        batch.steps.start_us[:] *= 1000                   # seconds, not milliseconds
+        batch.steps.cost_us[:] *= 1000
+    scorer = gpt.Scorer(cfg, run, model, 61)
+    scorer.follow(docs, gpt.certified_order([phase], docs, cfg.ttt_chunk_size))
+    gpt.score_phase(scorer, phase, [gpt.lane_draws(cfg, run, 0)], "1/1")
+    left_us = phase[0][1].end_us - phase[0][0].end_us
+    assert [text.split(", ")[-1] for text in texts] == [f"{3 * left_us / 1e6:.0f} s left", "0 s left"]
+    assert left_us >= 1e6
+
+
 def test_a_cpu_run_computes_in_fp32():
     assert gpt.Run(tiny_config()).compute_dtype == torch.float32
 
@@ -246,7 +319,8 @@ def test_compiled_c_can_be_called_and_leaves_no_file(monkeypatch, tmp_path):
 
 def test_a_missing_c_compiler_is_named(monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
-    with pytest.raises(RuntimeError, match="no C compiler: expected `no-such-compiler` on the PATH; install gcc"):
+    message = "no C compiler: expected `no-such-compiler` on the PATH; install gcc"
+    with pytest.raises(RuntimeError, match=message):
         gpt.compile_c("int x;")
 
 

@@ -128,7 +128,8 @@ def test_ranks_together_score_what_one_process_scores(tiny_model, world_size, mo
     sums = []
     monkeypatch.setattr(gpt.BpbMeter, "result", lambda meter: sums.append(meter.sums) or None)
     for rank in range(world_size):
-        run = SimpleNamespace(cfg=cfg, rank=rank, world_size=world_size, device=torch.device("cpu"))
+        run = SimpleNamespace(cfg=cfg, rank=rank, world_size=world_size, device=torch.device("cpu"),
+                              beat=lambda: None)
         gpt.evaluate_plain(cfg, run, model, tokens, counts)
     gpt.evaluate_plain(cfg, one_process(cfg), model, tokens, counts)
     whole = sums.pop()

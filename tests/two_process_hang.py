@@ -13,11 +13,11 @@ def main() -> int:
     gpt.Run.stage.__defaults__ = (LIMIT_S,)
     train_rows, calls = gpt.train_rows, []
 
-    def hang(*args):
+    def hang(*args, **kwargs):
         calls.append(None)
         if os.environ["RANK"] == "1" and len(calls) == HANG_STEP:
             time.sleep(600)
-        return train_rows(*args)
+        return train_rows(*args, **kwargs)
     gpt.train_rows = hang
     return gpt.main([])
 
