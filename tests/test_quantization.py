@@ -390,7 +390,8 @@ def test_trellis_kernel_gives_the_codes_of_its_definition():
 
 def as_rank(cfg, rank: int, world_size: int):
     """A rank whose collectives do nothing: only its own share of the work is seen."""
-    return SimpleNamespace(cfg=cfg, rank=rank, world_size=world_size, device=torch.device("cpu"), sum=lambda x: x)
+    return SimpleNamespace(cfg=cfg, rank=rank, world_size=world_size, device=torch.device("cpu"), sum=lambda x: x,
+                           beat=lambda: None)
 
 
 def test_calibration_counts_every_execution_of_a_looped_layer(tmp_path):
