@@ -68,7 +68,7 @@ BROKEN_RULES: dict[str, dict[str, Mutation]] = {
         "average_before_the_step": Mutation(
             lines("        optimizer.step(step, lr_factor(cfg, progress))", "        average.update()"),
             lines("        average.update()", "        optimizer.step(step, lr_factor(cfg, progress))"),
-            AVERAGE, is_fast=True),
+            AVERAGE),
         "another_decay": Mutation(
             "WeightAverage(model, cfg.ema_decay)",
             "WeightAverage(model, 0.9 * cfg.ema_decay)",
@@ -86,7 +86,7 @@ BROKEN_RULES: dict[str, dict[str, Mutation]] = {
         "train_clock_halved": Mutation(
             "    train_s = clock.timer.seconds()\n",
             "    train_s = clock.timer.seconds() / 2\n",
-            TRAIN_CLOCK, is_fast=True),
+            TRAIN_CLOCK),
         "train_clock_without_calibration": Mutation(
             "clock_s, budget_s = train_s + calibration_s,",
             "clock_s, budget_s = train_s,",
@@ -120,7 +120,7 @@ BROKEN_RULES: dict[str, dict[str, Mutation]] = {
             "tests/test_pack.py -k counts_the_packed")},
     "every target counts once": {
         "coverage_check_removed": Mutation(
-            "if score.tokens != len(tokens) - 1:", "if False:", RULES + "leaves_a_target_out", is_fast=True)},
+            "if score.tokens != len(tokens) - 1:", "if False:", RULES + "leaves_a_target_out")},
     "an evaluation over its budget is reported": {
         "over_budget_report_removed": Mutation(
             "if cfg.eval_wallclock_seconds and seconds > cfg.eval_wallclock_seconds:",
@@ -154,7 +154,7 @@ BROKEN_RULES: dict[str, dict[str, Mutation]] = {
         "adapters_learn_from_the_document_beside": Mutation(
             "self.bank.update(grads, learns)",
             "self.bank.update(grads.roll(1, 0), learns)",
-            TTT + "do_not_see_each_other", is_fast=True)},
+            TTT + "do_not_see_each_other")},
     "a hint is counted from tokens that have been scored": {
         "hints_one_token_early": Mutation(
             "doc_start)[0].tobytes()",
@@ -183,7 +183,7 @@ BROKEN_RULES: dict[str, dict[str, Mutation]] = {
                   "        if learn:",
                   "            arguments = self.model, self.bank, inputs, at, answers, hints, learns, True",
                   "            self.bank.update(gradients(*arguments)[2], learns)"),
-            TTT + "next_chunk_leaves")},
+            WHOLE_EVALUATION)},
     "the base learns from scored documents only": {
         "global_phase_on_unscored_documents": Mutation(
             "is_last = (scored.phase == 0) &",
@@ -215,7 +215,7 @@ BROKEN_RULES: dict[str, dict[str, Mutation]] = {
         "rank_skips_scored_rows": Mutation(
             "range(width * run.rank, len(tokens) - 1, width * run.world_size):",
             "range(width * run.rank, len(tokens) - 1, width * (run.world_size + (run.rank == 1))):",
-            "tests/test_scoring.py -k ranks_together", is_fast=True),
+            "tests/test_scoring.py -k ranks_together"),
         "rank_skips_lanes": Mutation(
             "    mine = range(run.rank, len(phase), run.world_size)\n",
             "    mine = range(run.rank, len(phase), run.world_size + (run.rank == 1))\n",

@@ -334,13 +334,16 @@ def test_every_step_of_a_plan_has_a_bucket_that_warm_up_captures():
 class Setup:
     """A random model and stream, and the scores of its targets for a given plan."""
 
-    def __init__(self, **changes) -> None:
+    def __init__(self, repeats: int = 1, **changes) -> None:
         self.cfg = tiny_config(**{"ttt_lora_lr": 0.02, "ttt_batch_size": 3, "ttt_lora_alpha": 8.0, "token_order": 3,
                                   **changes})
         torch.manual_seed(0)
         self.model = random_model(self.cfg).requires_grad_(False)
         rng = np.random.default_rng(2)
-        self.tokens = random_stream(rng, [20, 45, 1, 9, 70, 30, 1, 2, 17, 33], self.cfg.vocab_size)
+        lengths = [20, 45, 1, 9, 70, 30, 1, 2, 17, 33]
+        self.tokens = random_stream(rng, repeats * lengths, self.cfg.vocab_size)
+        # Documents of the same lengths out of three words: hints open, and some are right.
+        self.monotonous = np.where(self.tokens == gpt.BOS, gpt.BOS, 20 + self.tokens % 3).astype(np.uint16)
         self.byte_counts = random_byte_counts(rng, self.tokens)
         self.docs = gpt.find_documents(self.tokens)
 
@@ -388,11 +391,13 @@ def test_every_target_gets_one_finite_score(setup):
     assert np.isfinite(setup.score()).all()
 
 
-def test_plan_does_not_know_ranks(setup):
-    """Ranks only choose which of the eight lanes they run: each target is scored on one of them, with the same bits.
-    Batches are bounded by tokens, some carry adapters, and there are two phases."""
-    phases = setup.plan(prefix_docs=3, max_tokens=64)
-    assert len(phases) == 2
+def test_plan_does_not_know_ranks():
+    """Ranks only choose which of the eight lanes they run: each target is scored on one of them, with the same
+    bits. Batches are bounded by tokens, some carry adapters, there are two phases, and every lane has work."""
+    setup = Setup(repeats=2)
+    phases = setup.plan(prefix_docs=8, max_tokens=16)
+    assert len(phases) == 2 and all(phases[1]) and len(phases[1]) == gpt.LANES
+    assert any(batch.carries for lane in phases[1] for batch in lane)
     alone = setup.score(phases=phases)
     for world_size in (2, 4, 8):
         parts = np.stack([setup.score(phases=phases, rank=rank, world_size=world_size) for rank in range(world_size)])
@@ -487,20 +492,22 @@ def test_scores_with_zero_learning_rate_are_those_of_the_model_alone(setup):
 
 def test_hints_enter_the_score_as_the_tilt_of_the_same_probabilities(setup):
     cfg, phases = dataclasses.replace(setup.cfg, ttt_lora_lr=0.0), setup.plan()
-    hints = setup.hints(setup.tokens, phases)
-    assert hints.gate.any() and not hints.gate.all()
-    plain, tilted = setup.score(cfg=cfg), setup.score(cfg=cfg, hints=hints)
+    hints = setup.hints(setup.monotonous, phases)
+    plain, tilted = (setup.score(setup.monotonous, cfg=cfg, hints=x) for x in (None, hints))
     assert np.array_equal(plain[~hints.gate], tilted[~hints.gate])
-    right = hints.gate & (hints.hint == setup.tokens[1:])
+    right = hints.gate & (hints.hint == setup.monotonous[1:])
+    wrong = hints.gate & ~right
+    assert min(right.sum(), wrong.sum(), (~hints.gate).sum()) >= 10
+    assert (tilted[right] < plain[right]).all() and (tilted[wrong] > plain[wrong]).all()
     q = np.exp(-plain[right])
     np.testing.assert_allclose(tilted[right], plain[right] - cfg.token_boost + np.log1p(q * np.expm1(cfg.token_boost)),
                                rtol=0, atol=1e-5)
 
 
 def test_adapters_learn_from_the_model_alone_not_from_hints(setup):
-    phases = setup.plan()
-    hints = setup.hints(setup.tokens, phases)
-    assert np.array_equal(setup.score()[~hints.gate], setup.score(hints=hints)[~hints.gate])
+    hints = setup.hints(setup.monotonous, setup.plan())
+    plain, tilted = (setup.score(setup.monotonous, hints=x) for x in (None, hints))
+    assert np.array_equal(plain[~hints.gate], tilted[~hints.gate]) and (plain != tilted)[hints.gate].any()
 
 
 # --- adapters -----------------------------------------------------------------------------------------------
