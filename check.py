@@ -243,8 +243,10 @@ def check_kernels(cfg, capability: tuple[int, int]) -> Iterator[Item]:
         yield Item(bad, "triton", "not installed; it comes with CUDA builds of torch")
     else:
         yield Item("ok", "triton", version_of("triton") or "installed")
-    if cfg is not None and not cfg.compile:
-        yield Item(bad, "torch.compile", "COMPILE=0 is several times slower on a GPU; unset it")
+    if cfg is not None and not cfg.block_kernels:
+        yield Item(bad, "blocks", "BLOCK_KERNELS=0 is slower by a third; needs ALLOW_SLOW=1")
+    if cfg is not None and not cfg.compile and (capability < (9, 0) or not cfg.block_kernels):
+        yield Item(bad, "torch.compile", "COMPILE=0 without block kernels is several times slower; unset it")
     if capability < (9, 0):
         yield Item(
             bad,
@@ -386,7 +388,9 @@ def find_log(cfg, same: tuple[str, ...], having: str):
         if getattr(run, having) is not None
         and all(run.setting(name) == float(getattr(cfg, name)) for name in same)
     ]
-    return max(fitting, key=lambda run: run.identity.get("date", ""), default=None)
+    # Dates are whole days: of equal ones the last by name counts.
+    ranked = [(run.identity.get("date", ""), place) for place, run in enumerate(fitting)]
+    return fitting[max(ranked)[1]] if ranked else None
 
 
 def check_clocks(cfg, env: Mapping[str, str], val_tokens: int | None) -> Iterator[Item]:
@@ -560,7 +564,9 @@ def check_names(cfg, env: Mapping[str, str]) -> Iterator[Item]:
     if not cfg.run_id:
         yield Item("ok", "files", "RUN_ID is not set: names carry seed and time, nothing is overwritten")
         return
-    found = [*Path("logs").glob(f"{cfg.run_id}.*"), *checkpoints.glob(f"{cfg.run_id}.*")]
+    names = [Path("logs") / f"{cfg.run_id}.txt", checkpoints / f"{cfg.run_id}.weights"]
+    names.append(checkpoints / f"{cfg.run_id}.artifact")
+    found = [path for path in names if path.is_file()]
     present = sorted(
         str(path) for path in found if path.stat().st_size
     )  # a failed start may leave an empty log

@@ -62,7 +62,12 @@ def main(arguments: list[str]) -> int:
     processes: list[subprocess.Popen] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
-    processes += start(int(arguments[0]), arguments[1:])
+    started = start(int(arguments[0]), arguments[1:])
+    early = list(received)                # signals that came while they were being started
+    processes += started
+    for number in early:
+        for process in processes:
+            process.send_signal(number)
     wait(processes)
     wait(processes, GRACE_S)
     ended = [process.returncode for process in processes if process.poll() is not None]

@@ -96,6 +96,7 @@ case ${1:-} in
             [[ $seed =~ ^[0-9]+$ ]] || { echo "error: seed '$seed': expected a whole number" >&2; exit 2; }
             logs+=("logs/seed${seed}_$stamp.txt")
         done
+        [[ -f report.py ]] || { echo "error: seeds needs report.py, which is in the repository, not here" >&2; exit 2; }
         choose_python
         for seed in "$@"; do
             SEED=$seed RUN_ID=seed${seed}_$stamp PYTHON=$python bash run.sh

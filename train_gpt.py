@@ -153,7 +153,7 @@ class Config:
     compile: bool = knob(True, "0 runs every graph without torch.compile")
     block_kernels: bool = knob(True, "0 runs the blocks through torch.compile also on a Hopper GPU; to "
                                      "compare the two")
-    allow_slow: bool = knob(False, "1 lets a CUDA run go on without FlashAttention-3/4 or torch.compile")
+    allow_slow: bool = knob(False, "1 lets a CUDA run go on without FlashAttention-3/4 or the block kernels")
     allow_unverified: bool = knob(False, "1 lets a run use shards without manifest or check figures")
     prequant_only: bool = knob(False, "1 stops after training and the first diagnostic")
     quantize_only: bool = knob(False, "1 starts from the checkpoint of RUN_ID instead of training")
@@ -4055,7 +4055,9 @@ class BaseAdaptation:
         row = Row(self.inputs, self.targets, self.segments, 0)
         _, grads = self.model.ops.row_gradients(self.model, row, looping=True,
                                                 segment_cap=self.cfg.ttt_eval_seq_len, weights=self.weights)
-        grads = [grads[name] for name in self.names]
+        # Parameters that this model's shape leaves unused have none.
+        grads = [grads[name] if name in grads else torch.zeros_like(p)
+                 for name, p in zip(self.names, self.trained)]
         self.flat.copy_(torch.cat([grad.flatten() for grad in grads]))
 
     @torch.no_grad()
@@ -4088,6 +4090,7 @@ def adapt_base(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, docs: Docu
     steps = [(chunk, first) for chunk in range(num - 1) for first in firsts]
     base = base or BaseAdaptation(cfg, run, model)
     for chunk, first in steps:
+        run.beat()
         at, size = chunk * C + first * S, min(cfg.global_ttt_batch_seqs, C // S - first) * S
         base.step(joined[at:at + size + 1], global_sgd_lr(cfg.global_ttt_lr, num, chunk))
     return len(steps)
@@ -4246,10 +4249,13 @@ def find_commit() -> str:
         return "none"
 
 
-def log_start(cfg: Config, run: Run, data: Dataset, tokenizer: Path, model: GPT) -> None:
-    fields = sorted(dataclasses.fields(cfg), key=lambda field: field.name)
-    for field in fields:
+def log_settings(cfg: Config, run: Run) -> None:
+    """The first lines of a run: readers of logs take a run to begin here."""
+    for field in sorted(dataclasses.fields(cfg), key=lambda field: field.name):
         run.log(f"  {field.name}: {shown_value(field.name, getattr(cfg, field.name))}")
+
+
+def log_start(cfg: Config, run: Run, data: Dataset, tokenizer: Path, model: GPT) -> None:
     gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else platform.machine()
     run.log(f"versions python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__} "
             f"triton:{triton.__version__ if triton else 'none'} device:\"{gpu}\" world_size:{run.world_size} "
@@ -4261,7 +4267,8 @@ def log_start(cfg: Config, run: Run, data: Dataset, tokenizer: Path, model: GPT)
     run.log(f"run run_id:{run.run_id} date:{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d} "
             f"tokenizer:{tokenizer.name} data_source:{data_source}")
     changed = [f"{field.name.upper()}={shlex.quote(shown_value(field.name, getattr(cfg, field.name)))}"
-               for field in fields if getattr(cfg, field.name) != field.default]
+               for field in sorted(dataclasses.fields(cfg), key=lambda field: field.name)
+               if getattr(cfg, field.name) != field.default]
     run.log(f'run command:"{" ".join([*changed, "python", Path(sys.argv[0]).name])}"')
     if run.rank == 0:
         source = program_source().encode()
@@ -4311,6 +4318,7 @@ def run_pipeline(cfg: Config, run: Run) -> None:
     run.origin = {"tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
                   "code": shipped_code().sha256}
     torch.manual_seed(cfg.seed)
+    log_settings(cfg, run)
     model = GPT(cfg, run.compute_dtype, choose_ops(run)).to(run.device)
     for p in model.parameters():
         run.broadcast(p.data)                             # replicas start equal to the last bit
@@ -4362,7 +4370,8 @@ def run_pipeline(cfg: Config, run: Run) -> None:
 def calibrate(cfg: Config, run: Run, data: Dataset, model: GPT, train_s: float | None) -> Calibration:
     """Calibration statistics, collected on the training clock, and what that clock has come to (None: no
     training)."""
-    run.stage("calibration")
+    # Without training before it, calibration meets kernels that are not compiled yet.
+    run.stage("calibration", START_LIMIT_S if train_s is None else HANG_LIMIT_S)
     timer = Timer(run)
     stats = collect_hessians(cfg, run, model, data.train, cfg.gptq_calibration_batches)
     calibration_s = timer.seconds()
@@ -5089,7 +5098,7 @@ class SlotAdapters(NamedTuple):
 
 
 def kernel_weights(model: GPT) -> KernelWeights:
-    """Cast the model's weights for the kernels; once per step in training, once per phase in evaluation."""
+    """Cast the model's weights for the kernels; called for every row in training and every chunk step."""
     dtype = model.compute_dtype
     qkv = torch.cat([model.wq, model.wk, model.wv], 1).to(dtype)
     wo = (model.attn_scale[:, :, None] * model.wo).to(dtype)
@@ -5700,7 +5709,7 @@ def fp32_product(x: Tensor, weight: Tensor) -> Tensor:
 
 class Kernels(NamedTuple):
     """The hand-written path: forward and backward of the whole model, called in place of autograd.
-    choose_kernels(run) makes one; its methods replace the functions of Ops that they are named after."""
+    choose_ops(run) makes one; its methods replace the functions of Ops that they are named after."""
     attention: AttentionKernel
     products: Products = PLAIN_PRODUCTS
 
@@ -5740,7 +5749,9 @@ class Kernels(NamedTuple):
         for name, scale in (("wo", "attn_scale"), ("w_down", "mlp_scale")):
             grads[scale] = (grads[name] * getattr(model, name)).sum(-1)
             grads[name] *= getattr(model, scale)[:, :, None]
-        return nll @ weights, {name: grads[name] for name, p in model.named_parameters() if p.requires_grad}
+        absent = unused_parameters(model.cfg)
+        return nll @ weights, {name: grads[name] for name, p in model.named_parameters()
+                               if p.requires_grad and name not in absent}
 
     @torch.no_grad()
     def chunk_gradients(self, model: GPT, bank: AdapterBank, tokens_BT: Tensor, at_BC: Tensor,
@@ -5935,7 +5946,7 @@ def refuse_kernels(run: Run) -> str:
         return "not tried on GPUs before compute capability 9.0"
     group = cfg.num_heads // cfg.num_kv_heads
     if cfg.head_dim < 16 or cfg.head_dim & (cfg.head_dim - 1) or group & (group - 1):
-        return f"head width {cfg.head_dim} and heads per key {group} must be powers of two, the width from 16 on"
+        return f"head width {cfg.head_dim} (from 16 on) and heads per key {group} must be powers of two"
     if cfg.model_dim % 16 or cfg.mlp_dim % 16:
         return f"widths {cfg.model_dim} and {cfg.mlp_dim} must be multiples of 16"
     return "" if cfg.block_kernels else "BLOCK_KERNELS=0"

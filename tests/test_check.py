@@ -237,7 +237,7 @@ def test_a_name_that_was_used_is_an_error_unless_the_run_goes_on(tmp_path, monke
     assert list(check.check_names(gpt.Config(run_id="failed"), {}))[0].level == "ok"
     assert list(check.check_names(gpt.Config(run_id="old", quantize_only=True), {}))[0].level == "error"
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "old.ckpt").write_text("weights")
+    (tmp_path / "checkpoints" / "old.weights").write_text("weights")
     assert list(check.check_names(gpt.Config(run_id="old", quantize_only=True), {}))[0].level == "ok"
 
 
