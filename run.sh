@@ -106,7 +106,7 @@ case ${1:-} in
         (($# >= 3)) || echo "note: a submission needs three seeds, these are $#" >&2
         exec "$python" report.py pack "submission_$stamp" "${logs[@]}" ;;
     demo) use_environment; shift; exec "$python" demo.py "$@" ;;
-    test) use_environment; shift; exec "$python" -m pytest -q "$@" ;;
+    test) use_environment; shift; exec "$python" -m pytest -q -n 2 --dist loadfile "$@" ;;   # -n 0: one process
     -h | --help) usage; exit 0 ;;
     *) echo "error: unknown command '$1'" >&2; usage >&2; exit 2 ;;
 esac
