@@ -1373,13 +1373,18 @@ def score_tokens(hidden_ND: Tensor, tok_emb: Tensor, cap_pos: Tensor, cap_neg: T
     return -picked[:, 0], picked[:, 1]
 
 
-def row_gradients(model: GPT, row: Row, *, looping: bool, segment_cap: int,
-                  weights: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+def no_cast(model: GPT, into: Any = None) -> None:
+    """The cast of Ops for functions that cast every weight where they use it."""
+
+
+def row_gradients(model: GPT, row: Row, *, looping: bool, segment_cap: int, weights: Tensor | None = None,
+                  cast: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean loss in nats of one training row (0-d fp32, detached) and its gradient by parameter name.
 
     The gradients, fp32 in their parameter's shape and contiguous, belong to the caller, who may change them.
     Frozen parameters and those that the loss does not depend on are absent. segment_cap bounds the segments'
     lengths. weights (T,) fp32: the loss is the sum of the tokens' losses times these, in place of their mean.
+    cast is what the cast of Ops has made of the model's present weights, None to make it here.
     """
     # The number of documents in a row varies; only the attention kernel sees it.
     segments = mark_varying(row.cu_seqlens, 0)
@@ -1405,7 +1410,10 @@ def hidden_states(model: GPT, tokens_BT: Tensor, *, looping: bool, segments: tup
 class Ops(NamedTuple):
     """Everything heavy that the model runs: the plain definitions, unless choose_ops(run) found faster ones.
     GPT.forward, loss and score call these and nothing else that takes time; training takes a row's gradients
-    from row_gradients alone, so that an Ops may replace forward and backward by what knows no autograd."""
+    from row_gradients alone, so that an Ops may replace forward and backward by what knows no autograd.
+    cast(model, into) makes of the weights what row_gradients and chunk_gradients compute with, for as long as
+    the weights stay; with `into`, an earlier result, in its memory."""
+    cast: Callable[..., Any] = no_cast
     attend: Attend = attend_math
     embed: Callable[..., Tensor] = embed
     serial: Callable[..., Tensor] = serial_block
@@ -1789,11 +1797,13 @@ class Optimizer:
             row.append(grads[name] if name in grads else torch.zeros_like(p))
         norm = torch.nn.utils.get_total_norm(row)
         limit = self.cfg.grad_clip_norm
-        torch._foreach_mul_(row, torch.where(norm > limit, limit / (norm + 1e-6), 1.0))
+        factor = torch.where(norm > limit, limit / (norm + 1e-6), 1.0)
         if self.num_rows:
-            torch._foreach_add_(self.grad_sum, row)
+            for total, grad in zip(self.grad_sum, row):
+                total.addcmul_(grad, factor)              # clipped and added in one pass
         else:
             self.grad_sum = row
+            torch._foreach_mul_(row, factor)
         self.num_rows += 1
         return norm
 
@@ -1865,10 +1875,11 @@ def train_rows(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, loader: 
                looping: bool) -> Tensor:
     """Add the gradients of this rank's next rows to the optimizer's. Returns the sum of their mean losses."""
     total = torch.zeros((), device=run.device)
+    cast = model.ops.cast(model)
     for _ in range(rows):
         run.beat()
         loss, grads = model.ops.row_gradients(model, next(loader), looping=looping,
-                                              segment_cap=cfg.longest_segment)
+                                              segment_cap=cfg.longest_segment, cast=cast)
         optimizer.add_row(grads)
         total += loss
     return total
@@ -3734,13 +3745,15 @@ class Stream(NamedTuple):
 
 
 def chunk_gradients(model: GPT, bank: AdapterBank, tokens_BT: Tensor, at_BC: Tensor, answers_BC: Tensor,
-                    hints_BC: Tensor, learns_B: Tensor, learn: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+                    hints_BC: Tensor, learns_B: Tensor, learn: bool,
+                    cast: Any = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Forward, score and gradient of one chunk of each document, with the adapters in the bank's first rows.
 
     tokens_BT   windows, int64, padded on the right; every row is one causal sequence
     at_BC       positions of the chunk in its window, int64; only there are logits made
     answers_BC  targets, int64; hints_BC hinted tokens, int64
     learns_B    1 where the document has a later chunk, else 0
+    cast        as in row_gradients
     Returns nll and log-probability of the hints, (B, C) fp32, detached, and (B, P) in the compute dtype the
     gradient of the sum over learning documents of their mean nll; None unless `learn`.
     """
@@ -3775,6 +3788,7 @@ class Scorer:
         zeros = functools.partial(torch.zeros, device=run.device)
         self.stream = Stream(zeros(num_tokens, dtype=torch.int32), zeros(num_tokens, dtype=torch.int32),
                              zeros(num_tokens, dtype=torch.int32), zeros(num_tokens))
+        self.cast = model.ops.cast(model)                 # of the base weights; see renew_cast
         self.slots = sum(map(len, execution_order(cfg, True)))
         self.bank = AdapterBank(cfg, self.slots, cfg.ttt_batch_size, run.device, model.compute_dtype)
         self.meter = BpbMeter(run)
@@ -3797,6 +3811,10 @@ class Scorer:
                        self.index, self.log_target, self.log_nll, self.log_size):
             tensor.zero_()
 
+    def renew_cast(self) -> None:
+        """Take over base weights that have changed."""
+        self.model.ops.cast(self.model, self.cast)
+
     def step(self, rows: int, width: int, learn: bool) -> None:
         """Score one chunk of each of the first `rows` documents, then learn from it. Rows that are finished,
         or beyond the batch, count nothing and learn nothing."""
@@ -3815,7 +3833,8 @@ class Scorer:
         learns = row.learns[:, 0]
         # 1. scored by weights that never saw the chunk
         gradients = self.model.ops.chunk_gradients or chunk_gradients
-        nll, log_q, grads = gradients(self.model, self.bank, inputs, at, answers, hints, learns, learn)
+        nll, log_q, grads = gradients(self.model, self.bank, inputs, at, answers, hints, learns, learn,
+                                      self.cast)
         with torch.no_grad():
             tilted = tilt(nll, log_q, answers == hints, stream.boost[place])
             # 2. banked; it is never revised
@@ -4128,7 +4147,9 @@ def warm_up_ttt(cfg: Config, run: Run, model: GPT, num_tokens: int) -> tuple[Sco
         if base and len(base.inputs) <= BASE_CAPTURE_TOKENS:
             base.load(generator.integers(2, cfg.vocab_size, len(base.inputs)))
             base.replay = CapturedSteps(run, base.gradient, [()])
-        scorer.steps = CapturedSteps(run, scorer.step, keys)
+        # Steps that only score run what steps that learn have loaded, but for the loss.
+        loads = [*(key for key in keys if key[2]), keys[-1]]
+        scorer.steps = CapturedSteps(run, scorer.step, keys, loads)
     elif buckets is not None:                             # one graph serves all sizes
         scorer.step(buckets.rows[-1], buckets.windows[0], True)
         scorer.step(buckets.rows[0], buckets.windows[-1], True)
@@ -4166,6 +4187,7 @@ def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset) -> Score:
             phase_timer = Timer(run)
             chosen = select_prefix(scored, docs, C, prefix)
             steps = adapt_base(cfg, run, model, tokens, docs, chosen, base)
+            scorer.renew_cast()
             run.log(f"ttt adapted_base documents:{len(chosen)} sgd_steps:{steps} "
                     f"elapsed_s:{phase_timer.seconds():.1f} eval_time_s:{timer.seconds():.1f}")
     score, seconds = scorer.meter.result(), timer.seconds()
@@ -5032,6 +5054,7 @@ def _softcap_ce_kernel(logits_ptr, targets_ptr, hints_ptr, caps_ptr, nll_ptr, lo
 NORM_TILE = dict(ROWS=2, num_warps=2)
 HEAD_TILE = dict(ROWS=32, num_warps=4)
 OWN_TILE = dict(ROWS=8, num_warps=2)
+OWN_BACKWARD_TILE = dict(ROWS=8, num_warps=2)
 FLAT_TILE = dict(BLOCK=2048, num_warps=4)
 CE_WARPS = 16                # one program holds a row of 8,192 logits in registers
 PROGRAMS = 1056              # 8 for each of 132 multiprocessors
@@ -5091,6 +5114,12 @@ class Layout(NamedTuple):
     attention: AttentionKernel
     products: Products
 
+    def at_places(self, places: Tensor | None) -> Layout:
+        """For work on that many positions in all, as many in each row."""
+        if places is None:
+            return self
+        return self._replace(T=len(places) // (len(self.cu_seqlens) - 1))
+
 
 class SlotAdapters(NamedTuple):
     """Adapters of one execution slot in the compute dtype, or their gradients; R is the rank, B documents."""
@@ -5102,8 +5131,8 @@ class SlotAdapters(NamedTuple):
     scale: float
 
 
-def kernel_weights(model: GPT) -> KernelWeights:
-    """Cast the model's weights for the kernels; called for every row in training and every chunk step."""
+def kernel_weights(model: GPT, into: KernelWeights | None = None) -> KernelWeights:
+    """The model's weights as the kernels read them; the cast of Ops. Small fp32 ones are the model's own."""
     dtype = model.compute_dtype
     qkv = torch.cat([model.wq, model.wk, model.wv], 1).to(dtype)
     wo = (model.attn_scale[:, :, None] * model.wo).to(dtype)
@@ -5111,8 +5140,13 @@ def kernel_weights(model: GPT) -> KernelWeights:
     caps = torch.stack([model.softcap_pos, model.softcap_neg])
     banks = {name: getattr(model, name) for name in KernelLayer._fields if name != "qkv"}
     banks |= {"qkv": qkv, "wo": wo, "w_up": model.w_up.to(dtype), "w_down": w_down}
-    return KernelWeights(model.tok_emb.to(dtype), model.smear_w, model.smear_lambda, model.skip_weights,
+    made = KernelWeights(model.tok_emb.to(dtype), model.smear_w, model.smear_lambda, model.skip_weights,
                          model.skip_gates, caps, kernel_layers(banks))
+    if into is None:
+        return made
+    for old, new in zip([into[:-1], *into.layers], [made[:-1], *made.layers]):
+        torch._foreach_copy_(old, new)
+    return into
 
 
 def kernel_layers(banks: Mapping[str, Tensor]) -> list[KernelLayer]:
@@ -5312,8 +5346,11 @@ class AttentionState(NamedTuple):
     v: Tensor
     y: Tensor               # (N, H, K) what the heads saw
     state: Any              # of the AttentionKernel
-    gated: Tensor           # (N, D) input of the output product
     low: Tensor | None      # (B, T, kinds * R) what the adapters' A made of n
+    # The rest of the sub-layer, with M rows: all, or those of `places` where nothing reads the others.
+    places: Tensor | None   # (M,) int64
+    own: tuple[Tensor, Tensor, Tensor]       # y (M, H, K), v (M, G*K) and n (M, D) of these rows
+    gated: Tensor           # (M, D) input of the output product
 
 
 def head_sizes(layer: KernelLayer) -> tuple[int, int, int]:
@@ -5333,8 +5370,17 @@ def adapter_parts(a: SlotAdapters, layer: KernelLayer) -> Iterator[tuple[str, sl
             yield kind, slice(index * R, (index + 1) * R), columns[kind]
 
 
-def attention_forward(layer: KernelLayer, n: Tensor, at: Layout, adapters: SlotAdapters
-                      | None) -> AttentionState:
+def pick(x: Tensor, places: Tensor | None) -> Tensor:
+    return x if places is None else x.index_select(0, places)
+
+
+def spread(x: Tensor, places: Tensor | None, N: int) -> Tensor:
+    """The (N, ...) of which pick took x; zero in between. Where places repeat, x must be zero."""
+    return x if places is None else x.new_zeros(N, *x.shape[1:]).index_copy_(0, places, x)
+
+
+def attention_forward(layer: KernelLayer, n: Tensor, at: Layout, adapters: SlotAdapters | None,
+                      places: Tensor | None = None) -> AttentionState:
     N, D = n.shape
     H, G, K = head_sizes(layer)
     qkv, low = n @ layer.qkv.T, None
@@ -5354,11 +5400,12 @@ def attention_forward(layer: KernelLayer, n: Tensor, at: Layout, adapters: SlotA
         qkv, at.rope, layer.q_gain, q, k, v, N, at.T, at.rope.shape[1], H=H, G=G, K=K, HALF=at.rope.shape[-1],
         REPEAT=H // G if repeats else 1, EPS=RMS_EPS, **HEAD_TILE)
     y, state = at.attention.forward(q, k, v, at.cu_seqlens, at.max_seqlen)
-    gated, window = torch.empty_like(n), layer.attn_gate.shape[1]
-    _own_value_forward_kernel[row_grid(OWN_TILE, N)](
-        y, own_v, own_v.stride(0), n, layer.xsa_alpha, layer.attn_gate, gated, at.gate_scale, N, D=D, H=H,
-        G=G, K=K, WINDOW=window, BLOCK_W=triton.next_power_of_2(window), **OWN_TILE)
-    return AttentionState(n, qkv, q, k, v, y, state, gated, low)
+    own = pick(y, places), pick(own_v, places), pick(n, places)
+    gated, window = torch.empty_like(own[2]), layer.attn_gate.shape[1]
+    _own_value_forward_kernel[row_grid(OWN_TILE, len(gated))](
+        own[0], own[1], own[1].stride(0), own[2], layer.xsa_alpha, layer.attn_gate, gated, at.gate_scale,
+        len(gated), D=D, H=H, G=G, K=K, WINDOW=window, BLOCK_W=triton.next_power_of_2(window), **OWN_TILE)
+    return AttentionState(n, qkv, q, k, v, y, state, low, places, own, gated)
 
 
 def attention_backward(layer: KernelLayer, s: AttentionState, dgated: Tensor, at: Layout, grad: KernelLayer
@@ -5366,16 +5413,18 @@ def attention_backward(layer: KernelLayer, s: AttentionState, dgated: Tensor, at
                        | None, dlow: Tensor | None) -> tuple[Tensor, Tensor]:
     """(gradient of n but for the gate's share, gradient of the gate's logits (N, H) fp32). dlow holds the
     part of the output's adapter and receives the others."""
-    N, D = s.n.shape
+    (N, D), M = s.n.shape, len(dgated)
     H, G, K = head_sizes(layer)
-    own_v, window = s.qkv[:, (H + G) * K:], layer.attn_gate.shape[1]
-    dy, dgate = torch.empty_like(dgated), torch.empty(N, H, device=s.n.device)
-    dv_own = torch.empty(N, G * K, dtype=s.n.dtype, device=s.n.device)
+    (y, own_v, n), window = s.own, layer.attn_gate.shape[1]
+    dy, dgate = torch.empty_like(dgated), torch.empty(M, H, device=n.device)
+    dv_own = torch.empty(M, G * K, dtype=n.dtype, device=n.device)
     has_sums = grad is not None
-    _own_value_backward_kernel[walking_grid(OWN_TILE, N, G)](
-        dgated, s.y, own_v, own_v.stride(0), s.n, layer.xsa_alpha, layer.attn_gate, dy, dv_own, dgate,
-        grad.xsa_alpha if has_sums else dgate, grad.attn_gate if has_sums else dgate, at.gate_scale, N, D=D,
-        H=H, G=G, K=K, WINDOW=window, BLOCK_W=triton.next_power_of_2(window), SUMS=has_sums, **OWN_TILE)
+    _own_value_backward_kernel[walking_grid(OWN_BACKWARD_TILE, M, G)](
+        dgated, y, own_v, own_v.stride(0), n, layer.xsa_alpha, layer.attn_gate, dy, dv_own, dgate,
+        grad.xsa_alpha if has_sums else dgate, grad.attn_gate if has_sums else dgate, at.gate_scale, M, D=D,
+        H=H, G=G, K=K, WINDOW=window, BLOCK_W=triton.next_power_of_2(window), SUMS=has_sums,
+        **OWN_BACKWARD_TILE)
+    dy, dv_own, dgate = (spread(x, s.places, N) for x in (dy, dv_own, dgate))
     dq, dk, dv = at.attention.backward(dy.view(N, H, K), s.q, s.k, s.v, s.y, s.state, at.cu_seqlens,
                                        at.max_seqlen)
     dqkv = torch.empty_like(s.qkv)
@@ -5417,12 +5466,13 @@ def output_adapter_backward(dout: Tensor, low: Tensor, B: Tensor, channel_scale:
     torch.bmm(dout, B * factor, out=dlow)
 
 
-def output_part(a: SlotAdapters | None) -> slice | None:
-    """The columns of the low-rank activations that the attention output's adapter reads; None without one."""
+def output_low(a: SlotAdapters | None, s: AttentionState, low: Tensor | None) -> Tensor | None:
+    """Of `low` (B, T, kinds * R) what the attention output's adapter reads, (B, M / B, R); None without one."""
     if a is None or "o" not in a.kinds:
         return None
     R = a.A.shape[1] // len(a.kinds)
-    return slice(a.kinds.index("o") * R, (a.kinds.index("o") + 1) * R)
+    part = low[..., a.kinds.index("o") * R:][..., :R]
+    return part if s.places is None else pick(part.flatten(0, 1), s.places).view(len(low), -1, R)
 
 
 # mlp: product, φ, product, with adapters.
@@ -5479,9 +5529,9 @@ def serial_forward(w: KernelWeights, layer: KernelLayer, x: Tensor, x0: Tensor, 
     z, attn_norm = mix_and_norm_forward(w, layer, x, x0, skip, skip_row, keep="mix")
     attn = attention_forward(layer, attn_norm.n, at, adapters)
     z.addmm_(attn.gated, layer.wo.T)
-    part = output_part(adapters)
-    if part is not None:
-        add_output_adapter(z, attn.low[..., part], adapters.B["o"], layer.attn_scale, adapters.scale)
+    low = output_low(adapters, attn, attn.low)
+    if low is not None:
+        add_output_adapter(z, low, adapters.B["o"], layer.attn_scale, adapters.scale)
     _, mlp_norm = mix_and_norm_forward(w, layer, z)
     mlp = mlp_forward(layer, mlp_norm.n, at, adapters)
     z.addmm_(mlp.act, layer.w_down.T)
@@ -5497,10 +5547,15 @@ def attention_side_backward(layer: KernelLayer, s: BlockState, dattn: Tensor, at
     if grad is not None:
         add_product(grad.wo, dattn, s.attn.gated, is_first)
     dlow = None if adapters is None else torch.empty_like(s.attn.low)
-    part = output_part(adapters)
-    if part is not None:
-        output_adapter_backward(dattn, s.attn.low[..., part], adapters.B["o"], layer.attn_scale,
-                                adapters.scale, adapter_grads.B["o"], dlow[..., part])
+    low = output_low(adapters, s.attn, s.attn.low)
+    if low is not None:
+        o = adapters.kinds.index("o") * low.shape[2]
+        room = dlow[..., o:o + low.shape[2]]
+        dlow_o = room if s.attn.places is None else torch.empty_like(low)
+        output_adapter_backward(dattn, low, adapters.B["o"], layer.attn_scale, adapters.scale,
+                                adapter_grads.B["o"], dlow_o)
+        if s.attn.places is not None:
+            room.copy_(spread(dlow_o.flatten(0, 1), s.attn.places, len(s.attn.n)).view_as(room))
     return attention_backward(layer, s.attn, dattn @ layer.wo, at, grad, is_first, adapters, adapter_grads,
                               dlow)
 
@@ -5528,18 +5583,21 @@ def serial_backward(b: Backward, index: int, s: BlockState, dout: Tensor, extra:
 
 
 def parallel_forward(w: KernelWeights, layer: KernelLayer, lane0: Tensor, lane1: Tensor, x0: Tensor,
-                     skip: Tensor | None, skip_row: int | None, at: Layout, adapters: SlotAdapters
-                     | None = None) -> tuple[Tensor, Tensor, BlockState]:
-    """parallel_block on flattened (N, D) lanes."""
-    lane0, attn_norm = mix_and_norm_forward(w, layer, lane0, x0, skip, skip_row, keep="none" if skip is None
-                                            else "blend")
-    attn = attention_forward(layer, attn_norm.n, at, adapters)
+                     skip: Tensor | None, skip_row: int | None, at: Layout,
+                     adapters: SlotAdapters | None = None,
+                     places: Tensor | None = None) -> tuple[Tensor, Tensor, BlockState]:
+    """parallel_block on flattened (N, D) lanes. With places (M,), as many in each of the B rows, only these
+    positions of the result, (M, D): all but keys and values is left out elsewhere."""
+    keep = "none" if skip is None else "blend"
+    lane0, attn_norm = mix_and_norm_forward(w, layer, lane0, x0, skip, skip_row, keep)
+    attn = attention_forward(layer, attn_norm.n, at, adapters, places)
+    lane0, lane1 = pick(lane0, places), pick(lane1, places)
     attn_out = attn.gated @ layer.wo.T
-    part = output_part(adapters)
-    if part is not None:
-        add_output_adapter(attn_out, attn.low[..., part], adapters.B["o"], layer.attn_scale, adapters.scale)
+    low = output_low(adapters, attn, attn.low)
+    if low is not None:
+        add_output_adapter(attn_out, low, adapters.B["o"], layer.attn_scale, adapters.scale)
     _, mlp_norm = mix_and_norm_forward(w, layer, lane1)
-    mlp = mlp_forward(layer, mlp_norm.n, at, adapters)
+    mlp = mlp_forward(layer, mlp_norm.n, at.at_places(places), adapters)
     mlp_out = mlp.act @ layer.w_down.T
     if mlp.low is not None:
         add_output_adapter(mlp_out, mlp.low, adapters.mlp_B, layer.mlp_scale, adapters.scale)
@@ -5555,8 +5613,8 @@ def parallel_backward(b: Backward, index: int, s: BlockState, dout0: Tensor, dou
                       adapters: SlotAdapters | None = None, adapter_grads: SlotAdapters | None = None,
                       ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients (of lane 0, of lane 1, of the skip); where the block parts_lanes, both lanes were one stream:
-    (their sum plus `extra`, None, of the skip)."""
-    layer = b.w.layers[index]
+    (their sum plus `extra`, None, of the skip). dout0 and dout1 have the rows of the block's result."""
+    layer, places, N = b.w.layers[index], s.attn.places, len(s.attn.n)
     grad = None if b.grads is None else b.grads.layers[index]
     dattn, dmlp = torch.empty_like(dout0), torch.empty_like(dout0)
     has_sums = grad is not None
@@ -5565,14 +5623,18 @@ def parallel_backward(b: Backward, index: int, s: BlockState, dout0: Tensor, dou
         dout0, dout1, s.lane0, s.mlp_norm.x, s.attn_out, s.mlp_out, layer.lane_post, dattn, dmlp,
         grad.lane_resid if has_sums else dattn, grad.lane_post if has_sums else dattn, dout0.numel(),
         SUMS=has_sums, **FLAT_TILE)
-    dn = mlp_backward(layer, s.mlp, dmlp, b.at, grad, is_first, adapters, adapter_grads)
-    dlane1, _ = mix_and_norm_backward(b.w, layer, s.mlp_norm, dn, Residual(dout1, "lane",
-                                                                           layer.lane_resid[1:]), extra=extra
-                                      if parts_lanes else None)
+    dn = mlp_backward(layer, s.mlp, dmlp, b.at.at_places(places), grad, is_first, adapters, adapter_grads)
+    residual = Residual(dout1, "lane", layer.lane_resid[1:])
+    adds_extra = parts_lanes and places is None
+    dlane1, _ = mix_and_norm_backward(b.w, layer, s.mlp_norm, dn, residual,
+                                      extra=extra if adds_extra else None)
+    dlane1 = spread(dlane1, places, N)
+    if parts_lanes and not adds_extra and extra is not None:
+        dlane1 += extra
     dn, dgate = attention_side_backward(layer, s, dattn, b.at, grad, is_first, adapters, adapter_grads)
-    dlane0, dskip = mix_and_norm_backward(b.w, layer, s.attn_norm, dn, Residual(dout0, "lane",
-                                                                                layer.lane_resid), grad,
-                                          b.grads, b.dx0, adds_dx0, dlane1 if parts_lanes else extra, dgate)
+    residual = Residual(spread(dout0, places, N), "lane", layer.lane_resid)
+    dlane0, dskip = mix_and_norm_backward(b.w, layer, s.attn_norm, dn, residual, grad, b.grads, b.dx0,
+                                          adds_dx0, dlane1 if parts_lanes else extra, dgate)
     return dlane0, None if parts_lanes else dlane1, dskip
 
 
@@ -5584,14 +5646,17 @@ class Tape(NamedTuple):
     x0: Tensor              # (N, D)
     rstd0: Tensor           # (N,) fp32
     blocks: list[BlockState]
-    lane0: Tensor
+    lane0: Tensor           # (M, D) as the next two
     hidden: Tensor
-    rstd: Tensor
+    rstd: Tensor            # (N,) fp32, of which the first M are set
+    places: Tensor | None   # (M,) int64; None: all N
 
 
 def forward_pass(model: GPT, w: KernelWeights, tokens_N: Tensor, at: Layout, looping: bool,
-                 adapters: Sequence[SlotAdapters] | None = None, is_kept: bool = True) -> tuple[Tensor, Tape]:
-    """GPT.forward: the final normed hidden states (N, D), and the tape for backward_pass (if is_kept)."""
+                 adapters: Sequence[SlotAdapters] | None = None, is_kept: bool = True,
+                 places: Tensor | None = None) -> tuple[Tensor, Tape]:
+    """GPT.forward: the final normed hidden states (N, D), and the tape for backward_pass (if is_kept). With
+    places (M,), as many in each row, only those positions of the result, (M, D)."""
     N, D = len(tokens_N), w.tok_emb.shape[1]
     block_d = triton.next_power_of_2(D)
     x0 = torch.empty(N, D, dtype=w.tok_emb.dtype, device=w.tok_emb.device)
@@ -5601,23 +5666,28 @@ def forward_pass(model: GPT, w: KernelWeights, tokens_N: Tensor, at: Layout, loo
                                                   WINDOW=len(w.smear_w), EPS=RMS_EPS, **NORM_TILE)
     lane0, lane1 = x0, None
     blocks, kept = [], {}
-    for slot, run in enumerate(execution_plan(model.cfg, looping)):
+    plan = execution_plan(model.cfg, looping)
+    for slot, run in enumerate(plan):
         layer = w.layers[run.layer]
         skip = None if run.skip_from is None else kept.pop(run.skip_from)
         own = None if adapters is None else adapters[slot]
         if run.is_parallel:
             lane1 = lane0 if lane1 is None else lane1
-            lane0, lane1, state = parallel_forward(w, layer, lane0, lane1, x0, skip, run.skip_row, at, own)
+            last_places = places if slot == len(plan) - 1 else None
+            lane0, lane1, state = parallel_forward(w, layer, lane0, lane1, x0, skip, run.skip_row, at, own,
+                                                   last_places)
         else:
             lane0, state = serial_forward(w, layer, lane0, x0, skip, run.skip_row, at, own)
         if is_kept:
             blocks.append(state)
         if run.is_kept:
             kept[slot] = lane0
-    hidden = torch.empty_like(lane0)
-    _finish_forward_kernel[row_grid(NORM_TILE, N)](lane0, lane0 if lane1 is None else lane1, hidden, rstd, N,
-                                                   D=D, BLOCK_D=block_d, EPS=RMS_EPS, **NORM_TILE)
-    return hidden, Tape(tokens_N, x0, rstd0, blocks, lane0, hidden, rstd)
+    if not plan[-1].is_parallel:
+        lane0 = lane1 = pick(lane0, places)
+    hidden, M = torch.empty_like(lane0), len(lane0)
+    _finish_forward_kernel[row_grid(NORM_TILE, M)](lane0, lane1, hidden, rstd, M, D=D, BLOCK_D=block_d,
+                                                   EPS=RMS_EPS, **NORM_TILE)
+    return hidden, Tape(tokens_N, x0, rstd0, blocks, lane0, hidden, rstd, places)
 
 
 def backward_pass(model: GPT, w: KernelWeights, tape: Tape, dhidden: Tensor, at: Layout, looping: bool,
@@ -5625,14 +5695,14 @@ def backward_pass(model: GPT, w: KernelWeights, tape: Tape, dhidden: Tensor, at:
                   adapter_grads: Sequence[SlotAdapters] | None = None) -> None:
     """Add the gradients of all weights into `grads`, or write those of all adapters into adapter_grads."""
     plan = execution_plan(model.cfg, looping)
-    N, D = dhidden.shape
-    b = Backward(w, at, grads, torch.empty_like(dhidden))
+    N, D = tape.x0.shape
+    b = Backward(w, at, grads, torch.empty_like(tape.x0))
     # finish is a norm too, of half the sum of the lanes; each lane gets half its gradient, one stream all of
     # it.
     unit_layer = w.layers[0]._replace(ln_scale=torch.ones((), device=dhidden.device))
     d0, _ = mix_and_norm_backward(w, unit_layer, NormState(tape.lane0, None, None, None, tape.hidden,
                                                            tape.rstd), dhidden, None)
-    d0 = d1 = d0.mul_(0.5) if plan[-1].is_parallel else d0
+    d0 = d1 = d0.mul_(0.5) if plan[-1].is_parallel else spread(d0, tape.places, N)
     # gradients of kept outputs, until their block is reached
     waiting: dict[int, Tensor] = {}
     seen: set[int] = set()
@@ -5741,10 +5811,11 @@ class Kernels(NamedTuple):
 
     @torch.no_grad()
     def row_gradients(self, model: GPT, row: Row, *, looping: bool, segment_cap: int,
-                      weights: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+                      weights: Tensor | None = None,
+                      cast: KernelWeights | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """row_gradients of section 4. The scales that kernel_weights folds into matrices get their gradients
         here: for W' = scale * W, d scale is the row sum of dW' * W, and dW is scale * dW'."""
-        w = kernel_weights(model)
+        w = kernel_weights(model) if cast is None else cast
         at = self.layout(model, len(row.inputs), row.cu_seqlens, segment_cap)
         hidden, tape = forward_pass(model, w, row.inputs, at, looping)
         grads, views = kernel_gradients(model)
@@ -5770,17 +5841,17 @@ class Kernels(NamedTuple):
 
     @torch.no_grad()
     def chunk_gradients(self, model: GPT, bank: AdapterBank, tokens_BT: Tensor, at_BC: Tensor,
-                        answers_BC: Tensor, hints_BC: Tensor, learns_B: Tensor,
-                        learn: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+                        answers_BC: Tensor, hints_BC: Tensor, learns_B: Tensor, learn: bool,
+                        cast: KernelWeights | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """chunk_gradients of section 13; logits keep the product's fp32 sums."""
         B, T = tokens_BT.shape
-        C, w = at_BC.shape[1], kernel_weights(model)
+        C, w = at_BC.shape[1], kernel_weights(model) if cast is None else cast
         cu_seqlens = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=tokens_BT.device)
         at = self.layout(model, T, cu_seqlens, T)
         slots, (head_A, head_B) = slot_adapters(bank, bank.low[:B])
-        hidden, tape = forward_pass(model, w, tokens_BT.flatten(), at, True, slots, is_kept=learn)
-        place = (at_BC + T * torch.arange(B, device=at_BC.device)[:, None]).flatten()
-        picked = hidden.index_select(0, place).view(B, C, -1)
+        places = (at_BC + T * torch.arange(B, device=at_BC.device)[:, None]).flatten()
+        hidden, tape = forward_pass(model, w, tokens_BT.flatten(), at, True, slots, learn, places)
+        picked = hidden.view(B, C, -1)
         low, scale = torch.bmm(picked, head_A.transpose(1, 2)), slots[0].scale
         logits = fp32_product(picked.flatten(0, 1), w.tok_emb)
         logits.view(B, C, -1).add_(torch.bmm(low, head_B.transpose(1, 2)), alpha=scale)
@@ -5797,9 +5868,9 @@ class Kernels(NamedTuple):
         scaled_bmm(dlogits_BCV.transpose(1, 2), low, scale, out=grad_B)
         dlow = torch.bmm(dlogits_BCV, head_B) * scale
         torch.bmm(dlow.transpose(1, 2), picked, out=grad_A)
-        dpicked = (dlogits @ w.tok_emb).view(B, C, -1).baddbmm_(dlow, head_A)
-        # Positions repeat only where a document is at its end, and there all gradients are zero.
-        dhidden = torch.zeros_like(hidden).index_copy_(0, place, dpicked.flatten(0, 1))
+        dhidden = dlogits @ w.tok_emb
+        dhidden.view(B, C, -1).baddbmm_(dlow, head_A)
+        # Places repeat only where a document is at its end, and there all gradients are zero.
         backward_pass(model, w, tape, dhidden, at, True, None, slots, grad_slots)
         return nll, log_q, grads
 
@@ -5938,8 +6009,8 @@ def choose_ops(run: Run) -> Ops:
     if not refused:
         kernels = Kernels(attention, choose_products(run))
         run.log('blocks backend:kernels reason:"first choice"')
-        return ops._replace(row_gradients=kernels.row_gradients, hidden=kernels.hidden, score=kernel_score,
-                            chunk_gradients=kernels.chunk_gradients)
+        return ops._replace(cast=kernel_weights, row_gradients=kernels.row_gradients, hidden=kernels.hidden,
+                            score=kernel_score, chunk_gradients=kernels.chunk_gradients)
     if is_gpu and not cfg.allow_slow:
         raise ConfigError(f"no block kernels ({refused}); a run on other paths is slower by a third or "
                           "more, allow it by ALLOW_SLOW=1")
@@ -6023,14 +6094,16 @@ class CapturedSteps:
     captures  graphs made; missed  calls without a graph, which ran eagerly
     """
 
-    def __init__(self, run: Run, step: Callable[..., None], keys: Sequence[tuple]) -> None:
-        """Capture `keys`, the largest step first, so that the others find room in its memory."""
+    def __init__(self, run: Run, step: Callable[..., None], keys: Sequence[tuple],
+                 loads: Sequence[tuple] | None = None) -> None:
+        """Capture `keys`, the largest step first, so that the others find room in its memory. Before that the
+        steps `loads` (None: all) run once: they compile and load whatever `keys` need."""
         self.step, self.captures, self.missed = step, 0, 0
         self.graphs: dict[tuple, Any] = {}
         stream, pool = torch.cuda.Stream(run.device), torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream(run.device))
         with torch.cuda.stream(stream):
-            for key in keys:                  # compiles and loads what may not be loaded while capturing
+            for key in keys if loads is None else loads:
                 step(*key)
             stream.synchronize()
             gc.collect()

@@ -79,6 +79,7 @@ def few_programs():
         patch.setattr(gpt, "PROGRAMS", 2)
         patch.setitem(gpt.HEAD_TILE, "ROWS", 4)
         patch.setitem(gpt.OWN_TILE, "ROWS", 4)
+        patch.setitem(gpt.OWN_BACKWARD_TILE, "ROWS", 4)
         patch.setitem(gpt.FLAT_TILE, "BLOCK", 64)
         yield
 
