@@ -4578,7 +4578,7 @@ def _mix_norm_backward_kernel(dn_ptr, n_ptr, rstd_ptr, scale_ptr, dres_ptr, res_
                               dgate_ptr, attn_gate_ptr, x_ptr, x0_ptr, skip_ptr, mix_ptr, skip_weight_ptr,
                               skip_gate_ptr, dx_ptr, dx0_ptr, dskip_ptr, dmix_ptr, dweight_ptr,
                               dskip_gate_ptr, N, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-                              HEADS: tl.constexpr, WINDOW: tl.constexpr, MIX: tl.constexpr, RES: tl.constexpr,
+                              STAGES: tl.constexpr, HEADS: tl.constexpr, WINDOW: tl.constexpr, MIX: tl.constexpr, RES: tl.constexpr,
                               EXTRA: tl.constexpr, GATE: tl.constexpr, SKIP: tl.constexpr,
                               SKIP_IS_X: tl.constexpr, ADDS_X0: tl.constexpr, SUMS: tl.constexpr):
     col = tl.arange(0, BLOCK_D)
@@ -4597,7 +4597,7 @@ def _mix_norm_backward_kernel(dn_ptr, n_ptr, rstd_ptr, scale_ptr, dres_ptr, res_
         a = tl.sigmoid(tl.load(skip_gate_ptr + col, mask=in_width, other=0.0))[None]
         dweight = tl.zeros((ROWS, BLOCK_D), tl.float32)
         dskip_gate = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for first in range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
+    for first in tl.range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         at = row[:, None].to(tl.int64) * D + col[None]
         inside = (row < N)[:, None] & in_width[None]
@@ -4700,7 +4700,7 @@ def _prepare_qk_forward_kernel(qkv_ptr, table_ptr, gain_ptr, q_ptr, k_ptr, v_ptr
 @jit
 def _prepare_qk_backward_kernel(qkv_ptr, dq_ptr, dk_ptr, dv_ptr, dv_own_ptr, table_ptr, gain_ptr, dqkv_ptr,
                                 dgain_ptr, N, T, POSITIONS, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
-                                HALF: tl.constexpr, ROWS: tl.constexpr, REPEAT: tl.constexpr,
+                                HALF: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, REPEAT: tl.constexpr,
                                 SUMS: tl.constexpr, EPS: tl.constexpr):
     head = tl.program_id(1)
     channel = tl.arange(0, K)
@@ -4709,7 +4709,7 @@ def _prepare_qk_backward_kernel(qkv_ptr, dq_ptr, dk_ptr, dv_ptr, dv_own_ptr, tab
     if head < H:
         gain = tl.load(gain_ptr + head)
     dgain = tl.zeros((ROWS,), tl.float32)
-    for first in range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
+    for first in tl.range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         inside = (row < N)[:, None]
         at_head = row[:, None].to(tl.int64) * ((H + 2 * G) * K) + head * K
@@ -4777,13 +4777,13 @@ def _own_value_forward_kernel(y_ptr, v_ptr, v_stride, n_ptr, alpha_ptr, attn_gat
 def _own_value_backward_kernel(dgated_ptr, y_ptr, v_ptr, v_stride, n_ptr, alpha_ptr, attn_gate_ptr, dy_ptr,
                                dv_ptr, dgate_ptr, dalpha_ptr, dattn_gate_ptr, gate_scale, N, D: tl.constexpr,
                                H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr,
-                               BLOCK_W: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr):
+                               BLOCK_W: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, SUMS: tl.constexpr):
     channel, col = tl.arange(0, K), tl.arange(0, BLOCK_W)
     group = tl.program_id(1)
     heads = tl.arange(0, H // G)
     dalpha = tl.zeros((ROWS, H // G), tl.float32)
     dattn_gate = tl.zeros((H // G, BLOCK_W), tl.float32)
-    for first in range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
+    for first in tl.range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         inside = (row < N)[:, None]
         long_row = row[:, None].to(tl.int64)
@@ -5052,9 +5052,11 @@ def _softcap_ce_kernel(logits_ptr, targets_ptr, hints_ptr, caps_ptr, nll_ptr, lo
 # A program of a kernel that sums over tokens walks over many rows and adds what it has summed at its end;
 # more programs hide more latency. Tiles, warps and programs were tuned on an H100 at 98,304 tokens.
 NORM_TILE = dict(ROWS=2, num_warps=2)
+NORM_BACKWARD_TILE = dict(ROWS=2, STAGES=1, num_warps=2)
 HEAD_TILE = dict(ROWS=32, num_warps=4)
+HEAD_BACKWARD_TILE = dict(ROWS=32, STAGES=1, num_warps=4)
 OWN_TILE = dict(ROWS=8, num_warps=2)
-OWN_BACKWARD_TILE = dict(ROWS=8, num_warps=2)
+OWN_BACKWARD_TILE = dict(ROWS=8, STAGES=1, num_warps=2)
 FLAT_TILE = dict(BLOCK=2048, num_warps=4)
 CE_WARPS = 16                # one program holds a row of 8,192 logits in registers
 PROGRAMS = 1056              # 8 for each of 132 multiprocessors
@@ -5324,7 +5326,7 @@ def mix_and_norm_backward(w: KernelWeights, layer: KernelLayer, s: NormState, dn
     else:
         sums = grad_layer.resid_mix, grads.skip_weights[row], grads.skip_gates[row]
     H, window = layer.attn_gate.shape
-    _mix_norm_backward_kernel[walking_grid(NORM_TILE, N)](
+    _mix_norm_backward_kernel[walking_grid(NORM_BACKWARD_TILE, N)](
         dn, s.n, s.rstd, layer.ln_scale, absent if residual is None else residual.dout, absent
         if residual is None or residual.scale is None else residual.scale, absent if extra is None else extra,
         absent if dgate is None else dgate, layer.attn_gate, s.x, absent if s.x0 is None else s.x0, absent
@@ -5332,7 +5334,8 @@ def mix_and_norm_backward(w: KernelWeights, layer: KernelLayer, s: NormState, dn
         if dx0 is None else dx0, absent if dskip is None else dskip, *sums, N, D=D,
         BLOCK_D=triton.next_power_of_2(D), HEADS=H, WINDOW=window, MIX=s.x0 is not None, RES="none"
         if residual is None else residual.kind, EXTRA=extra is not None, GATE=dgate is not None,
-        SKIP=s.skip is not None, SKIP_IS_X=skip_is_x, ADDS_X0=adds_dx0, SUMS=grads is not None, **NORM_TILE)
+        SKIP=s.skip is not None, SKIP_IS_X=skip_is_x, ADDS_X0=adds_dx0, SUMS=grads is not None,
+        **NORM_BACKWARD_TILE)
     return dx, dskip
 
 
@@ -5428,10 +5431,10 @@ def attention_backward(layer: KernelLayer, s: AttentionState, dgated: Tensor, at
     dq, dk, dv = at.attention.backward(dy.view(N, H, K), s.q, s.k, s.v, s.y, s.state, at.cu_seqlens,
                                        at.max_seqlen)
     dqkv = torch.empty_like(s.qkv)
-    _prepare_qk_backward_kernel[walking_grid(HEAD_TILE, N, H + 2 * G)](
+    _prepare_qk_backward_kernel[walking_grid(HEAD_BACKWARD_TILE, N, H + 2 * G)](
         s.qkv, dq, dk, dv, dv_own, at.rope, layer.q_gain, dqkv, grad.q_gain if has_sums else dgate, N, at.T,
         at.rope.shape[1], H=H, G=G, K=K, HALF=at.rope.shape[-1], REPEAT=s.k.shape[1] // G, SUMS=has_sums,
-        EPS=RMS_EPS, **HEAD_TILE)
+        EPS=RMS_EPS, **HEAD_BACKWARD_TILE)
     if has_sums:
         add_product(grad.qkv, dqkv, s.n, is_first)
     dn = dqkv @ layer.qkv

@@ -78,6 +78,7 @@ def few_programs():
         patch.setattr(gpt, "walking_grid", lambda tile, N, heads=1: (2, heads))
         patch.setattr(gpt, "PROGRAMS", 2)
         patch.setitem(gpt.HEAD_TILE, "ROWS", 4)
+        patch.setitem(gpt.HEAD_BACKWARD_TILE, "ROWS", 4)
         patch.setitem(gpt.OWN_TILE, "ROWS", 4)
         patch.setitem(gpt.OWN_BACKWARD_TILE, "ROWS", 4)
         patch.setitem(gpt.FLAT_TILE, "BLOCK", 64)
@@ -453,6 +454,7 @@ def wider_tiles():
     """Fewer programs: the interpreter takes its time for each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(gpt.NORM_TILE, "ROWS", 16)
+        patch.setitem(gpt.NORM_BACKWARD_TILE, "ROWS", 16)
         yield
 
 
@@ -560,7 +562,8 @@ def test_the_packed_script_has_the_same_kernels(tmp_path, repo, monkeypatch, wid
     packed = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, packed)
     spec.loader.exec_module(packed)
-    packed.NORM_TILE["ROWS"] = gpt.NORM_TILE["ROWS"]
+    for tile in ("NORM_TILE", "NORM_BACKWARD_TILE"):
+        getattr(packed, tile)["ROWS"] = getattr(gpt, tile)["ROWS"]
     model = small_model()
     row = random_row(model.cfg, [4, 1])
     results = []
