@@ -4537,14 +4537,8 @@ def choose_attention(run: Run) -> tuple[Attend, AttentionKernel]:
 # mix_and_norm: z = mix0 * blend(x, skip) + mix1 * x0, n = ln_scale * z / rms(z); and the plain scaled norm of
 # x. Forward, one pass reads x, skip and x0 and writes z and n. Backward, one pass takes the gradients of n
 # and z, adds that of the attention gate's window, adds to the one sum of all gradients of x0, and writes
-# those of x and of the skip. n stands in for z: the backward of a norm needs z / rms(z) = n / ln_scale only.
-@jit
-def _rms_norm_backward(dn, n, rstd, ln_scale, width: tl.constexpr):
-    """Gradient of z in n = ln_scale * z * rstd; n / ln_scale is the normed z."""
-    unit = n / ln_scale
-    return (dn - unit * (tl.sum(dn * unit, 1) / width)[:, None]) * (ln_scale * rstd)[:, None]
-
-
+# those of x and of the skip. The backward of a norm needs z / rms(z): it is made again of what SUMS, the
+# gradients of weights, need anyway; without SUMS, which leave out x0's gradient too, n / ln_scale stands in.
 @jit
 def _mix_norm_forward_kernel(x_ptr, x0_ptr, skip_ptr, mix_ptr, skip_weight_ptr, skip_gate_ptr, scale_ptr,
                              z_ptr, n_ptr, rstd_ptr, N, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -4578,9 +4572,10 @@ def _mix_norm_backward_kernel(dn_ptr, n_ptr, rstd_ptr, scale_ptr, dres_ptr, res_
                               dgate_ptr, attn_gate_ptr, x_ptr, x0_ptr, skip_ptr, mix_ptr, skip_weight_ptr,
                               skip_gate_ptr, dx_ptr, dx0_ptr, dskip_ptr, dmix_ptr, dweight_ptr,
                               dskip_gate_ptr, N, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-                              STAGES: tl.constexpr, HEADS: tl.constexpr, WINDOW: tl.constexpr, MIX: tl.constexpr, RES: tl.constexpr,
-                              EXTRA: tl.constexpr, GATE: tl.constexpr, SKIP: tl.constexpr,
-                              SKIP_IS_X: tl.constexpr, ADDS_X0: tl.constexpr, SUMS: tl.constexpr):
+                              STAGES: tl.constexpr, HEADS: tl.constexpr, WINDOW: tl.constexpr,
+                              MIX: tl.constexpr, RES: tl.constexpr, EXTRA: tl.constexpr, GATE: tl.constexpr,
+                              SKIP: tl.constexpr, SKIP_IS_X: tl.constexpr, ADDS_X0: tl.constexpr,
+                              SUMS: tl.constexpr):
     col = tl.arange(0, BLOCK_D)
     in_width = col < D
     scale = tl.load(scale_ptr)
@@ -4606,12 +4601,8 @@ def _mix_norm_backward_kernel(dn_ptr, n_ptr, rstd_ptr, scale_ptr, dres_ptr, res_
             for head in tl.static_range(HEADS):
                 gate = tl.load(attn_gate_ptr + head * WINDOW + col, mask=col < WINDOW, other=0.0)[None]
                 dn += tl.load(dgate_ptr + row * HEADS + head, mask=row < N, other=0.0)[:, None] * gate
-        n = tl.load(n_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row, mask=row < N, other=0.0)
-        dz = _rms_norm_backward(dn, n, rstd, scale, D)
-        if RES == "mixed":              # the residual stream goes on from the mixed z
-            dz += tl.load(dres_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        if MIX:
+        rstd = tl.load(rstd_ptr + row, mask=row < N, other=0.0)[:, None]
+        if SUMS:
             x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
             x0 = tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
             blend = x
@@ -4620,13 +4611,20 @@ def _mix_norm_backward_kernel(dn_ptr, n_ptr, rstd_ptr, scale_ptr, dres_ptr, res_
                 if not SKIP_IS_X:
                     skip = tl.load(skip_ptr + at, mask=inside, other=0.0).to(tl.float32)
                 blend = (1 - a) * weight * skip + a * x
+            unit = (mix * blend + mix0 * x0) * rstd
+        else:
+            unit = tl.load(n_ptr + at, mask=inside, other=0.0).to(tl.float32) / scale
+        dz = (dn - unit * (tl.sum(dn * unit, 1) / D)[:, None]) * (scale * rstd)
+        if RES == "mixed":              # the residual stream goes on from the mixed z
+            dz += tl.load(dres_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if SUMS:
+            dmix += dz * blend
+            dmix0 += dz * x0
             dx0 = mix0 * dz
             if ADDS_X0:
                 dx0 += tl.load(dx0_ptr + at, mask=inside, other=0.0).to(tl.float32)
             tl.store(dx0_ptr + at, dx0.to(dx0_ptr.dtype.element_ty), mask=inside)
-            if SUMS:
-                dmix += dz * blend
-                dmix0 += dz * x0
+        if MIX:
             dz = mix * dz
         if RES == "lane":               # the residual stream goes on from the lane before mixing
             dz += res_scale * tl.load(dres_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -4644,9 +4642,8 @@ def _mix_norm_backward_kernel(dn_ptr, n_ptr, rstd_ptr, scale_ptr, dres_ptr, res_
             dz += tl.load(dextra_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + at, dz.to(dx_ptr.dtype.element_ty), mask=inside)
     if SUMS:
-        if MIX:
-            tl.atomic_add(dmix_ptr + col, tl.sum(dmix, 0), mask=in_width)
-            tl.atomic_add(dmix_ptr + D + col, tl.sum(dmix0, 0), mask=in_width)
+        tl.atomic_add(dmix_ptr + col, tl.sum(dmix, 0), mask=in_width)
+        tl.atomic_add(dmix_ptr + D + col, tl.sum(dmix0, 0), mask=in_width)
         if SKIP:
             slope = tl.sum(a * (1 - a), 0)
             tl.atomic_add(dweight_ptr + col, tl.sum(dweight, 0), mask=in_width)
@@ -5054,12 +5051,13 @@ def _softcap_ce_kernel(logits_ptr, targets_ptr, hints_ptr, caps_ptr, nll_ptr, lo
 NORM_TILE = dict(ROWS=2, num_warps=2)
 NORM_BACKWARD_TILE = dict(ROWS=2, STAGES=1, num_warps=2)
 HEAD_TILE = dict(ROWS=32, num_warps=4)
-HEAD_BACKWARD_TILE = dict(ROWS=32, STAGES=1, num_warps=4)
+HEAD_BACKWARD_TILE = dict(ROWS=16, STAGES=1, num_warps=4)
 OWN_TILE = dict(ROWS=8, num_warps=2)
-OWN_BACKWARD_TILE = dict(ROWS=8, STAGES=1, num_warps=2)
+OWN_BACKWARD_TILE = dict(ROWS=8, STAGES=2, num_warps=2)
 FLAT_TILE = dict(BLOCK=2048, num_warps=4)
 CE_WARPS = 16                # one program holds a row of 8,192 logits in registers
 PROGRAMS = 1056              # 8 for each of 132 multiprocessors
+HEAD_PROGRAMS = 4 * PROGRAMS
 
 
 class KernelLayer(NamedTuple):
@@ -5069,9 +5067,9 @@ class KernelLayer(NamedTuple):
     wo: Tensor              # (D, D) compute dtype
     w_up: Tensor            # (F, D) compute dtype
     w_down: Tensor          # (D, F) compute dtype
-    attn_scale: Tensor      # (D,) fp32 like all that follow; see LayerWeights
-    mlp_scale: Tensor
-    q_gain: Tensor
+    attn_scale: Tensor      # (D,) compute dtype
+    mlp_scale: Tensor       # (D,) compute dtype
+    q_gain: Tensor          # fp32 like all that follow; see LayerWeights
     xsa_alpha: Tensor
     attn_gate: Tensor
     resid_mix: Tensor
@@ -5141,7 +5139,8 @@ def kernel_weights(model: GPT, into: KernelWeights | None = None) -> KernelWeigh
     w_down = (model.mlp_scale[:, :, None] * model.w_down).to(dtype)
     caps = torch.stack([model.softcap_pos, model.softcap_neg])
     banks = {name: getattr(model, name) for name in KernelLayer._fields if name != "qkv"}
-    banks |= {"qkv": qkv, "wo": wo, "w_up": model.w_up.to(dtype), "w_down": w_down}
+    banks |= {"qkv": qkv, "wo": wo, "w_up": model.w_up.to(dtype), "w_down": w_down,
+              "attn_scale": model.attn_scale.to(dtype), "mlp_scale": model.mlp_scale.to(dtype)}
     made = KernelWeights(model.tok_emb.to(dtype), model.smear_w, model.smear_lambda, model.skip_weights,
                          model.skip_gates, caps, kernel_layers(banks))
     if into is None:
@@ -5265,9 +5264,9 @@ def row_grid(tile: Mapping[str, int], N: int) -> tuple[int]:
     return triton.cdiv(N, tile["ROWS"]),
 
 
-def walking_grid(tile: Mapping[str, int], N: int, heads: int = 1) -> tuple[int, int]:
+def walking_grid(tile: Mapping[str, int], N: int, heads: int = 1, programs: int = PROGRAMS) -> tuple[int, int]:
     """A bounded number of programs, each of which walks over rows in equal strides, for each of `heads`."""
-    return min(triton.cdiv(N, tile["ROWS"]), max(PROGRAMS // heads, 132)), heads
+    return min(triton.cdiv(N, tile["ROWS"]), max(programs // heads, 132)), heads
 
 
 # mix_and_norm, and the plain scaled norm where x0 is None.
@@ -5306,36 +5305,43 @@ class Residual(NamedTuple):
     scale: Tensor | None = None
 
 
-def mix_and_norm_backward(w: KernelWeights, layer: KernelLayer, s: NormState, dn: Tensor, residual: Residual
-                          | None, grad_layer: KernelLayer | None = None, grads: KernelWeights | None = None,
-                          dx0: Tensor | None = None, adds_dx0: bool = True, extra: Tensor | None = None,
+class MixSums(NamedTuple):
+    """Where the gradients of a block's mixing go."""
+    layer: KernelLayer
+    w: KernelWeights
+    dx0: Tensor             # (N, D), the sum of all blocks' gradients of x0
+    adds_x0: bool           # False: this block sets it
+
+    def of_row(self, skip_row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.dx0, self.layer.resid_mix, self.w.skip_weights[skip_row], self.w.skip_gates[skip_row]
+
+
+def mix_and_norm_backward(w: KernelWeights, layer: KernelLayer, s: NormState, dn: Tensor,
+                          residual: Residual | None, sums: MixSums | None = None, extra: Tensor | None = None,
                           dgate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """(gradient of x plus `extra`, gradient of the skip). dx0 (N, D) is added to, or set unless adds_dx0.
-    dgate (N, H) fp32 is the gradient of the attention gate's logits, which read n too; gradients of weights
-    are added to where `grads` is given."""
+    """(gradient of x plus `extra`, gradient of the skip). dgate (N, H) fp32 is the gradient of the attention
+    gate's logits, which read n too. Gradients of weights and of x0 are added to `sums`, if any."""
     N, D = dn.shape
     dx = torch.empty_like(dn)
     # the first decoder layer takes the stream's own last value
     skip_is_x = s.skip is s.x
     dskip = None if s.skip is None or skip_is_x else torch.empty_like(dn)
     row = s.skip_row or 0
-    # in the place of tensors that the flags say are not read
-    absent = dn
-    if grads is None:
-        sums = absent, absent, absent
-    else:
-        sums = grad_layer.resid_mix, grads.skip_weights[row], grads.skip_gates[row]
     H, window = layer.attn_gate.shape
+    has_scale = residual is not None and residual.scale is not None
+
+    def given(x: Tensor | None) -> Tensor:
+        return dn if x is None else x                     # in the place of tensors that the flags leave unread
+
+    added = (dn, dn, dn, dn) if sums is None else sums.of_row(row)
     _mix_norm_backward_kernel[walking_grid(NORM_BACKWARD_TILE, N)](
-        dn, s.n, s.rstd, layer.ln_scale, absent if residual is None else residual.dout, absent
-        if residual is None or residual.scale is None else residual.scale, absent if extra is None else extra,
-        absent if dgate is None else dgate, layer.attn_gate, s.x, absent if s.x0 is None else s.x0, absent
-        if s.skip is None else s.skip, layer.resid_mix, w.skip_weights[row], w.skip_gates[row], dx, absent
-        if dx0 is None else dx0, absent if dskip is None else dskip, *sums, N, D=D,
-        BLOCK_D=triton.next_power_of_2(D), HEADS=H, WINDOW=window, MIX=s.x0 is not None, RES="none"
-        if residual is None else residual.kind, EXTRA=extra is not None, GATE=dgate is not None,
-        SKIP=s.skip is not None, SKIP_IS_X=skip_is_x, ADDS_X0=adds_dx0, SUMS=grads is not None,
-        **NORM_BACKWARD_TILE)
+        dn, s.n, s.rstd, layer.ln_scale, residual.dout if residual else dn,
+        residual.scale if has_scale else dn, given(extra), given(dgate), layer.attn_gate, s.x, given(s.x0),
+        given(s.skip), layer.resid_mix, w.skip_weights[row], w.skip_gates[row], dx, added[0], given(dskip),
+        *added[1:], N, D=D, BLOCK_D=triton.next_power_of_2(D), HEADS=H, WINDOW=window, MIX=s.x0 is not None,
+        RES=residual.kind if residual else "none", EXTRA=extra is not None, GATE=dgate is not None,
+        SKIP=s.skip is not None, SKIP_IS_X=skip_is_x, ADDS_X0=sums is not None and sums.adds_x0,
+        SUMS=sums is not None, **NORM_BACKWARD_TILE)
     return dx, dskip
 
 
@@ -5431,7 +5437,7 @@ def attention_backward(layer: KernelLayer, s: AttentionState, dgated: Tensor, at
     dq, dk, dv = at.attention.backward(dy.view(N, H, K), s.q, s.k, s.v, s.y, s.state, at.cu_seqlens,
                                        at.max_seqlen)
     dqkv = torch.empty_like(s.qkv)
-    _prepare_qk_backward_kernel[walking_grid(HEAD_BACKWARD_TILE, N, H + 2 * G)](
+    _prepare_qk_backward_kernel[walking_grid(HEAD_BACKWARD_TILE, N, H + 2 * G, HEAD_PROGRAMS)](
         s.qkv, dq, dk, dv, dv_own, at.rope, layer.q_gain, dqkv, grad.q_gain if has_sums else dgate, N, at.T,
         at.rope.shape[1], H=H, G=G, K=K, HALF=at.rope.shape[-1], REPEAT=s.k.shape[1] // G, SUMS=has_sums,
         EPS=RMS_EPS, **HEAD_BACKWARD_TILE)
@@ -5454,28 +5460,43 @@ def scaled_bmm(a: Tensor, b: Tensor, scale: float, out: Tensor) -> None:
 
 # Adapters on a sub-layer's output (o, mlp): out += channel_scale * scale * (low Bᵀ).
 
-def add_output_adapter(out: Tensor, low: Tensor, B: Tensor, channel_scale: Tensor, scale: float) -> None:
-    scaled = B * (channel_scale * scale)[:, None].to(B.dtype)
-    out.view(*low.shape[:2], -1).baddbmm_(low, scaled.transpose(1, 2))
+class OutputAdapter(NamedTuple):
+    """What the backward of such an adapter needs."""
+    low: Tensor             # (B, M / B, R) what A made of the input
+    B: Tensor               # (B, D, R) times channel_scale
 
 
-def output_adapter_backward(dout: Tensor, low: Tensor, B: Tensor, channel_scale: Tensor, scale: float,
-                            dB: Tensor, dlow: Tensor) -> None:
+def add_output_adapter(out: Tensor, low: Tensor, B: Tensor, channel_scale: Tensor,
+                       scale: float) -> OutputAdapter:
+    scaled = B * channel_scale[:, None]
+    out.view(*low.shape[:2], -1).baddbmm_(low, scaled.transpose(1, 2), alpha=scale)
+    return OutputAdapter(low, scaled)
+
+
+def output_adapter_backward(dout: Tensor, s: OutputAdapter, channel_scale: Tensor, scale: float, dB: Tensor,
+                            dlow: Tensor) -> None:
     """Write the gradients of B and of `low`."""
-    factor = (channel_scale * scale)[:, None].to(B.dtype)
-    dout = dout.view(*low.shape[:2], -1)
-    torch.bmm(dout.transpose(1, 2), low, out=dB)
-    dB.mul_(factor)
-    torch.bmm(dout, B * factor, out=dlow)
+    dout = dout.view(*s.low.shape[:2], -1)
+    scaled_bmm(dout.transpose(1, 2), s.low, scale, out=dB)
+    dB.mul_(channel_scale[:, None])
+    scaled_bmm(dout, s.B, scale, out=dlow)
 
 
-def output_low(a: SlotAdapters | None, s: AttentionState, low: Tensor | None) -> Tensor | None:
-    """Of `low` (B, T, kinds * R) what the attention output's adapter reads, (B, M / B, R); None without one."""
+def add_attention_adapter(layer: KernelLayer, s: AttentionState, out: Tensor,
+                          a: SlotAdapters | None) -> OutputAdapter | None:
     if a is None or "o" not in a.kinds:
         return None
+    low = s.low[..., output_part(a)]
+    if s.places is not None:
+        low = pick(low.flatten(0, 1), s.places).view(len(low), -1, low.shape[2])
+    return add_output_adapter(out, low, a.B["o"], layer.attn_scale, a.scale)
+
+
+def output_part(a: SlotAdapters) -> slice:
+    """The columns of the low-rank activations that the attention output's adapter reads."""
     R = a.A.shape[1] // len(a.kinds)
-    part = low[..., a.kinds.index("o") * R:][..., :R]
-    return part if s.places is None else pick(part.flatten(0, 1), s.places).view(len(low), -1, R)
+    first = a.kinds.index("o") * R
+    return slice(first, first + R)
 
 
 # mlp: product, φ, product, with adapters.
@@ -5494,18 +5515,26 @@ def mlp_forward(layer: KernelLayer, n: Tensor, at: Layout, adapters: SlotAdapter
     return MlpState(n, at.products.up(n, layer.w_up), low)
 
 
-def mlp_backward(layer: KernelLayer, s: MlpState, dout: Tensor, at: Layout, grad: KernelLayer | None,
+def add_mlp_adapter(layer: KernelLayer, s: MlpState, out: Tensor,
+                    a: SlotAdapters | None) -> OutputAdapter | None:
+    if s.low is None:
+        return None
+    return add_output_adapter(out, s.low, a.mlp_B, layer.mlp_scale, a.scale)
+
+
+def mlp_backward(layer: KernelLayer, block: BlockState, dout: Tensor, at: Layout, grad: KernelLayer | None,
                  is_first: bool, adapters: SlotAdapters | None, adapter_grads: SlotAdapters | None) -> Tensor:
     """Gradient of n from that of the (scaled) output."""
+    s = block.mlp
     dup = at.products.down_backward(dout, layer.w_down, s.act)
     if grad is not None:
         add_product(grad.w_down, dout, s.act, is_first)
         add_product(grad.w_up, dup, s.n, is_first)
     dn = dup @ layer.w_up
-    if s.low is not None:
+    if block.mlp_adapter is not None:
         dlow = torch.empty_like(s.low)
-        output_adapter_backward(dout, s.low, adapters.mlp_B, layer.mlp_scale, adapters.scale,
-                                adapter_grads.mlp_B, dlow)
+        output_adapter_backward(dout, block.mlp_adapter, layer.mlp_scale, adapters.scale, adapter_grads.mlp_B,
+                                dlow)
         torch.bmm(dlow.transpose(1, 2), s.n.view(-1, at.T, dn.shape[1]), out=adapter_grads.mlp_A)
         dn.view(-1, at.T, dn.shape[1]).baddbmm_(dlow, adapters.mlp_A)
     return dn
@@ -5518,6 +5547,8 @@ class BlockState(NamedTuple):
     attn: AttentionState
     mlp_norm: NormState
     mlp: MlpState
+    attn_adapter: OutputAdapter | None
+    mlp_adapter: OutputAdapter | None
     # parallel blocks only: lane 0 after the skip, and what both sub-layers wrote
     lane0: Tensor | None = None
     attn_out: Tensor | None = None
@@ -5532,15 +5563,12 @@ def serial_forward(w: KernelWeights, layer: KernelLayer, x: Tensor, x0: Tensor, 
     z, attn_norm = mix_and_norm_forward(w, layer, x, x0, skip, skip_row, keep="mix")
     attn = attention_forward(layer, attn_norm.n, at, adapters)
     z.addmm_(attn.gated, layer.wo.T)
-    low = output_low(adapters, attn, attn.low)
-    if low is not None:
-        add_output_adapter(z, low, adapters.B["o"], layer.attn_scale, adapters.scale)
+    attn_adapter = add_attention_adapter(layer, attn, z, adapters)
     _, mlp_norm = mix_and_norm_forward(w, layer, z)
     mlp = mlp_forward(layer, mlp_norm.n, at, adapters)
     z.addmm_(mlp.act, layer.w_down.T)
-    if mlp.low is not None:
-        add_output_adapter(z, mlp.low, adapters.mlp_B, layer.mlp_scale, adapters.scale)
-    return z, BlockState(attn_norm, attn, mlp_norm, mlp)
+    mlp_adapter = add_mlp_adapter(layer, mlp, z, adapters)
+    return z, BlockState(attn_norm, attn, mlp_norm, mlp, attn_adapter, mlp_adapter)
 
 
 def attention_side_backward(layer: KernelLayer, s: BlockState, dattn: Tensor, at: Layout, grad: KernelLayer
@@ -5550,13 +5578,11 @@ def attention_side_backward(layer: KernelLayer, s: BlockState, dattn: Tensor, at
     if grad is not None:
         add_product(grad.wo, dattn, s.attn.gated, is_first)
     dlow = None if adapters is None else torch.empty_like(s.attn.low)
-    low = output_low(adapters, s.attn, s.attn.low)
-    if low is not None:
-        o = adapters.kinds.index("o") * low.shape[2]
-        room = dlow[..., o:o + low.shape[2]]
-        dlow_o = room if s.attn.places is None else torch.empty_like(low)
-        output_adapter_backward(dattn, low, adapters.B["o"], layer.attn_scale, adapters.scale,
-                                adapter_grads.B["o"], dlow_o)
+    if s.attn_adapter is not None:
+        room = dlow[..., output_part(adapters)]
+        dlow_o = room if s.attn.places is None else torch.empty_like(s.attn_adapter.low)
+        output_adapter_backward(dattn, s.attn_adapter, layer.attn_scale, adapters.scale, adapter_grads.B["o"],
+                                dlow_o)
         if s.attn.places is not None:
             room.copy_(spread(dlow_o.flatten(0, 1), s.attn.places, len(s.attn.n)).view_as(room))
     return attention_backward(layer, s.attn, dattn @ layer.wo, at, grad, is_first, adapters, adapter_grads,
@@ -5567,8 +5593,13 @@ class Backward(NamedTuple):
     """What all blocks of one backward pass share."""
     w: KernelWeights
     at: Layout
-    grads: KernelWeights | None         # of the weights; None leaves them out
+    grads: KernelWeights | None         # of the weights; None leaves them out, and so that of x0
     dx0: Tensor                         # (N, D), the sum of all blocks' gradients of x0
+
+    def sums(self, index: int, adds_x0: bool) -> MixSums | None:
+        if self.grads is None:
+            return None
+        return MixSums(self.grads.layers[index], self.grads, self.dx0, adds_x0)
 
 
 def serial_backward(b: Backward, index: int, s: BlockState, dout: Tensor, extra: Tensor | None,
@@ -5578,11 +5609,11 @@ def serial_backward(b: Backward, index: int, s: BlockState, dout: Tensor, extra:
     this layer has written its gradients yet."""
     layer = b.w.layers[index]
     grad = None if b.grads is None else b.grads.layers[index]
-    dn = mlp_backward(layer, s.mlp, dout, b.at, grad, is_first, adapters, adapter_grads)
+    dn = mlp_backward(layer, s, dout, b.at, grad, is_first, adapters, adapter_grads)
     dz, _ = mix_and_norm_backward(b.w, layer, s.mlp_norm, dn, Residual(dout, "mixed"))
     dn, dgate = attention_side_backward(layer, s, dz, b.at, grad, is_first, adapters, adapter_grads)
-    return mix_and_norm_backward(b.w, layer, s.attn_norm, dn, Residual(dz, "mixed"), grad, b.grads, b.dx0,
-                                 adds_dx0, extra, dgate)
+    return mix_and_norm_backward(b.w, layer, s.attn_norm, dn, Residual(dz, "mixed"), b.sums(index, adds_dx0),
+                                 extra, dgate)
 
 
 def parallel_forward(w: KernelWeights, layer: KernelLayer, lane0: Tensor, lane1: Tensor, x0: Tensor,
@@ -5596,19 +5627,17 @@ def parallel_forward(w: KernelWeights, layer: KernelLayer, lane0: Tensor, lane1:
     attn = attention_forward(layer, attn_norm.n, at, adapters, places)
     lane0, lane1 = pick(lane0, places), pick(lane1, places)
     attn_out = attn.gated @ layer.wo.T
-    low = output_low(adapters, attn, attn.low)
-    if low is not None:
-        add_output_adapter(attn_out, low, adapters.B["o"], layer.attn_scale, adapters.scale)
+    attn_adapter = add_attention_adapter(layer, attn, attn_out, adapters)
     _, mlp_norm = mix_and_norm_forward(w, layer, lane1)
     mlp = mlp_forward(layer, mlp_norm.n, at.at_places(places), adapters)
     mlp_out = mlp.act @ layer.w_down.T
-    if mlp.low is not None:
-        add_output_adapter(mlp_out, mlp.low, adapters.mlp_B, layer.mlp_scale, adapters.scale)
+    mlp_adapter = add_mlp_adapter(layer, mlp, mlp_out, adapters)
     out0, out1 = torch.empty_like(lane0), torch.empty_like(lane0)
     grid = triton.cdiv(out0.numel(), FLAT_TILE["BLOCK"]),
     _lanes_forward_kernel[grid](lane0, lane1, attn_out, mlp_out, layer.lane_resid, layer.lane_post, out0,
                                 out1, out0.numel(), **FLAT_TILE)
-    return out0, out1, BlockState(attn_norm, attn, mlp_norm, mlp, lane0, attn_out, mlp_out)
+    return out0, out1, BlockState(attn_norm, attn, mlp_norm, mlp, attn_adapter, mlp_adapter, lane0, attn_out,
+                                  mlp_out)
 
 
 def parallel_backward(b: Backward, index: int, s: BlockState, dout0: Tensor, dout1: Tensor, parts_lanes: bool,
@@ -5626,7 +5655,7 @@ def parallel_backward(b: Backward, index: int, s: BlockState, dout0: Tensor, dou
         dout0, dout1, s.lane0, s.mlp_norm.x, s.attn_out, s.mlp_out, layer.lane_post, dattn, dmlp,
         grad.lane_resid if has_sums else dattn, grad.lane_post if has_sums else dattn, dout0.numel(),
         SUMS=has_sums, **FLAT_TILE)
-    dn = mlp_backward(layer, s.mlp, dmlp, b.at.at_places(places), grad, is_first, adapters, adapter_grads)
+    dn = mlp_backward(layer, s, dmlp, b.at.at_places(places), grad, is_first, adapters, adapter_grads)
     residual = Residual(dout1, "lane", layer.lane_resid[1:])
     adds_extra = parts_lanes and places is None
     dlane1, _ = mix_and_norm_backward(b.w, layer, s.mlp_norm, dn, residual,
@@ -5636,8 +5665,8 @@ def parallel_backward(b: Backward, index: int, s: BlockState, dout0: Tensor, dou
         dlane1 += extra
     dn, dgate = attention_side_backward(layer, s, dattn, b.at, grad, is_first, adapters, adapter_grads)
     residual = Residual(spread(dout0, places, N), "lane", layer.lane_resid)
-    dlane0, dskip = mix_and_norm_backward(b.w, layer, s.attn_norm, dn, residual, grad, b.grads, b.dx0,
-                                          adds_dx0, dlane1 if parts_lanes else extra, dgate)
+    dlane0, dskip = mix_and_norm_backward(b.w, layer, s.attn_norm, dn, residual, b.sums(index, adds_dx0),
+                                          dlane1 if parts_lanes else extra, dgate)
     return dlane0, None if parts_lanes else dlane1, dskip
 
 

@@ -75,7 +75,7 @@ def assert_same(found, expected, tolerance=1e-4):
 def few_programs():
     """Kernels that walk over rows do so in several turns, as on long rows."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpt, "walking_grid", lambda tile, N, heads=1: (2, heads))
+        patch.setattr(gpt, "walking_grid", lambda tile, N, heads=1, programs=2: (2, heads))
         patch.setattr(gpt, "PROGRAMS", 2)
         patch.setitem(gpt.HEAD_TILE, "ROWS", 4)
         patch.setitem(gpt.HEAD_BACKWARD_TILE, "ROWS", 4)
@@ -121,10 +121,14 @@ def test_mix_and_norm(residual, skip_kind, adds):
                 kept, state = gpt.mix_and_norm_forward(w, w.layers[layer_index], x, x0, skip, row, keep)
                 assert_same({keep: kept, "n": state.n}, {keep: value, "n": n})
         dx0 = dx0_before.clone()
-        dx, dskip = gpt.mix_and_norm_backward(
-            w, w.layers[layer_index], state, dn, None if residual is None else gpt.Residual(
-                dout, residual, scale if residual == "lane" else None), grads.layers[layer_index], grads, dx0, adds,
-            extra if adds else None, dgate)
+        dout_of = None if residual is None else gpt.Residual(dout, residual, scale if residual == "lane" else None)
+        sums = gpt.MixSums(grads.layers[layer_index], grads, dx0, adds)
+        dx, dskip = gpt.mix_and_norm_backward(w, w.layers[layer_index], state, dn, dout_of, sums,
+                                              extra if adds else None, dgate)
+        without = gpt.mix_and_norm_backward(w, w.layers[layer_index], state, dn, dout_of, None,
+                                            extra if adds else None, dgate)
+    assert_same({"x": without[0], "saved": without[1]} if dskip is not None else {"x": without[0]},
+                {"x": dx, "saved": dskip} if dskip is not None else {"x": dx})
     assert (dskip is None) == (skip_kind != "other")
     found = {"x": dx, "x0": dx0, "saved": dskip} | {name: buffers[name] for name in names[3:]}
     for name in [name for name in names if expected[name] is None]:      # not read: nothing, or an untouched zero
@@ -335,8 +339,10 @@ def layer_gradients(model, index, layer):
     return found
 
 
-def check_block(is_parallel, skip_kind, *, kinds=(), has_mlp=False, repeats_kv=False, is_parting=False):
-    """A block on kernels against its plain form: values, gradients of inputs, and of adapters or else of weights."""
+def check_block(is_parallel, skip_kind, *, kinds=(), has_mlp=False, repeats_kv=False, is_parting=False,
+                has_places=False):
+    """A block on kernels against its plain form: values, gradients of inputs, and of adapters or else of weights;
+    has_places: only of some positions of the result."""
     model, index, row = small_model(), int(is_parallel), 0
     cfg, B, T = model.cfg, 2, 5
     D, N = cfg.model_dim, B * T
@@ -358,7 +364,11 @@ def check_block(is_parallel, skip_kind, *, kinds=(), has_mlp=False, repeats_kv=F
     streams = (x, lane1) if is_parallel else (x,)
     outputs = block(*streams, x0, plain_skip, weights, packing, adapters)
     outputs = outputs if is_parallel else (outputs,)
-    loss = sum((out.flatten(0, 1) * d).sum() for out, d in zip(outputs, (dout, dout1)))
+    outputs = [out.flatten(0, 1) for out in outputs]
+    places = torch.tensor([1, 3, T, N - 1], device=DEVICE) if has_places else None
+    if has_places:
+        outputs, dout, dout1 = [out[places] for out in outputs], dout[places], dout1[places]
+    loss = sum((out * d).sum() for out, d in zip(outputs, (dout, dout1)))
     trained = {name: getattr(model, name) for name in gpt.LayerWeights._fields if name != "ln_scale"}
     sources = {"x": x, "lane1": lane1, "x0": x0, "saved": saved} | leaves
     if not kinds:
@@ -370,6 +380,8 @@ def check_block(is_parallel, skip_kind, *, kinds=(), has_mlp=False, repeats_kv=F
     adds_extra = not is_parallel or is_parting
     expected["x"] = expected["x"] + extra if adds_extra else expected["x"]
     expected["x0"] = expected["x0"] + dx0_before
+    if kinds:                                              # nobody asks for it where the weights are frozen
+        del expected["x0"]
 
     at = gpt.Layout(T, cu_seqlens, longest, model.rope, cfg.sparse_attn_gate_scale, ATTENTION[repeats_kv],
                      gpt.PLAIN_PRODUCTS)
@@ -380,14 +392,14 @@ def check_block(is_parallel, skip_kind, *, kinds=(), has_mlp=False, repeats_kv=F
     with torch.no_grad():
         if is_parallel:
             *values, state = gpt.parallel_forward(w, w.layers[index], flat["x"], flat["lane1"], flat["x0"], flat_skip,
-                                                  row, at, *own[:1])
+                                                  row, at, own[0] if own else None, places)
             dx, dlane1, dskip = gpt.parallel_backward(b, index, state, dout, dout1, is_parting,
                                                       extra if adds_extra else None, True, True, *own)
         else:
             *values, state = gpt.serial_forward(w, w.layers[index], flat["x"], flat["x0"], flat_skip, row, at, *own[:1])
             (dx, dskip), dlane1 = gpt.serial_backward(b, index, state, dout, extra, True, True, *own), None
-    assert_same(dict(enumerate(values)), {i: out.flatten(0, 1) for i, out in enumerate(outputs)})
-    found = {"x": dx, "x0": b.dx0}
+    assert_same(dict(enumerate(values)), dict(enumerate(outputs)))
+    found = {"x": dx} | ({} if kinds else {"x0": b.dx0})
     found |= {"lane1": dlane1} if dlane1 is not None else {}
     found |= {"saved": dskip} if dskip is not None else {}
     if is_parting:
@@ -414,6 +426,11 @@ def test_serial_block(skip_kind, repeats_kv):
 def test_parallel_block(skip_kind, is_parting):
     with few_programs():
         check_block(True, skip_kind, is_parting=is_parting)
+
+
+@pytest.mark.parametrize(("kinds", "is_parting"), [("qv", True), ("qkvo", False), ("qkvo", True)])
+def test_parallel_block_of_which_only_some_places_are_read(kinds, is_parting, wide_tiles):
+    check_block(True, "other", kinds=kinds, has_mlp=kinds == "qkvo", is_parting=is_parting, has_places=True)
 
 
 @pytest.mark.parametrize("is_parallel", [False, True], ids=["serial", "parallel"])
