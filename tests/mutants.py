@@ -184,6 +184,11 @@ BROKEN_RULES: dict[str, dict[str, Mutation]] = {
                   "            arguments = self.model, self.bank, inputs, at, answers, hints, learns, True",
                   "            self.bank.update(gradients(*arguments)[2], learns)"),
             WHOLE_EVALUATION)},
+    "scores come from the adapted base": {
+        "stale_cast": Mutation(
+            "            scorer.renew_cast()\n",
+            "",
+            TTT + "cast_of_the_base_as_it_is", is_fast=True)},
     "the base learns from scored documents only": {
         "global_phase_on_unscored_documents": Mutation(
             "is_last = (scored.phase == 0) &",

@@ -208,6 +208,20 @@ def test_a_value_of_zero_has_a_finite_gradient():
     assert dn.isfinite().all()
 
 
+def test_a_cast_is_renewed_in_its_own_memory():
+    model = small_model()
+    cast = gpt.kernel_weights(model)
+    tensors = [*cast[:-1], *(t for layer in cast.layers for t in layer)]
+    addresses = [t.data_ptr() for t in tensors]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+        assert gpt.kernel_weights(model, cast) is cast
+    fresh = gpt.kernel_weights(model)
+    for t, new, address in zip(tensors, [*fresh[:-1], *(t for layer in fresh.layers for t in layer)], addresses):
+        assert t.data_ptr() == address and torch.equal(t, new)
+
+
 def test_leaky_square():
     n, w_up, w_down, dout = randn(7, 6).requires_grad_(), randn(20, 6), randn(6, 20), randn(7, 6)
     up = (n @ w_up.T).detach().requires_grad_()

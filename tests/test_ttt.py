@@ -715,9 +715,11 @@ def test_base_adaptation_knows_only_the_chosen_documents(setup):
 
 # --- the whole evaluation -----------------------------------------------------------------------------------
 
-def evaluate(setup: Setup, cfg: gpt.Config, tmp_path, tokens: np.ndarray | None = None) -> tuple[gpt.Score, gpt.GPT]:
+def evaluate(setup: Setup, cfg: gpt.Config, tmp_path, tokens: np.ndarray | None = None,
+             ops: gpt.Ops = gpt.Ops()) -> tuple[gpt.Score, gpt.GPT]:
     torch.manual_seed(0)
     model = random_model(cfg)
+    model.ops = ops
     data = SimpleNamespace(load_validation=lambda: (setup.tokens if tokens is None else tokens, setup.byte_counts),
                            val_tokens=len(setup.tokens))
     run = gpt.Run(cfg, log_path=tmp_path / "run.txt")
@@ -728,6 +730,22 @@ def test_evaluation_is_deterministic_and_counts_every_target(setup, tmp_path):
     first, model = evaluate(setup, setup.cfg, tmp_path)
     assert (first.tokens, first.bytes) == (len(setup.tokens) - 1, setup.byte_counts[1:].sum())
     assert evaluate(setup, setup.cfg, tmp_path)[0] == first
+
+
+def test_chunks_are_scored_with_a_cast_of_the_base_as_it_is(setup, tmp_path):
+    """The cast is made once and taken over again when the base has been adapted, in the same memory."""
+    seen = []
+
+    def cast(model, into=None):
+        fresh = model.wq.detach().clone()
+        return fresh if into is None else into.copy_(fresh)
+
+    def checked(model, bank, *inputs):
+        assert torch.equal(inputs[-1], model.wq)
+        seen.append((inputs[-1].data_ptr(), inputs[-1].sum().item()))
+        return gpt.chunk_gradients(model, bank, *inputs)
+    evaluate(setup, setup.cfg, tmp_path, ops=gpt.Ops(cast=cast, chunk_gradients=checked))
+    assert len(set(seen)) == 2 and len({address for address, _ in seen}) == 1
 
 
 def test_evaluation_without_prefix_leaves_the_base_unchanged(setup, tmp_path, capsys):
@@ -984,10 +1002,11 @@ def test_padded_rows_and_positions_hold_nothing_that_counts(setup, monkeypatch):
     chunk_gradients = gpt.chunk_gradients
     widths = []
 
-    def spoiled(model, bank, tokens, at, answers, hints, learns, learn):
+    def spoiled(model, bank, tokens, at, answers, hints, learns, learn, cast):
         used = torch.arange(tokens.shape[1]) <= at.max(1, keepdim=True).values      # a window ends with its chunk
         widths.append((len(tokens), tokens.shape[1], int(used.sum())))
-        return chunk_gradients(model, bank, torch.where(used, tokens, 63), at, answers, hints, learns, learn)
+        return chunk_gradients(model, bank, torch.where(used, tokens, 63), at, answers, hints, learns, learn,
+                               cast)
     monkeypatch.setattr(gpt, "chunk_gradients", spoiled)
     after = all_scores_and_adapters(setup, BUCKETS, phases)
     assert {(rows, width) for rows, width, _ in widths} == {(2, 16), (3, 16), (2, 32), (3, 32)}
