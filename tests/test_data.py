@@ -393,7 +393,7 @@ def test_an_empty_hash_file_is_refused_and_not_a_crash(shipped):
 
 
 def test_a_tokenizer_with_another_vocabulary_size_is_refused(shipped):
-    with pytest.raises(gpt.DataError, match="'vocabulary size': 4096.*'vocabulary size': 8192.*set VOCAB_SIZE"):
+    with pytest.raises(gpt.DataError, match="'vocab_size': 4096.*'vocab_size': 8192.*set VOCAB_SIZE"):
         check(dataclasses.replace(shipped[1], vocab_size=4096))
 
 
