@@ -144,11 +144,11 @@ class Config:
     run_id: str = knob("", "names log, checkpoint and artifact; default: seed and start time")
     data_path: str = knob("data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved",
                           "folder of shards")
-    tokenizer_path: str = knob("", "SentencePiece model; default: the one named by the data, "
-                               "else the shipped one")
+    tokenizer_path: str = knob(
+        "", "SentencePiece model; default: the one named by the data, else the shipped one")
     compile: bool = knob(True, "0 runs every graph without torch.compile")
-    block_kernels: bool = knob(True, "0 runs the blocks through torch.compile also on a Hopper GPU; to "
-                                     "compare the two")
+    block_kernels: bool = knob(
+        True, "0 runs the blocks through torch.compile also on a Hopper GPU; to compare the two")
     allow_slow: bool = knob(False, "1 lets a CUDA run go on without FlashAttention-3/4 or the block kernels")
     allow_unverified: bool = knob(False, "1 lets a run use shards without manifest or check figures")
     prequant_only: bool = knob(False, "1 stops after training and the first diagnostic")
@@ -178,8 +178,8 @@ class Config:
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial embedding", 0.0)
     # training
     iterations: int = knob(20000, "step cap; also the schedule's length when MAX_WALLCLOCK_SECONDS=0", 1)
-    max_wallclock_seconds: float = knob(600.0, "training budget, calibration included; "
-                                        "0: schedule by step", 0.0)
+    max_wallclock_seconds: float = knob(
+        600.0, "training budget, calibration included; 0: schedule by step", 0.0)
     gptq_reserve_seconds: float = knob(4.0, "part of the budget kept for calibration", 0.0)
     train_batch_tokens: int = knob(786432, "tokens per optimizer step, always 8 rows", 8)
     train_seq_len: int = knob(2048, "longest attention segment in training; calibration sequence length", 1)
@@ -238,10 +238,10 @@ class Config:
     ttt_lora_lr: float = knob(1e-4, "adapter learning rate", 0.0)
     ttt_beta2: float = knob(0.999, "adapter AdamW second-moment decay", 0.0, BELOW_ONE)
     ttt_weight_decay: float = knob(2.0, "adapter AdamW weight decay", 0.0)
-    ttt_warm_start_a: bool = knob(True, "keep A between batches of one lane that have as many rows; 0 draws "
-                                        "it anew")
-    ttt_stop_after: str = knob("", "document:chunk after which nothing learns any more; repeats a run that "
-                                   "stopped there")
+    ttt_warm_start_a: bool = knob(
+        True, "keep A between batches of one lane that have as many rows; 0 draws it anew")
+    ttt_stop_after: str = knob(
+        "", "document:chunk after which nothing learns any more; repeats a run that stopped there")
     ttt_k_lora: bool = knob(True, "adapters on the key projection")
     ttt_o_lora: bool = knob(True, "adapters on the attention output")
     ttt_mlp_lora: bool = knob(True, "adapters on the MLP")
@@ -280,43 +280,10 @@ class Config:
                 raise ConfigError(f"{name}={value}: expected one of {list(choices)}")
             if not isinstance(value, (bool, str)) and not low <= value <= high:
                 raise ConfigError(f"{name}={value}: expected a value between {low} and {high}")
-        for holds, expected, *names in self._relations():
+        for holds, expected, *names in _relations(self):
             if not holds:
                 found = ", ".join(f"{name}={getattr(self, name.lower())}" for name in names)
                 raise ConfigError(f"{expected.format(*names)}; found {found}")
-
-    def _relations(self) -> tuple[tuple, ...]:
-        """What must hold between settings: the condition, the sentence that says it, the settings in it."""
-        return (
-            (self.model_dim % self.num_heads == 0, "{} must be a multiple of {}", "MODEL_DIM", "NUM_HEADS"),
-            (self.num_heads % self.num_kv_heads == 0,
-             "{} must be a multiple of {}", "NUM_HEADS", "NUM_KV_HEADS"),
-            (self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim,
-             f"{{}} must be even and at most the head width {self.head_dim}", "ROPE_DIMS"),
-            (self.gate_window <= self.model_dim, "{} must be at most {}", "GATE_WINDOW", "MODEL_DIM"),
-            (self.mlp_dim == self.mlp_mult * self.model_dim,
-             "{} times {} must be whole", "MLP_MULT", "MODEL_DIM"),
-            (self.loop_start <= self.loop_end < self.parallel_start_layer <= self.num_layers,
-             "expected {} <= {} < {} <= {}", "LOOP_START", "LOOP_END", "PARALLEL_START_LAYER", "NUM_LAYERS"),
-            (self.train_batch_tokens % (ROWS_PER_STEP * self.train_seq_len) == 0,
-             f"{{}} must be a multiple of {ROWS_PER_STEP} * {{}}: one step is {ROWS_PER_STEP} rows of whole "
-             "sequences", "TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN"),
-            (self.val_batch_tokens // ROWS_PER_STEP >= self.eval_seq_len,
-             f"{{}}/{ROWS_PER_STEP} must hold one sequence of {{}}", "VAL_BATCH_TOKENS", "EVAL_SEQ_LEN"),
-            (self.ttt_chunk_size < self.ttt_eval_seq_len,
-             "{} must be below {}", "TTT_CHUNK_SIZE", "TTT_EVAL_SEQ_LEN"),
-            (self.global_ttt_chunk_tokens >= self.ttt_eval_seq_len or self.phased_ttt_prefix_docs == 0,
-             "{} must hold one sequence of {}", "GLOBAL_TTT_CHUNK_TOKENS", "TTT_EVAL_SEQ_LEN"),
-            (self.gptq_reserve_seconds < self.max_wallclock_seconds or self.max_wallclock_seconds == 0,
-             "{} must be below {}", "GPTQ_RESERVE_SECONDS", "MAX_WALLCLOCK_SECONDS"),
-            (self.prequant_only + self.quantize_only + self.ttt_eval_only <= 1,
-             "set at most one of {}, {}, {}", "PREQUANT_ONLY", "QUANTIZE_ONLY", "TTT_EVAL_ONLY"),
-            (self.run_id or not self.resumes,
-             "{} and {} need {}, the run to go on from", "QUANTIZE_ONLY", "TTT_EVAL_ONLY", "RUN_ID"),
-            (re.fullmatch(r"(\d+:\d+)?", self.ttt_stop_after),
-             "{} must be document:chunk, two whole numbers", "TTT_STOP_AFTER"),
-            (re.fullmatch(r"(?!\.\.?$)[\w.+-]{0,100}", self.run_id),
-             "{} must be the beginning of a file name, at most 100 letters, digits and . _ + -", "RUN_ID"))
 
     resumes = property(lambda self: self.quantize_only or self.ttt_eval_only)
     head_dim = property(lambda self: self.model_dim // self.num_heads)
@@ -335,6 +302,38 @@ BOS = 1
 OPERATOR_IDS = (4, 5, 6, 7)  # the four CaseOps operators
 SIZE_LIMIT = 16_000_000      # bytes of code plus weights
 CODE_MARGIN = 256            # left free, should another liblzma pack the same script a little longer
+
+
+def _relations(cfg: Config) -> tuple[tuple, ...]:
+    """What must hold between settings: the condition, the sentence that says it, the settings in it."""
+    return (
+        (cfg.model_dim % cfg.num_heads == 0, "{} must be a multiple of {}", "MODEL_DIM", "NUM_HEADS"),
+        (cfg.num_heads % cfg.num_kv_heads == 0, "{} must be a multiple of {}", "NUM_HEADS", "NUM_KV_HEADS"),
+        (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= cfg.head_dim,
+         f"{{}} must be even and at most the head width {cfg.head_dim}", "ROPE_DIMS"),
+        (cfg.gate_window <= cfg.model_dim, "{} must be at most {}", "GATE_WINDOW", "MODEL_DIM"),
+        (cfg.mlp_dim == cfg.mlp_mult * cfg.model_dim, "{} times {} must be whole", "MLP_MULT", "MODEL_DIM"),
+        (cfg.loop_start <= cfg.loop_end < cfg.parallel_start_layer <= cfg.num_layers,
+         "expected {} <= {} < {} <= {}", "LOOP_START", "LOOP_END", "PARALLEL_START_LAYER", "NUM_LAYERS"),
+        (cfg.train_batch_tokens % (ROWS_PER_STEP * cfg.train_seq_len) == 0,
+         f"{{}} must be a multiple of {ROWS_PER_STEP} * {{}}: one step is {ROWS_PER_STEP} rows of whole "
+         "sequences", "TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN"),
+        (cfg.val_batch_tokens // ROWS_PER_STEP >= cfg.eval_seq_len,
+         f"{{}}/{ROWS_PER_STEP} must hold one sequence of {{}}", "VAL_BATCH_TOKENS", "EVAL_SEQ_LEN"),
+        (cfg.ttt_chunk_size < cfg.ttt_eval_seq_len,
+         "{} must be below {}", "TTT_CHUNK_SIZE", "TTT_EVAL_SEQ_LEN"),
+        (cfg.global_ttt_chunk_tokens >= cfg.ttt_eval_seq_len or cfg.phased_ttt_prefix_docs == 0,
+         "{} must hold one sequence of {}", "GLOBAL_TTT_CHUNK_TOKENS", "TTT_EVAL_SEQ_LEN"),
+        (cfg.gptq_reserve_seconds < cfg.max_wallclock_seconds or cfg.max_wallclock_seconds == 0,
+         "{} must be below {}", "GPTQ_RESERVE_SECONDS", "MAX_WALLCLOCK_SECONDS"),
+        (cfg.prequant_only + cfg.quantize_only + cfg.ttt_eval_only <= 1,
+         "set at most one of {}, {}, {}", "PREQUANT_ONLY", "QUANTIZE_ONLY", "TTT_EVAL_ONLY"),
+        (cfg.run_id or not cfg.resumes,
+         "{} and {} need {}, the run to go on from", "QUANTIZE_ONLY", "TTT_EVAL_ONLY", "RUN_ID"),
+        (re.fullmatch(r"(\d+:\d+)?", cfg.ttt_stop_after),
+         "{} must be document:chunk, two whole numbers", "TTT_STOP_AFTER"),
+        (re.fullmatch(r"(?!\.\.?$)[\w.+-]{0,100}", cfg.run_id),
+         "{} must be the beginning of a file name, at most 100 letters, digits and . _ + -", "RUN_ID"))
 
 
 def _number(text: str, kind: type = float) -> float:
@@ -366,7 +365,7 @@ def _refuse_misspelt(key: str, known: Sequence[str]) -> None:
     for name in known:
         # Short names have innocent neighbours in any environment (EDIT is two edits from AUDIT).
         allowed = 2 if min(len(name), len(key)) >= 7 else 1
-        if abs(len(name) - len(key)) <= allowed and key != name and edit_distance(key, name) <= allowed:
+        if abs(len(name) - len(key)) <= allowed and edit_distance(key, name) <= allowed:
             raise ConfigError(f"unknown setting {key}; did you mean {name}? Unset it or correct its name")
 
 
@@ -374,10 +373,9 @@ def edit_distance(a: str, b: str) -> int:
     """Levenshtein distance."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
-        above = row
-        row = [i]
+        above, row = row, [i]
         for j, y in enumerate(b, 1):
-            row.append(min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (x != y)))
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
     return row[-1]
 
 
@@ -771,22 +769,21 @@ class Dataset:
         """Check headers, numbering, sidecar lengths, and that the splits belong together (DataError)."""
         folder = Path(cfg.data_path)
         series = [tuple(find_shards(folder, name)) for name in ("train", "val", "val_bytes")]
-        train, tokens, byte_counts = ([read_shard_header(path) for path in paths] for paths in series)
+        counts = {path.name: read_shard_header(path) for paths in series for path in paths}
+        tokens, byte_counts = ([counts[path.name] for path in paths] for paths in series[1:])
         if tokens != byte_counts:
             raise DataError(f"{folder}: every fineweb_val_bytes shard must be as long as its fineweb_val "
-                            f"shard; found {tokens} tokens and {byte_counts} byte counts; prepare the "
-                            "validation split again")
-        names = [path.name for paths in series for path in paths]
-        manifest = cls._manifest(folder, dict(zip(names, train + tokens + byte_counts)))
-        low, high = CHECK_FIGURES["val_tokens"]
-        is_published = low <= sum(tokens) <= high and len(train) <= CHECK_FIGURES["train_shards"]
+                            f"shard; found {tokens} tokens and {byte_counts} byte counts; prepare again")
+        val_tokens, manifest = sum(tokens), cls._manifest(folder, counts)
+        (low, high), most = CHECK_FIGURES["val_tokens"], CHECK_FIGURES["train_shards"]
+        is_published = low <= val_tokens <= high and len(series[0]) <= most
         if not (manifest or cfg.allow_unverified or is_published):
             raise DataError(
                 f"{folder}: without manifest.json only the published export is trusted ({low:,} to {high:,} "
-                f"validation tokens, at most {CHECK_FIGURES['train_shards']} training shards), found "
-                f"{sum(tokens):,} and {len(train)}; prepare the data with prepare_caseops_data.py, which "
-                "writes one, or set ALLOW_UNVERIFIED=1 if training and validation surely do not overlap")
-        return cls(folder, *series, sum(tokens), manifest)
+                f"validation tokens, at most {most} training shards), found {val_tokens:,} and "
+                f"{len(series[0])}; prepare the data with prepare_caseops_data.py, which writes one, or set "
+                "ALLOW_UNVERIFIED=1 if you are sure that training and validation do not overlap")
+        return cls(folder, *series, val_tokens, manifest)
 
     @staticmethod
     def _manifest(folder: Path, counts: dict[str, int]) -> dict | None:
@@ -802,8 +799,7 @@ class Dataset:
             if None in needed:
                 raise ValueError("a hash or a total is null")
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: not a manifest of this family ({error}); prepare the data "
-                            "again") from error
+            raise DataError(f"{path}: not a manifest of this family ({error}); prepare again") from error
         # A partial download may leave out training shards at the end, never a file of the validation split.
         wrong = sorted(name for name in listed.keys() | counts.keys()
                        if listed.get(name) != counts.get(name) and (name in counts or "_val_" in name))
@@ -817,7 +813,9 @@ class Dataset:
         """Check every value of the files of `split` ("train" or "val"): hashes and totals against manifest or
         published figures, token range, first BOS. What is found is remembered beside the shards, so that only
         new or changed files are read. False, without reading, if read=False and something is not remembered;
-        DataError names what is wrong."""
+        DataError names what is wrong. Rank 0 does it while the others wait for the answer."""
+        if run.rank != 0:
+            return run.share(None)
         timer = Timer(run)
         stamps: dict[Path, list[int]] = {}                   # taken before reading: a later change shows
         for paths in (self.train,) if split == "train" else (self.val, self.val_bytes):
@@ -832,7 +830,7 @@ class Dataset:
                  if path.name in remembered and remembered[path.name][0] == stamp}
         unread = [path for path in stamps if path not in facts]
         if unread and not read:
-            return False
+            return run.share(False)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             facts.update(zip(unread, pool.map(read_facts, unread, [stamps[path][-1] for path in unread])))
         self._judge(cfg, split, facts)
@@ -843,7 +841,7 @@ class Dataset:
                 write_file(self.folder / CHECKED_NAME, content.encode())
         run.log(f"data checked split:{split} files:{len(stamps)} read:{len(unread)} "
                 f"elapsed_ms:{1000 * timer.seconds():.0f}")
-        return True
+        return run.share(True)
 
     def _remembered(self) -> dict[str, Any]:
         try:
@@ -884,14 +882,9 @@ class Dataset:
                                 f"{published['bytes']:,}; fetch the fineweb_val_bytes shards again")
 
     def load_validation(self) -> tuple[np.ndarray, np.ndarray]:
-        """All validation tokens and their byte counts, uint16 (tokens,) each."""
-        tokens, counts = (np.concatenate([read_shard(path) for path in paths])
-                          for paths in (self.val, self.val_bytes))
-        if len(tokens) < 2 or tokens[0] != BOS:
-            raise DataError(f"{self.folder}: the validation split must hold at least two tokens and begin "
-                            f"with BOS ({BOS}), found {len(tokens)} tokens beginning with "
-                            f"{tokens[:1].tolist()}")
-        return tokens, counts
+        """All validation tokens and their byte counts, uint16 (tokens,) each; call check_values first."""
+        tokens, byte_counts = ([read_shard(path) for path in paths] for paths in (self.val, self.val_bytes))
+        return np.concatenate(tokens), np.concatenate(byte_counts)
 
 
 def sha256_of(path: Path) -> str:
@@ -904,8 +897,9 @@ def check_tokenizer(cfg: Config, data: Dataset) -> Path:
     stated = manifest.get("tokenizer") or ({} if cfg.allow_unverified else published)
     names = [stated["file"]] if stated else [published["file"], "caseops_8192.model"]
     folders = (data.folder, Path("tokenizers"), REPO / "tokenizers")
-    candidates = [Path(cfg.tokenizer_path)] if cfg.tokenizer_path else [folder / name for name in names
-                                                                        for folder in folders]
+    candidates = [folder / name for name in names for folder in folders]
+    if cfg.tokenizer_path:
+        candidates = [Path(cfg.tokenizer_path)]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         wanted = " or ".join(dict.fromkeys(map(str, candidates)))
@@ -4170,33 +4164,27 @@ def log_start(cfg: Config, run: Run, data: Dataset, tokenizer: Path, model: GPT)
 
 
 def check_ready(cfg: Config, run: Run, model: GPT) -> None:
-    """Try now whatever the run needs after training: compiler, packed script, room in writable folders."""
+    """Try now whatever the run needs after training: compiler, packed script, room for what it leaves."""
     for source in () if cfg.prequant_only else (CODER_C, NGRAM_C):
         compile_c(source)
     if run.rank != 0:
         return
     shipped_code()
-    weights = 4 * sum(p.numel() for p in model.parameters())
-    for setting, folder, needed in (("CHECKPOINT_DIR", Path(cfg.checkpoint_dir), weights + SIZE_LIMIT),
-                                    ("the log folder", run.log_path.parent, 2 ** 20)):
-        try:
-            probe = folder / f".probe.{os.getpid()}"
-            write_file(probe, b"probe")
-            probe.unlink()
-            room = shutil.disk_usage(folder).free
-        except OSError as error:
-            raise RunError(f"{setting}={folder}: expected a folder to write to, found: {error.strerror}; "
-                           "correct the path or its permissions") from error
-        if room < needed:
-            raise RunError(f"{setting}={folder}: expected room for {needed:,} bytes, found {room:,}; free "
-                           "some, or name another folder with CHECKPOINT_DIR")
+    folder, needed = Path(cfg.checkpoint_dir), SIZE_LIMIT + 4 * sum(p.numel() for p in model.parameters())
+    try:
+        probe = folder / f".probe.{os.getpid()}"
+        write_file(probe, b"probe")
+        probe.unlink()
+        room = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise RunError(f"CHECKPOINT_DIR={folder}: expected a folder to write to, found: {error.strerror}; "
+                       "correct the path or its permissions") from error
+    if room < needed:
+        raise RunError(f"CHECKPOINT_DIR={folder}: expected room for {needed:,} bytes, found {room:,}; free "
+                       "some, or name another folder")
 
 
 def run_pipeline(cfg: Config, run: Run) -> None:
-    def check_data(split: str, read: bool = True) -> bool:
-        """check_values on rank 0 while the others wait."""
-        return run.share(run.rank == 0 and data.check_values(cfg, run, split, read))
-
     data = Dataset.open(cfg)
     tokenizer = check_tokenizer(cfg, data)
     run.origin = {"tokenizer": sha256_of(tokenizer), "code": shipped_code().sha256}
@@ -4208,9 +4196,9 @@ def run_pipeline(cfg: Config, run: Run) -> None:
         run.broadcast(p.data)                             # replicas start equal to the last bit
     check_ready(cfg, run, model)
     if not cfg.ttt_eval_only:
-        check_data("train")
+        data.check_values(cfg, run, "train")
     # Until the last step only headers of validation files are read, and what an earlier verify remembered.
-    is_val_checked = check_data("val", read=cfg.resumes)
+    is_val_checked = data.check_values(cfg, run, "val", read=cfg.resumes)
     log_start(cfg, run, data, tokenizer, model)
 
     artifact_sha256 = ""
@@ -4229,7 +4217,7 @@ def run_pipeline(cfg: Config, run: Run) -> None:
             stats = calibrate(cfg, run, data, model, train_s)
         if not is_val_checked:
             run.stage("checking the validation split", START_LIMIT_S)
-            check_data("val")
+            data.check_values(cfg, run, "val")
         run.stage("compilation for the diagnostics", START_LIMIT_S)
         diagnose(cfg, run, model, data, "pre-quantization post-ema")
         if cfg.prequant_only:
