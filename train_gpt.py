@@ -97,8 +97,7 @@ class ConfigError(ValueError):
 
 def knob(default: Any, doc: str, low: float = -math.inf, high: float = math.inf, choices: tuple = ()) -> Any:
     """A field of Config: its default, what it means, and which values are allowed."""
-    metadata = {"doc": doc, "low": low, "high": high, "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices))
 
 
 BELOW_ONE = 1 - 1e-9         # decays of 1 would divide by zero in Adam's bias correction
@@ -393,7 +392,7 @@ def settings_table() -> str:
 # Rank, device, collectives and the log file. At world size 1 every collective is a no-op.
 
 REPO = Path(__file__).resolve().parent
-HANG_LIMIT_S, START_LIMIT_S = 100.0, 1800.0      # silence allowed to a stage; hashing, compiling
+HANG_LIMIT_S, START_LIMIT_S = 100.0, 1800.0      # silence allowed to a stage, to a slow one
 SIGNAL_GRACE_S = 3.0                             # then a call that does not return is abandoned
 DISK_RETRY_S = 5.0
 
@@ -440,13 +439,12 @@ class Run:
         if ROWS_PER_STEP % world_size:
             raise ConfigError(f"WORLD_SIZE={world_size}: expected 1, 2, 4 or 8, because one optimizer step "
                               f"is {ROWS_PER_STEP} rows dealt evenly to the ranks; change --nproc_per_node")
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        if device.type == "cuda":
             last = int(env.get("LOCAL_WORLD_SIZE", local_rank + 1)) - 1       # so that all ranks refuse alike
             if last >= torch.cuda.device_count():
                 raise ConfigError(f"LOCAL_RANK={last}: expected below {torch.cuda.device_count()}, the GPUs "
                                   "of this machine; lower NPROC_PER_NODE")
-            device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
         run = cls(cfg, rank, world_size, device)
@@ -551,21 +549,10 @@ class Run:
         while not self._ended.wait(min(1.0, self._limit_s / 4)):
             silence_s = time.monotonic() - self._beat_at
             if silence_s > self._limit_s:
-                self.report(f"error: rank {self.rank} made no progress for {silence_s:.0f} s in stage "
-                            f"{self.stage_name}: it hangs, or waits for a rank that does; look at the GPUs "
-                            "and start again")
+                report(self, f"error: rank {self.rank} made no progress for {silence_s:.0f} s in stage "
+                       f"{self.stage_name}: it hangs, or waits for a rank that does; look at the GPUs and "
+                       "start again")
                 os._exit(1)
-
-    def report(self, sentence: str) -> bool:
-        """Print an error on stderr unless another rank has told one; says whether this rank was the first."""
-        is_first = self.rank == 0
-        if self._store is not None:
-            with contextlib.suppress(RuntimeError):     # the store ends with rank 0, which has told its error
-                is_first = self._store.add("errors_told", 1) == 1
-        if is_first:
-            self.progress("")
-            print(sentence, file=sys.stderr, flush=True)
-        return is_first
 
     def share(self, value: Any) -> Any:
         """Rank 0's value (JSON) on every rank, through the host: a decision must not stall the GPU."""
@@ -618,6 +605,19 @@ class Run:
         """A generator on the run's device that depends on SEED and `keys` only."""
         state = np.random.SeedSequence((self.cfg.seed, *keys)).generate_state(1, np.uint64)
         return torch.Generator(self.device).manual_seed(int(state[0]) >> 1)
+
+
+def report(run: Run | None, sentence: str) -> bool:
+    """Print an error on stderr unless another rank has told one; says whether this rank was the first."""
+    is_first = os.environ.get("RANK", "0") == "0"    # before a run has begun an error is that of all ranks
+    if run is not None and run._store is not None:
+        with contextlib.suppress(RuntimeError):      # the store ends with rank 0, which has told its error
+            is_first = run._store.add("errors_told", 1) == 1
+    if is_first:
+        if run is not None:
+            run.progress("")
+        print(sentence, file=sys.stderr, flush=True)
+    return is_first
 
 
 class Timer:
@@ -4164,12 +4164,11 @@ def log_start(cfg: Config, run: Run, data: Dataset, tokenizer: Path, model: GPT)
 
 
 def check_ready(cfg: Config, run: Run, model: GPT) -> None:
-    """Try now whatever the run needs after training: compiler, packed script, room for what it leaves."""
+    """Try now whatever the run needs after training: compiler, and room for what it leaves."""
     for source in () if cfg.prequant_only else (CODER_C, NGRAM_C):
         compile_c(source)
     if run.rank != 0:
         return
-    shipped_code()
     folder, needed = Path(cfg.checkpoint_dir), SIZE_LIMIT + 4 * sum(p.numel() for p in model.parameters())
     try:
         probe = folder / f".probe.{os.getpid()}"
@@ -6618,7 +6617,7 @@ int ngram_feed(Ngrams *g, int64_t n, const int64_t *order, const int64_t *doc_st
 
 
 # --- 19 main ------------------------------------------------------------------------------------------------
-# Exit codes: 0 success, 1 a check or run failed, 2 bad settings or usage, 130 after SIGINT, 143 after SIGTERM
+# Exit codes: 0 success, 1 a check or the run failed, 2 bad settings or usage, 130 SIGINT, 143 SIGTERM.
 
 def main(argv: Sequence[str]) -> int:
     if argv in (["--help"], ["-h"]):
@@ -6629,19 +6628,11 @@ def main(argv: Sequence[str]) -> int:
         return 2
     run = None
 
-    def tell(sentence: str) -> bool:
-        if run is not None:
-            return run.report(sentence)
-        is_first = os.environ.get("RANK", "0") == "0"             # settings are wrong on all ranks alike
-        if is_first:
-            print(sentence, file=sys.stderr, flush=True)
-        return is_first
-
     def stage() -> str:
         return run.stage_name if run else "start"
 
     def interrupted(number: int) -> int:
-        tell(f"interrupted by {signal.Signals(number).name} in stage {stage()}")
+        report(run, f"interrupted by {signal.Signals(number).name} in stage {stage()}")
         return 128 + number
 
     try:
@@ -6650,12 +6641,12 @@ def main(argv: Sequence[str]) -> int:
             with Run.start(cfg) as run:
                 run_pipeline(cfg, run)
     except (ConfigError, DataError, ArtifactError, RunError) as error:
-        tell(f"error: {error}")
+        report(run, f"error: {error}")
         return 2 if isinstance(error, ConfigError) else 1
     except Interrupted as error:
         return interrupted(error.args[0])
     except Exception as error:
-        if tell(f"error: unexpected {type(error).__name__} in stage {stage()}"):
+        if report(run, f"error: unexpected {type(error).__name__} in stage {stage()}"):
             raise
         return 1                                                # what follows another rank's error is no news
     return 0
