@@ -5,31 +5,32 @@
 
 Run it through run.sh (`SEED=42 ./run.sh`), or by hand on any machine:
 
-    DATA_PATH=shards python train_gpt.py                            one process, GPU or CPU
-    python launch.py 8 train_gpt.py                                 the record machine; torchrun works too
-    python train_gpt.py --help                                      every setting, its default and meaning
+    DATA_PATH=shards python train_gpt.py         one process, GPU or CPU
+    python launch.py 8 train_gpt.py              the record machine; torchrun works too
+    python train_gpt.py --help                   every setting, its default and meaning
 
-Settings are environment variables; nothing else is read from outside. Importing this file has no side
-effects.
+Settings are environment variables; nothing else is read from outside. Importing this has no side effects.
 
 Dimensions: B documents in a batch, T positions, N = B*T flattened, D model width, H query heads, G key/value
-heads, K head width, F MLP width, V vocabulary, L layers, R adapter rank. Weights are (out, in) like
-nn.Linear.
+heads, K head width, F MLP width, V vocabulary, L layers, R adapter rank. Weights: (out, in), like nn.Linear.
 
-Contents, definitions: 1 configuration   2 runtime   3 data   4 model   5 schedules and EMA   6 optimizers
-           7 training   8 quantization   9 weight coder   10 artifact   11 scoring   12 hints and order
-           13 test-time training   14 pipeline
-Fast paths, each naming what it replaces: 15 attention kernels   16 Triton kernels   17 compilation
-           18 C sources   19 main
+Contents
+    definitions   1 configuration, 2 runtime, 3 data, 4 model, 5 schedules and EMA, 6 optimizers, 7 training,
+                  8 quantization, 9 weight coder, 10 artifact, 11 scoring, 12 hints and order,
+                  13 test-time training, 14 pipeline
+    fast paths    15 attention kernels, 16 Triton kernels, 17 compilation, 18 C sources, each naming what it
+                  replaces
+    start         19 main
 
-References: [GQA]   Ainslie et al. 2023, grouped-query attention          [RoPE]  Su et al. 2021, rotary
-positions [XSA]   Zhai 2026, exclusive self attention                   [Muon]  Jordan et al. 2024,
-orthogonalized momentum [PE]    Amsel et al. 2025, Polar Express                      [GPTQ]  Frantar et al.
-2022 [AWQ]   Lin et al. 2023, activation-aware quantization        [LQER]  Zhang et al. 2024, low-rank error
-correction [LoRA]  Hu et al. 2021                                        [TTT]   Sun et al. 2020, test-time
-training [lpaq]  Mahoney 2005, adaptive weighing of context models     [TCQ]   Marcellin & Fischer 1990,
-trellis-coded q. [REF]   openai/parameter-golf PR #2124, the run whose behaviour and hyperparameters this
-script follows """
+References
+  [GQA]  Ainslie et al. 2023, grouped-query attention    [RoPE] Su et al. 2021, rotary positions
+  [XSA]  Zhai 2026, exclusive self attention             [Muon] Jordan et al. 2024, orthogonalized momentum
+  [PE]   Amsel et al. 2025, Polar Express                [GPTQ] Frantar et al. 2022, quantization by columns
+  [AWQ]  Lin et al. 2023, activation-aware quantization  [LQER] Zhang et al. 2024, low-rank error correction
+  [LoRA] Hu et al. 2021, low-rank adapters               [TTT]  Sun et al. 2020, test-time training
+  [lpaq] Mahoney 2005, weighing context models           [TCQ]  Marcellin & Fischer 1990, trellis coding
+  [REF]  openai/parameter-golf PR #2124, the run whose behaviour and hyperparameters this script follows
+"""
 from __future__ import annotations
 
 import contextlib
@@ -96,48 +97,42 @@ class ConfigError(ValueError):
 
 def knob(default: Any, doc: str, low: float = -math.inf, high: float = math.inf, choices: tuple = ()) -> Any:
     """A field of Config: its default, what it means, and which values are allowed."""
-    metadata = {"doc": doc, "low": low, "high": high, "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices))
 
 
 BELOW_ONE = 1 - 1e-9         # decays of 1 would divide by zero in Adam's bias correction
 # Settings of the reference that have one meaning here. Any other value would silently do something else.
-FIXED_SETTINGS: dict[str, tuple[str, str]] = {
-    name: (value, reason) for names, value, reason in (
-        ("GATED_XSA SMEAR_GATE_ENABLED SPARSE_ATTN_GATE_ENABLED SKIP_GATES_ENABLED LN_SCALE TIE_EMBEDDINGS "
-         "ASYM_LOGIT_RESCALE", "1", "the architecture always has it"),
-        ("XSA_LAST_N", "11", "every layer has exclusive self attention, however many there are"),
-        ("PARALLEL_FINAL_LANE", "mean", "the two lanes are always averaged"),
-        ("SPARSE_ATTN_GATE_INIT_STD", "0", "gates always start at one half"),
-        ("CASEOPS_ENABLED", "1", "bytes are always counted from the CaseOps sidecar"),
-        ("LQER_SCOPE", "all", "every quantized matrix competes"),
-        ("LQER_GAIN_SELECT TTT_EVAL_BATCHES FORCE_STOP_STEP ROPE_YARN SKYLIGHT_MUON ATTN_OUT_GATE_ENABLED "
-         "GATED_ATTN_ENABLED GATED_ATTN_QUANT_GATE NGRAM_HINT_PRECOMPUTE_OUTSIDE "
-         "GLOBAL_TTT_WARMUP_CHUNKS", "0",
-         "the feature does not exist in this script"),
-        ("WITHIN_BOOST WORD_BOOST AGREE_ADD_BOOST", "0",
-         "that n-gram channel looks at the token being scored before choosing its hint, which is not causal"),
-        ("LQER_FACTOR_BITS", "4", "the symmetric fallback packs 4 bits"),
-        ("TILT_MODE", "fixed", "no other mode exists yet"),
-        ("MATRIX_CLIP_SIGMAS", "12.85", "no tensor falls in that class"),
-        ("TTT_OPTIMIZER", "adam", "adapters are trained with AdamW"),
-        ("TTT_BETA1", "0", "adapters have no first moment"),
-        ("TTT_GRAD_STEPS PHASED_TTT_NUM_PHASES GLOBAL_TTT_EPOCHS GLOBAL_TTT_RESPECT_DOC_BOUNDARIES "
-         "TEMPERATURE_SCALE VAL_DOC_FRACTION", "1", "no other value is implemented"))
-    for name in names.split()}
+FIXED_SETTINGS: dict[str, tuple[str, str]] = {name: (value, reason) for value, reason, names in (
+    ("1", "the architecture always has it", "GATED_XSA SMEAR_GATE_ENABLED SPARSE_ATTN_GATE_ENABLED "
+     "SKIP_GATES_ENABLED LN_SCALE TIE_EMBEDDINGS ASYM_LOGIT_RESCALE"),
+    ("11", "every layer has exclusive self attention, however many there are", "XSA_LAST_N"),
+    ("mean", "the two lanes are always averaged", "PARALLEL_FINAL_LANE"),
+    ("0", "gates always start at one half", "SPARSE_ATTN_GATE_INIT_STD"),
+    ("1", "bytes are always counted from the CaseOps sidecar", "CASEOPS_ENABLED"),
+    ("all", "every quantized matrix competes", "LQER_SCOPE"),
+    ("0", "the feature does not exist in this script", "LQER_GAIN_SELECT TTT_EVAL_BATCHES FORCE_STOP_STEP "
+     "ROPE_YARN SKYLIGHT_MUON ATTN_OUT_GATE_ENABLED GATED_ATTN_ENABLED GATED_ATTN_QUANT_GATE "
+     "NGRAM_HINT_PRECOMPUTE_OUTSIDE GLOBAL_TTT_WARMUP_CHUNKS"),
+    ("0", "that n-gram channel looks at the token being scored before choosing its hint, which is not causal",
+     "WITHIN_BOOST WORD_BOOST AGREE_ADD_BOOST"),
+    ("4", "the symmetric fallback packs 4 bits", "LQER_FACTOR_BITS"),
+    ("fixed", "no other mode exists yet", "TILT_MODE"),
+    ("12.85", "no tensor falls in that class", "MATRIX_CLIP_SIGMAS"),
+    ("adam", "adapters are trained with AdamW", "TTT_OPTIMIZER"),
+    ("0", "adapters have no first moment", "TTT_BETA1"),
+    ("1", "no other value is implemented", "TTT_GRAD_STEPS PHASED_TTT_NUM_PHASES GLOBAL_TTT_EPOCHS "
+     "GLOBAL_TTT_RESPECT_DOC_BOUNDARIES TEMPERATURE_SCALE VAL_DOC_FRACTION")) for name in names.split()}
 RETIRED_SETTINGS = {
     "VAL_LOSS_EVERY": "validation data is not read before the last training step",
     "EVAL_STRIDE": "plain evaluation has no overlap",
     "ROPE_TRAIN_SEQ_LEN": "rotary positions are never rescaled",
     "EMBED_LR": "embeddings are tied; set TIED_EMBED_LR",
-    **dict.fromkeys(("BETA2_NORMUON", "UW_FLOOR", "GATED_ATTN_INIT_STD", "ATTN_OUT_GATE_SRC", "WORD_ORDER",
-                     "GLOBAL_TTT_WARMUP_START_LR", "WORD_NORMALIZE"), "it has no effect in the record run"),
-}
-OWNED_PREFIXES = (
-    "TTT_", "LQER_", "MUON_", "GLOBAL_TTT_", "PHASED_TTT_", "NGRAM_", "GPTQ_", "AWQ_LITE_", "XSA_",
-    "SPARSE_ATTN_", "TIED_EMBED_", "LOOP_", "TOKEN_", "WITHIN_", "WORD_", "PARALLEL_", "ROPE_", "TRAIN_",
-    "VAL_", "EVAL_", "MATRIX_", "WARMDOWN_", "WARMUP_", "GATED_", "SKYLIGHT_", "SMEAR_", "LOGIT_", "EMBED_",
-    "ADAM_", "EMA_", "ENABLE_LOOP")
+    **dict.fromkeys("BETA2_NORMUON UW_FLOOR GATED_ATTN_INIT_STD ATTN_OUT_GATE_SRC WORD_ORDER WORD_NORMALIZE "
+                    "GLOBAL_TTT_WARMUP_START_LR".split(), "it has no effect in the record run")}
+OWNED_PREFIXES = tuple((
+    "TTT_ LQER_ MUON_ GLOBAL_TTT_ PHASED_TTT_ NGRAM_ GPTQ_ AWQ_LITE_ XSA_ SPARSE_ATTN_ TIED_EMBED_ LOOP_ "
+    "TOKEN_ WITHIN_ WORD_ PARALLEL_ ROPE_ TRAIN_ VAL_ EVAL_ MATRIX_ WARMDOWN_ WARMUP_ GATED_ SKYLIGHT_ "
+    "SMEAR_ LOGIT_ EMBED_ ADAM_ EMA_ ENABLE_LOOP").split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,11 +143,11 @@ class Config:
     run_id: str = knob("", "names log, checkpoint and artifact; default: seed and start time")
     data_path: str = knob("data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved",
                           "folder of shards")
-    tokenizer_path: str = knob("", "SentencePiece model; default: the one named by the data, "
-                               "else the shipped one")
+    tokenizer_path: str = knob(
+        "", "SentencePiece model; default: the one named by the data, else the shipped one")
     compile: bool = knob(True, "0 runs every graph without torch.compile")
-    block_kernels: bool = knob(True, "0 runs the blocks through torch.compile also on a Hopper GPU; to "
-                                     "compare the two")
+    block_kernels: bool = knob(
+        True, "0 runs the blocks through torch.compile also on a Hopper GPU; to compare the two")
     allow_slow: bool = knob(False, "1 lets a CUDA run go on without FlashAttention-3/4 or the block kernels")
     allow_unverified: bool = knob(False, "1 lets a run use shards without manifest or check figures")
     prequant_only: bool = knob(False, "1 stops after training and the first diagnostic")
@@ -182,8 +177,8 @@ class Config:
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial embedding", 0.0)
     # training
     iterations: int = knob(20000, "step cap; also the schedule's length when MAX_WALLCLOCK_SECONDS=0", 1)
-    max_wallclock_seconds: float = knob(600.0, "training budget, calibration included; "
-                                        "0: schedule by step", 0.0)
+    max_wallclock_seconds: float = knob(
+        600.0, "training budget, calibration included; 0: schedule by step", 0.0)
     gptq_reserve_seconds: float = knob(4.0, "part of the budget kept for calibration", 0.0)
     train_batch_tokens: int = knob(786432, "tokens per optimizer step, always 8 rows", 8)
     train_seq_len: int = knob(2048, "longest attention segment in training; calibration sequence length", 1)
@@ -242,10 +237,10 @@ class Config:
     ttt_lora_lr: float = knob(1e-4, "adapter learning rate", 0.0)
     ttt_beta2: float = knob(0.999, "adapter AdamW second-moment decay", 0.0, BELOW_ONE)
     ttt_weight_decay: float = knob(2.0, "adapter AdamW weight decay", 0.0)
-    ttt_warm_start_a: bool = knob(True, "keep A between batches of one lane that have as many rows; 0 draws "
-                                        "it anew")
-    ttt_stop_after: str = knob("", "document:chunk after which nothing learns any more; repeats a run that "
-                                   "stopped there")
+    ttt_warm_start_a: bool = knob(
+        True, "keep A between batches of one lane that have as many rows; 0 draws it anew")
+    ttt_stop_after: str = knob(
+        "", "document:chunk after which nothing learns any more; repeats a run that stopped there")
     ttt_k_lora: bool = knob(True, "adapters on the key projection")
     ttt_o_lora: bool = knob(True, "adapters on the attention output")
     ttt_mlp_lora: bool = knob(True, "adapters on the MLP")
@@ -278,68 +273,18 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            name, meta = field.name.upper(), field.metadata
-            value = getattr(self, field.name)
-            if meta["choices"] and value not in meta["choices"]:
-                raise ConfigError(f"{name}={value}: expected one of {list(meta['choices'])}")
-            if not isinstance(value, (bool, str)) and not meta["low"] <= value <= meta["high"]:
-                raise ConfigError(f"{name}={value}: expected a value between {meta['low']} and "
-                                  f"{meta['high']}")
-        self._check_model()
-        self._check_lengths()
-        self._check_modes()
+            name, value, meta = field.name.upper(), getattr(self, field.name), field.metadata
+            low, high, choices = meta["low"], meta["high"], meta["choices"]
+            if choices and value not in choices:
+                raise ConfigError(f"{name}={value}: expected one of {list(choices)}")
+            if not isinstance(value, (bool, str)) and not low <= value <= high:
+                raise ConfigError(f"{name}={value}: expected a value between {low} and {high}")
+        for holds, expected, *names in _relations(self):
+            if not holds:
+                found = ", ".join(f"{name}={getattr(self, name.lower())}" for name in names)
+                raise ConfigError(f"{expected.format(*names)}; found {found}")
 
-    def _require(self, is_met: bool, message: str, *settings: str) -> None:
-        """Raise ConfigError with `message` and the values found of `settings` unless the condition is met."""
-        if not is_met:
-            found = ", ".join(f"{name}={getattr(self, name.lower())}" for name in settings)
-            raise ConfigError(f"{message}; found {found}")
-
-    def _check_model(self) -> None:
-        self._require(self.model_dim % self.num_heads == 0, "MODEL_DIM must be a multiple of NUM_HEADS",
-                      "MODEL_DIM", "NUM_HEADS")
-        self._require(self.num_heads % self.num_kv_heads == 0, "NUM_HEADS must be a multiple of NUM_KV_HEADS",
-                      "NUM_HEADS", "NUM_KV_HEADS")
-        self._require(self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim,
-                      f"ROPE_DIMS must be even and at most the head width {self.head_dim}", "ROPE_DIMS")
-        self._require(self.gate_window <= self.model_dim, "GATE_WINDOW must be at most MODEL_DIM",
-                      "GATE_WINDOW", "MODEL_DIM")
-        self._require(self.mlp_dim == self.mlp_mult * self.model_dim,
-                      "MLP_MULT times MODEL_DIM must be whole", "MLP_MULT", "MODEL_DIM")
-        self._require(self.loop_start <= self.loop_end < self.parallel_start_layer <= self.num_layers,
-                      "expected LOOP_START <= LOOP_END < PARALLEL_START_LAYER <= NUM_LAYERS",
-                      "LOOP_START", "LOOP_END", "PARALLEL_START_LAYER", "NUM_LAYERS")
-
-    def _check_lengths(self) -> None:
-        self._require(self.train_batch_tokens % (ROWS_PER_STEP * self.train_seq_len) == 0,
-                      f"TRAIN_BATCH_TOKENS must be a multiple of {ROWS_PER_STEP} * TRAIN_SEQ_LEN: one step "
-                      f"is {ROWS_PER_STEP} rows of whole sequences", "TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN")
-        self._require(self.val_batch_tokens // ROWS_PER_STEP >= self.eval_seq_len,
-                      f"VAL_BATCH_TOKENS/{ROWS_PER_STEP} must hold one sequence of EVAL_SEQ_LEN",
-                      "VAL_BATCH_TOKENS", "EVAL_SEQ_LEN")
-        self._require(self.ttt_chunk_size < self.ttt_eval_seq_len,
-                      "TTT_CHUNK_SIZE must be below TTT_EVAL_SEQ_LEN", "TTT_CHUNK_SIZE", "TTT_EVAL_SEQ_LEN")
-        holds_window = self.global_ttt_chunk_tokens >= self.ttt_eval_seq_len
-        self._require(holds_window or self.phased_ttt_prefix_docs == 0,
-                      "GLOBAL_TTT_CHUNK_TOKENS must hold one sequence of TTT_EVAL_SEQ_LEN",
-                      "GLOBAL_TTT_CHUNK_TOKENS", "TTT_EVAL_SEQ_LEN")
-
-    def _check_modes(self) -> None:
-        leaves_time = self.gptq_reserve_seconds < self.max_wallclock_seconds
-        self._require(leaves_time or self.max_wallclock_seconds == 0,
-                      "GPTQ_RESERVE_SECONDS must be below MAX_WALLCLOCK_SECONDS",
-                      "GPTQ_RESERVE_SECONDS", "MAX_WALLCLOCK_SECONDS")
-        self._require(self.prequant_only + self.quantize_only + self.ttt_eval_only <= 1,
-                      "set at most one of PREQUANT_ONLY, QUANTIZE_ONLY, TTT_EVAL_ONLY",
-                      "PREQUANT_ONLY", "QUANTIZE_ONLY", "TTT_EVAL_ONLY")
-        self._require(bool(self.run_id) or not (self.quantize_only or self.ttt_eval_only),
-                      "QUANTIZE_ONLY and TTT_EVAL_ONLY need RUN_ID, the run to go on from",
-                      "QUANTIZE_ONLY", "TTT_EVAL_ONLY", "RUN_ID")
-        self._require(re.fullmatch(r"(\d+:\d+)?", self.ttt_stop_after) is not None,
-                      "TTT_STOP_AFTER must be document:chunk, two whole numbers", "TTT_STOP_AFTER")
-        self._require(re.fullmatch(r"[\w.+-]*", self.run_id) is not None,
-                      "RUN_ID may hold letters, digits and . _ + - only", "RUN_ID")
-
+    resumes = property(lambda self: self.quantize_only or self.ttt_eval_only)
     head_dim = property(lambda self: self.model_dim // self.num_heads)
     kv_dim = property(lambda self: self.num_kv_heads * self.head_dim)
     mlp_dim = property(lambda self: int(self.mlp_mult * self.model_dim))
@@ -355,8 +300,39 @@ ROWS_PER_STEP = 8            # one optimizer step is 8 rows on any number of GPU
 BOS = 1
 OPERATOR_IDS = (4, 5, 6, 7)  # the four CaseOps operators
 SIZE_LIMIT = 16_000_000      # bytes of code plus weights
-# left free, should another release of liblzma pack the same script a little longer
-CODE_MARGIN = 256
+CODE_MARGIN = 256            # left free, should another liblzma pack the same script a little longer
+
+
+def _relations(cfg: Config) -> tuple[tuple, ...]:
+    """What must hold between settings: the condition, the sentence that says it, the settings in it."""
+    return (
+        (cfg.model_dim % cfg.num_heads == 0, "{} must be a multiple of {}", "MODEL_DIM", "NUM_HEADS"),
+        (cfg.num_heads % cfg.num_kv_heads == 0, "{} must be a multiple of {}", "NUM_HEADS", "NUM_KV_HEADS"),
+        (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= cfg.head_dim,
+         f"{{}} must be even and at most the head width {cfg.head_dim}", "ROPE_DIMS"),
+        (cfg.gate_window <= cfg.model_dim, "{} must be at most {}", "GATE_WINDOW", "MODEL_DIM"),
+        (cfg.mlp_dim == cfg.mlp_mult * cfg.model_dim, "{} times {} must be whole", "MLP_MULT", "MODEL_DIM"),
+        (cfg.loop_start <= cfg.loop_end < cfg.parallel_start_layer <= cfg.num_layers,
+         "expected {} <= {} < {} <= {}", "LOOP_START", "LOOP_END", "PARALLEL_START_LAYER", "NUM_LAYERS"),
+        (cfg.train_batch_tokens % (ROWS_PER_STEP * cfg.train_seq_len) == 0,
+         f"{{}} must be a multiple of {ROWS_PER_STEP} * {{}}: one step is {ROWS_PER_STEP} rows of whole "
+         "sequences", "TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN"),
+        (cfg.val_batch_tokens // ROWS_PER_STEP >= cfg.eval_seq_len,
+         f"{{}}/{ROWS_PER_STEP} must hold one sequence of {{}}", "VAL_BATCH_TOKENS", "EVAL_SEQ_LEN"),
+        (cfg.ttt_chunk_size < cfg.ttt_eval_seq_len,
+         "{} must be below {}", "TTT_CHUNK_SIZE", "TTT_EVAL_SEQ_LEN"),
+        (cfg.global_ttt_chunk_tokens >= cfg.ttt_eval_seq_len or cfg.phased_ttt_prefix_docs == 0,
+         "{} must hold one sequence of {}", "GLOBAL_TTT_CHUNK_TOKENS", "TTT_EVAL_SEQ_LEN"),
+        (cfg.gptq_reserve_seconds < cfg.max_wallclock_seconds or cfg.max_wallclock_seconds == 0,
+         "{} must be below {}", "GPTQ_RESERVE_SECONDS", "MAX_WALLCLOCK_SECONDS"),
+        (cfg.prequant_only + cfg.quantize_only + cfg.ttt_eval_only <= 1,
+         "set at most one of {}, {}, {}", "PREQUANT_ONLY", "QUANTIZE_ONLY", "TTT_EVAL_ONLY"),
+        (cfg.run_id or not cfg.resumes,
+         "{} and {} need {}, the run to go on from", "QUANTIZE_ONLY", "TTT_EVAL_ONLY", "RUN_ID"),
+        (re.fullmatch(r"(\d+:\d+)?", cfg.ttt_stop_after),
+         "{} must be document:chunk, two whole numbers", "TTT_STOP_AFTER"),
+        (re.fullmatch(r"(?!\.\.?$)[\w.+-]{0,100}", cfg.run_id),
+         "{} must be the beginning of a file name, at most 100 letters, digits and . _ + -", "RUN_ID"))
 
 
 def _number(text: str, kind: type = float) -> float:
@@ -388,7 +364,7 @@ def _refuse_misspelt(key: str, known: Sequence[str]) -> None:
     for name in known:
         # Short names have innocent neighbours in any environment (EDIT is two edits from AUDIT).
         allowed = 2 if min(len(name), len(key)) >= 7 else 1
-        if abs(len(name) - len(key)) <= allowed and key != name and edit_distance(key, name) <= allowed:
+        if abs(len(name) - len(key)) <= allowed and edit_distance(key, name) <= allowed:
             raise ConfigError(f"unknown setting {key}; did you mean {name}? Unset it or correct its name")
 
 
@@ -396,10 +372,9 @@ def edit_distance(a: str, b: str) -> int:
     """Levenshtein distance."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
-        above = row
-        row = [i]
+        above, row = row, [i]
         for j, y in enumerate(b, 1):
-            row.append(min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (x != y)))
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
     return row[-1]
 
 
@@ -417,11 +392,9 @@ def settings_table() -> str:
 # Rank, device, collectives and the log file. At world size 1 every collective is a no-op.
 
 REPO = Path(__file__).resolve().parent
-# silence allowed to a stage; hashing and compiling may take longer
-HANG_LIMIT_S, START_LIMIT_S = 100.0, 1800.0
-SIGNAL_GRACE_S = 3.0                              # then a call that does not return is abandoned
+HANG_LIMIT_S, START_LIMIT_S = 100.0, 1800.0      # silence allowed to a stage, to a slow one
+SIGNAL_GRACE_S = 3.0                             # then a call that does not return is abandoned
 DISK_RETRY_S = 5.0
-LONGEST_RUN_ID = 100
 
 
 class RunError(RuntimeError):
@@ -441,12 +414,11 @@ class Run:
     clocks      seconds of "load", "compile" and "eval", for the readings of the evaluation limit.
     """
 
-    def __init__(self, cfg: Config, rank: int = 0, world_size: int = 1, device: torch.device | None = None,
-                 log_path: Path | None = None) -> None:
-        self.cfg, self.rank, self.world_size = cfg, rank, world_size
-        self.device = device or torch.device("cpu")
+    def __init__(self, cfg: Config, rank: int = 0, world_size: int = 1,
+                 device: torch.device = torch.device("cpu"), log_path: Path | None = None) -> None:
+        self.cfg, self.rank, self.world_size, self.device = cfg, rank, world_size, device
         # bf16 matmuls on GPUs; CPUs are for checks and small demos, where fp32 is both exact and faster.
-        self.compute_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.run_id, self.log_path = cfg.run_id, log_path
         self.origin: dict[str, str] = {}
         self.last_good = "none yet"
@@ -461,44 +433,34 @@ class Run:
 
     @classmethod
     def start(cls, cfg: Config, env: Mapping[str, str] = os.environ) -> "Run":
-        """Join the ranks that the launcher started (or run alone), pick the device, claim RUN_ID on rank
-        0."""
+        """Join the ranks that the launcher started (or run alone), pick the device, claim RUN_ID (rank 0)."""
         rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         local_rank = int(env.get("LOCAL_RANK", 0))
         if ROWS_PER_STEP % world_size:
             raise ConfigError(f"WORLD_SIZE={world_size}: expected 1, 2, 4 or 8, because one optimizer step "
                               f"is {ROWS_PER_STEP} rows dealt evenly to the ranks; change --nproc_per_node")
-        if cfg.run_id in (".", "..") or len(cfg.run_id) > LONGEST_RUN_ID:
-            raise ConfigError(f"RUN_ID={cfg.run_id[:20]!r} ({len(cfg.run_id)} characters): expected the "
-                              "beginning of a "
-                              f"file name, at most {LONGEST_RUN_ID} characters and neither . nor ..; choose "
-                              "another")
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
-            # so that all ranks refuse, not only some
-            last = int(env.get("LOCAL_WORLD_SIZE", local_rank + 1)) - 1
+        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        if device.type == "cuda":
+            last = int(env.get("LOCAL_WORLD_SIZE", local_rank + 1)) - 1       # so that all ranks refuse alike
             if last >= torch.cuda.device_count():
                 raise ConfigError(f"LOCAL_RANK={last}: expected below {torch.cuda.device_count()}, the GPUs "
                                   "of this machine; lower NPROC_PER_NODE")
-            device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
         run = cls(cfg, rank, world_size, device)
         if world_size > 1:
             run._join_ranks()
-        started = datetime.datetime.now().strftime(f"seed{cfg.seed}_%Y%m%d_%H%M%S")
-        run.run_id = run.share(run.run_id or started)
+        run.run_id = run.share(cfg.run_id or f"seed{cfg.seed}_{time.strftime('%Y%m%d_%H%M%S')}")
         run.log_path = Path("logs") / f"{run.run_id}.txt"
         if rank == 0:
             run._claim_run_id()
         return run
 
     def _join_ranks(self) -> None:
-        if not dist.is_initialized():
-            on_gpu = self.device.type == "cuda"
-            self._store, _, _ = next(dist.rendezvous("env://", self.rank, self.world_size))
-            dist.init_process_group("nccl" if on_gpu else "gloo", store=self._store, rank=self.rank,
-                                    world_size=self.world_size, device_id=self.device if on_gpu else None)
+        backend, device = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
+        self._store, _, _ = next(dist.rendezvous("env://", self.rank, self.world_size))
+        dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.world_size,
+                                device_id=device)
         # _watch limits every wait, with a limit of its own for each stage.
         self._host_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
         threading.Thread(target=self._watch, daemon=True).start()
@@ -506,20 +468,16 @@ class Run:
     def _claim_run_id(self) -> None:
         """Open and lock the log; refuse the name of a run that goes on, or that has left something behind."""
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        # The lock belongs to the open file, so a run that is killed leaves none.
         self._log_file = os.open(self.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            if fcntl is not None:
+            if fcntl is not None:              # the lock belongs to the open file: a killed run leaves none
                 fcntl.flock(self._log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(self._log_file)
-            self._log_file = None
             raise ConfigError(f"RUN_ID={self.run_id}: a run of this name is going on; wait for it, or choose "
                               "another RUN_ID") from None
-        resumes = self.cfg.quantize_only or self.cfg.ttt_eval_only
         left = [path for path in (self.log_path, checkpoint_path(self), artifact_path(self))
                 if path.exists() and path.stat().st_size]
-        if left and not resumes:
+        if left and not self.cfg.resumes:
             self._close_log()
             raise ConfigError(f"RUN_ID={self.run_id}: {left[0]} exists from an earlier run; choose another "
                               "RUN_ID, remove that run's files, or go on from it with QUANTIZE_ONLY=1 or "
@@ -541,8 +499,7 @@ class Run:
             self._unwritten += f"error {kind.__name__}\n".encode() if kind else b""
             self._has_begun |= kind is None
             self._close_log()
-        # after an error the other ranks may not answer any more
-        if dist.is_initialized() and error is None:
+        if dist.is_initialized() and error is None:   # after an error the other ranks may not answer any more
             dist.destroy_process_group()
 
     def _close_log(self) -> None:
@@ -569,16 +526,14 @@ class Run:
                 self._write_log()
 
     def progress(self, text: str) -> None:
-        """Show `text` in one line that rewrites itself: on a terminal, on rank 0, unless QUIET=1. "" removes
-        it."""
+        """Show `text` in one line that rewrites itself: on a terminal, unless QUIET=1. "" removes it."""
         self.beat()
         now = time.monotonic()
         is_due = now - self._progress_at >= 0.2 if text else self._progress_width > 0
-        if not (self._shows_progress and is_due):
-            return
-        text = text[:shutil.get_terminal_size().columns - 1]
-        print(f"\r{text:<{self._progress_width}}" + ("" if text else "\r"), end="", flush=True)
-        self._progress_width, self._progress_at = len(text), now
+        if self._shows_progress and is_due:
+            text = text[:shutil.get_terminal_size().columns - 1]
+            print(f"\r{text:<{self._progress_width}}" + ("" if text else "\r"), end="", flush=True)
+            self._progress_width, self._progress_at = len(text), now
 
     def stage(self, name: str, limit_s: float = HANG_LIMIT_S) -> None:
         """Say what begins now. With several ranks, one that makes no progress for limit_s ends the run."""
@@ -590,37 +545,27 @@ class Run:
         self._beat_at = time.monotonic()
 
     def _watch(self) -> None:
-        """End this rank when it makes no progress: it hangs, or waits in a collective for another that
-        does."""
+        """End this rank when it makes no progress: it hangs, or waits in a collective for one that does."""
         while not self._ended.wait(min(1.0, self._limit_s / 4)):
             silence_s = time.monotonic() - self._beat_at
             if silence_s > self._limit_s:
-                self.report(f"error: rank {self.rank} made no progress for {silence_s:.0f} s in stage "
-                            f"{self.stage_name}: it hangs, or waits for a rank that does; look at the GPUs "
-                            "and start again")
+                report(self, f"error: rank {self.rank} made no progress for {silence_s:.0f} s in stage "
+                       f"{self.stage_name}: it hangs, or waits for a rank that does; look at the GPUs and "
+                       "start again")
                 os._exit(1)
 
-    def report(self, sentence: str) -> bool:
-        """Print an error on stderr unless another rank has told one already; says whether this rank was the
-        first."""
-        is_first = self.rank == 0
-        if self._store is not None:
-            # the store ends with rank 0, which has then told its error
-            with contextlib.suppress(RuntimeError):
-                is_first = self._store.add("errors_told", 1) == 1
-        if is_first:
-            self.progress("")
-            print(sentence, file=sys.stderr, flush=True)
-        return is_first
-
     def share(self, value: Any) -> Any:
-        """Rank 0's value (JSON) on every rank."""
+        """Rank 0's value (JSON) on every rank, through the host: a decision must not stall the GPU."""
         if self.world_size == 1:
             return value
         box = [json.dumps(value)]
         dist.broadcast_object_list(box, src=0, group=self._host_group)
         self.beat()
         return json.loads(box[0])
+
+    def agree(self, values: Sequence[float]) -> list[float]:
+        """Rank 0's `values` on every rank."""
+        return self.share(list(values))
 
     def sum(self, x: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -638,15 +583,6 @@ class Run:
         if self.world_size > 1:
             dist.broadcast(x, source)
         return x
-
-    def agree(self, values: Sequence[float]) -> list[float]:
-        """Rank 0's `values` on every rank, float64; through the host: a decision must not stall the GPU."""
-        if self.world_size == 1:
-            return list(values)
-        box = torch.tensor(list(values), dtype=torch.float64)
-        dist.broadcast(box, src=0, group=self._host_group)
-        self.beat()
-        return box.tolist()
 
     def max_later(self, value: float) -> Callable[[], float]:
         """Start finding the largest `value` of all ranks, through the host; the result waits for it."""
@@ -667,8 +603,21 @@ class Run:
 
     def generator(self, *keys: int) -> torch.Generator:
         """A generator on the run's device that depends on SEED and `keys` only."""
-        return torch.Generator(self.device).manual_seed(int(np.random.SeedSequence(
-            (self.cfg.seed, *keys)).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        state = np.random.SeedSequence((self.cfg.seed, *keys)).generate_state(1, np.uint64)
+        return torch.Generator(self.device).manual_seed(int(state[0]) >> 1)
+
+
+def report(run: Run | None, sentence: str) -> bool:
+    """Print an error on stderr unless another rank has told one; says whether this rank was the first."""
+    is_first = os.environ.get("RANK", "0") == "0"    # before a run has begun an error is that of all ranks
+    if run is not None and run._store is not None:
+        with contextlib.suppress(RuntimeError):      # the store ends with rank 0, which has told its error
+            is_first = run._store.add("errors_told", 1) == 1
+    if is_first:
+        if run is not None:
+            run.progress("")
+        print(sentence, file=sys.stderr, flush=True)
+    return is_first
 
 
 class Timer:
@@ -685,18 +634,16 @@ class Timer:
 
 
 def require_finite(run: Run, what: str, *values: Tensor | float) -> None:
-    """Raise RunError unless every value is finite. On a GPU it waits for the values: not for use inside
-    steps."""
+    """Raise RunError unless all values are finite. On a GPU it waits for them: not for use inside steps."""
     for value in values:
-        if not bool(torch.isfinite(torch.as_tensor(value)).all()):
+        if not torch.isfinite(torch.as_tensor(value)).all():
             shown = f" is {value}" if isinstance(value, float) else " holds NaN or infinity"
             raise RunError(f"{what}{shown} in stage {run.stage_name}; last good value: {run.last_good}; "
                            "lower MATRIX_LR or check the data")
 
 
 def save(run: Run, path: Path, data: bytes) -> None:
-    """write_file that loses nothing to a full disk: says what is missing and waits, until it works or is
-    interrupted."""
+    """write_file that loses nothing to a full disk: says what is missing and waits until it works."""
     told = None
     while True:
         try:
@@ -704,36 +651,30 @@ def save(run: Run, path: Path, data: bytes) -> None:
         except OSError as error:
             if told != (told := error.strerror):
                 run.log(f'write waiting file:{path.name} bytes:{len(data)} reason:"{told}; make '
-                        f'{len(data):,} bytes of '
-                        f'room in {path.parent.name}, the weights wait in memory"')
+                        f'{len(data):,} bytes of room in {path.parent.name}, the weights wait in memory"')
             time.sleep(DISK_RETRY_S)
 
 
 @contextlib.contextmanager
 def catch_signals(give_up: Callable[[int], None]) -> Iterator[None]:
     """SIGINT and SIGTERM raise Interrupted in the main thread. Where that is stuck in a call that does not
-    return,
-    give_up(signal number) is called from another thread after SIGNAL_GRACE_S; it must end the process."""
+    return, another thread calls give_up(signal number) after SIGNAL_GRACE_S; it must end the process."""
     def interrupt(number: int, frame: Any) -> None:
         for handled in previous:
             signal.signal(handled, signal.SIG_IGN)       # a second one must not disturb the way out
         raise Interrupted(number)
 
     def watch() -> None:
-        # written by the C handler, whatever the main thread does
-        number = os.read(receiver, 1)
-        if number and not ended.wait(SIGNAL_GRACE_S):
-            give_up(number[0])
+        with open(receiver, "rb", buffering=0) as pipe:  # the C handler writes, whatever the main thread does
+            number = pipe.read(1)
+            if number and not ended.wait(SIGNAL_GRACE_S):
+                give_up(number[0])
 
-    if threading.current_thread() is not threading.main_thread():
-        yield                                            # only a main thread may handle signals
-        return
     ended, (receiver, sender) = threading.Event(), os.pipe()
     os.set_blocking(sender, False)
     previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     previous_fd = signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
@@ -742,8 +683,6 @@ def catch_signals(give_up: Callable[[int], None]) -> Iterator[None]:
             signal.signal(number, handler)
         ended.set()
         os.close(sender)
-        watcher.join()
-        os.close(receiver)
 
 
 # --- 3 data -------------------------------------------------------------------------------------------------
@@ -752,7 +691,6 @@ def catch_signals(give_up: Callable[[int], None]) -> Iterator[None]:
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 SEGMENT_PAD = 64             # cu_seqlens are padded to a multiple of this many entries
 CHECKED_NAME = ".checked.json"                   # beside the shards: what reading every value has found
-READ_AT_ONCE = 1 << 24
 # Of the published CaseOps export.
 CHECK_FIGURES = {"train_shards": 80, "val_tokens": (47_851_521, 47_853_568),
                  "val_bytes": {"targets": 47_851_520, "bytes": 151_074_499, "tolerance": 2},
@@ -767,16 +705,14 @@ class DataError(ValueError):
 def read_shard_header(path: Path) -> int:
     """Number of values in a shard. Raises DataError unless magic, version and file size are right."""
     with open(path, "rb") as file:
-        raw = file.read(SHARD_HEADER_BYTES)
+        raw, have = file.read(SHARD_HEADER_BYTES), path.stat().st_size
     if len(raw) < SHARD_HEADER_BYTES:
         raise DataError(f"{path}: expected a token shard with a header of {SHARD_HEADER_BYTES:,} bytes, "
-                        f"found a file of {len(raw):,}; it is cut off, fetch this shard again")
-    header = np.frombuffer(raw, dtype="<i4")
-    if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+                        f"found a file of {have:,}; it is cut off, fetch this shard again")
+    magic, version, count = struct.unpack_from("<3i", raw)
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         raise DataError(f"{path}: expected a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION}), "
-                        "found "
-                        f"{header[:2].tolist()}; this is no shard of this family, prepare the data again")
-    count, have = int(header[2]), path.stat().st_size
+                        f"found {magic} and {version}; it is of another family, prepare the data again")
     want = SHARD_HEADER_BYTES + 2 * count
     if count <= 0 or have != want:
         raise DataError(f"{path}: header promises {count:,} tokens ({want:,} bytes), found {have:,} bytes; "
@@ -792,36 +728,24 @@ def read_shard(path: Path) -> np.ndarray:
 
 def find_shards(folder: Path, series: str) -> list[Path]:
     """Files fineweb_<series>_000000.bin ... in numeric order; DataError when none or one is missing."""
-    pattern = re.compile(rf"fineweb_{series}_(\d{{6}})\.bin")
     if not folder.is_dir():
-        raise DataError(f"DATA_PATH={folder}: no such folder; run prepare_caseops_data.py or correct the "
-                        "path")
-    found = sorted((int(m[1]), path) for path in folder.iterdir() if (m := pattern.fullmatch(path.name)))
+        raise DataError(f"DATA_PATH={folder}: no such folder; run prepare_caseops_data.py or correct it")
+    pattern = re.compile(rf"fineweb_{series}_\d{{6}}\.bin")
+    found = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
     if not found:
-        raise DataError(f"{folder}: no fineweb_{series}_*.bin; run prepare_caseops_data.py or correct "
-                        "DATA_PATH")
-    missing = sorted(set(range(found[-1][0] + 1)) - {number for number, _ in found})
-    if missing:
-        raise DataError(f"{folder}: fineweb_{series}_{missing[0]:06d}.bin is missing; fetch it again")
-    return [path for _, path in found]
+        raise DataError(f"{folder}: no fineweb_{series}_*.bin; run prepare_caseops_data.py or set DATA_PATH")
+    for number, path in enumerate(found):
+        if path.name != (wanted := f"fineweb_{series}_{number:06d}.bin"):
+            raise DataError(f"{folder}: {wanted} is missing; fetch it again")
+    return found
 
 
 def read_facts(path: Path, head: int) -> dict[str, Any]:
-    """SHA-256 of a shard and its first, largest and summed values; head_total sums the first `head` of
-    them."""
-    sha256, first, largest, total, head_total, seen = hashlib.sha256(), None, 0, 0, 0, 0
-    with open(path, "rb") as file:
-        sha256.update(file.read(SHARD_HEADER_BYTES))
-        while data := file.read(READ_AT_ONCE):
-            sha256.update(data)
-            values = np.frombuffer(data, "<u2")
-            first = int(values[0]) if first is None else first
-            largest = max(largest, int(values.max()))
-            total += int(values.sum(dtype=np.int64))
-            head_total += int(values[:max(0, head - seen)].sum(dtype=np.int64))
-            seen += len(values)
-    return {"sha256": sha256.hexdigest(), "first": first, "largest": largest, "total": total,
-            "head_total": head_total}
+    """SHA-256 of a shard and its first, largest and summed values; head_total: those of the first `head`."""
+    data = np.memmap(path, mode="r")
+    values = data[SHARD_HEADER_BYTES:].view("<u2")
+    return {"sha256": hashlib.sha256(data).hexdigest(), "first": int(values[0]), "largest": int(values.max()),
+            "total": int(values.sum(dtype=np.int64)), "head_total": int(values[:head].sum(dtype=np.int64))}
 
 
 def file_stamp(path: Path, head: int) -> list[int]:
@@ -844,27 +768,22 @@ class Dataset:
     def open(cls, cfg: Config) -> "Dataset":
         """Check headers, numbering, sidecar lengths, and that the splits belong together (DataError)."""
         folder = Path(cfg.data_path)
-        train, val, sidecar = (tuple(find_shards(folder, series)) for series in ("train", "val", "val_bytes"))
-        counts = {path.name: read_shard_header(path) for path in (*train, *val, *sidecar)}
-        tokens, byte_counts = ([counts[path.name] for path in paths] for paths in (val, sidecar))
+        series = [tuple(find_shards(folder, name)) for name in ("train", "val", "val_bytes")]
+        counts = {path.name: read_shard_header(path) for paths in series for path in paths}
+        tokens, byte_counts = ([counts[path.name] for path in paths] for paths in series[1:])
         if tokens != byte_counts:
             raise DataError(f"{folder}: every fineweb_val_bytes shard must be as long as its fineweb_val "
-                            "shard; found "
-                            f"{tokens} tokens and {byte_counts} byte counts; prepare the validation split "
-                            "again")
+                            f"shard; found {tokens} tokens and {byte_counts} byte counts; prepare again")
         val_tokens, manifest = sum(tokens), cls._manifest(folder, counts)
-        if manifest is None and not cfg.allow_unverified:
-            low, high = CHECK_FIGURES["val_tokens"]
-            if not low <= val_tokens <= high or len(train) > CHECK_FIGURES["train_shards"]:
-                raise DataError(
-                    f"{folder}: without manifest.json only the published export is trusted ({low:,} to "
-                    f"{high:,} "
-                    f"validation tokens, at most {CHECK_FIGURES['train_shards']} training shards), found "
-                    f"{val_tokens:,} "
-                    f"and {len(train)}; prepare the data with prepare_caseops_data.py, which writes a "
-                    "manifest, or "
-                    "set ALLOW_UNVERIFIED=1 if you are sure that training and validation do not overlap")
-        return cls(folder, train, val, sidecar, val_tokens, manifest)
+        (low, high), most = CHECK_FIGURES["val_tokens"], CHECK_FIGURES["train_shards"]
+        is_published = low <= val_tokens <= high and len(series[0]) <= most
+        if not (manifest or cfg.allow_unverified or is_published):
+            raise DataError(
+                f"{folder}: without manifest.json only the published export is trusted ({low:,} to {high:,} "
+                f"validation tokens, at most {most} training shards), found {val_tokens:,} and "
+                f"{len(series[0])}; prepare the data with prepare_caseops_data.py, which writes one, or set "
+                "ALLOW_UNVERIFIED=1 if you are sure that training and validation do not overlap")
+        return cls(folder, *series, val_tokens, manifest)
 
     @staticmethod
     def _manifest(folder: Path, counts: dict[str, int]) -> dict | None:
@@ -874,168 +793,143 @@ class Dataset:
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             listed = {name: int(entry["values"]) for name, entry in manifest["files"].items()}
-            totals = manifest["val"]
-            needed = (manifest["tokenizer"]["file"], totals["tokens"], totals["sidecar_bytes"],
+            val, tokenizer = manifest["val"], manifest["tokenizer"]
+            needed = (tokenizer["file"], val["tokens"], val["sidecar_bytes"],
                       *(entry["sha256"] for entry in manifest["files"].values()))
             if None in needed:
                 raise ValueError("a hash or a total is null")
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: not a manifest of this family ({error}); prepare the data "
-                            f"again") from error
+            raise DataError(f"{path}: not a manifest of this family ({error}); prepare again") from error
         # A partial download may leave out training shards at the end, never a file of the validation split.
         wrong = sorted(name for name in listed.keys() | counts.keys()
                        if listed.get(name) != counts.get(name) and (name in counts or "_val_" in name))
         if wrong:
             raise DataError(f"{folder}: manifest.json and files disagree: {wrong[0]} should hold "
-                            f"{listed.get(wrong[0])} values, found {counts.get(wrong[0])} ({len(wrong)} "
-                            "such files); both splits must come from one preparation run")
+                            f"{listed.get(wrong[0])} values, found {counts.get(wrong[0])} ({len(wrong)} such "
+                            "files); both splits must come from one preparation run")
         return manifest
 
     def check_values(self, cfg: Config, run: Run, split: str, read: bool = True) -> bool:
-        """Check every value of the files of `split` ("train" or "val"): hashes and totals against the
-        manifest or the
+        """Check every value of the files of `split` ("train" or "val"): hashes and totals against manifest or
         published figures, token range, first BOS. What is found is remembered beside the shards, so that only
-        new or
-        changed files are read. False, without reading, if read=False and something is not remembered;
-        DataError names
-        what is wrong."""
+        new or changed files are read. False, without reading, if read=False and something is not remembered;
+        DataError names what is wrong. Rank 0 does it while the others wait for the answer."""
+        if run.rank != 0:
+            return run.share(None)
         timer = Timer(run)
-        series = [self.train] if split == "train" else [self.val, self.val_bytes]
-        heads: dict[Path, int] = {}
-        for paths in series:
-            left = CHECK_FIGURES["val_bytes"]["targets"] + 1             # a target's bytes stand one later
+        stamps: dict[Path, list[int]] = {}                   # taken before reading: a later change shows
+        for paths in (self.train,) if split == "train" else (self.val, self.val_bytes):
+            # one more than targets, because a target's bytes stand one position later
+            left = CHECK_FIGURES["val_bytes"]["targets"] + 1 if split == "val" else 0
             for path in paths:
-                count = (path.stat().st_size - SHARD_HEADER_BYTES) // 2
-                heads[path] = min(left, count) if split == "val" else 0
-                left -= heads[path]
+                head = min(left, (path.stat().st_size - SHARD_HEADER_BYTES) // 2)
+                stamps[path] = file_stamp(path, head)
+                left -= head
         remembered = self._remembered()
-        facts = {path: remembered[path.name][1] for path, head in heads.items()
-                 if path.name in remembered and remembered[path.name][0] == file_stamp(path, head)}
-        unread = [path for path in heads if path not in facts]
+        facts = {path: remembered[path.name][1] for path, stamp in stamps.items()
+                 if path.name in remembered and remembered[path.name][0] == stamp}
+        unread = [path for path in stamps if path not in facts]
         if unread and not read:
-            return False
-        # before reading: a later change shows
-        stamps = {path: file_stamp(path, heads[path]) for path in unread}
-        with ThreadPool(max(1, min(len(unread), os.cpu_count() or 1))) as pool:
-            found = pool.map(lambda path: read_facts(path, heads[path]), unread, chunksize=1)
-        facts.update(zip(unread, found))
-        self._judge(cfg, series, facts)
+            return run.share(False)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            facts.update(zip(unread, pool.map(read_facts, unread, [stamps[path][-1] for path in unread])))
+        self._judge(cfg, split, facts)
         if unread:
             remembered.update({path.name: [stamps[path], facts[path]] for path in unread})
-            # a folder that cannot be written is read again
-            with contextlib.suppress(OSError):
-                content = json.dumps({"format": 1, "files": remembered})
+            content = json.dumps({"format": 1, "files": remembered})
+            with contextlib.suppress(OSError):               # a folder that cannot be written is read again
                 write_file(self.folder / CHECKED_NAME, content.encode())
-        run.log(f"data checked split:{split} files:{len(heads)} read:{len(unread)} "
+        run.log(f"data checked split:{split} files:{len(stamps)} read:{len(unread)} "
                 f"elapsed_ms:{1000 * timer.seconds():.0f}")
-        return True
+        return run.share(True)
 
     def _remembered(self) -> dict[str, Any]:
         try:
             checked = json.loads((self.folder / CHECKED_NAME).read_text(encoding="utf-8"))
             return {name: [stamp, {**facts}] for name, (stamp, facts) in checked["files"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}                                                    # nothing remembered: read everything
+            return {}                                        # nothing remembered: read everything
 
-    def _judge(self, cfg: Config, series: Sequence[Sequence[Path]],
-               facts: Mapping[Path, dict[str, Any]]) -> None:
-        for path in facts if self.manifest else ():
-            want, found = self.manifest["files"][path.name]["sha256"], facts[path]["sha256"]
-            if want != found:
-                raise DataError(f"{path}: SHA-256 {found[:16]}..., but manifest.json says {want[:16]}...; "
-                                "the file is "
-                                "damaged or from another preparation run, fetch or prepare it again")
-        for path in series[0]:
-            if facts[path]["largest"] >= cfg.vocab_size:
+    def _judge(self, cfg: Config, split: str, facts: Mapping[Path, dict[str, Any]]) -> None:
+        for path, found in facts.items():
+            want = self.manifest["files"][path.name]["sha256"] if self.manifest else found["sha256"]
+            if want != found["sha256"]:
+                raise DataError(f"{path}: SHA-256 {found['sha256'][:16]}..., but manifest.json says "
+                                f"{want[:16]}...; the file is damaged or from another preparation run, fetch "
+                                "or prepare it again")
+            if path not in self.val_bytes and found["largest"] >= cfg.vocab_size:
                 raise DataError(f"{path}: expected tokens below VOCAB_SIZE={cfg.vocab_size}, found "
-                                f"{facts[path]['largest']}; set VOCAB_SIZE as in the preparation, or "
-                                "prepare again")
-        if len(series) == 1:
+                                f"{found['largest']}; set VOCAB_SIZE as in the preparation, or prepare again")
+        if split == "train":
             return
-        if facts[series[0][0]]["first"] != BOS:
-            raise DataError(f"{series[0][0]}: the validation split must begin with BOS ({BOS}), found token "
-                            f"{facts[series[0][0]]['first']}; prepare the validation split again")
-        total = sum(facts[path]["total"] for path in series[1])
+        first = facts[self.val[0]]["first"]
+        if first != BOS:
+            raise DataError(f"{self.val[0]}: the validation split must begin with BOS ({BOS}), found token "
+                            f"{first}; prepare the validation split again")
+        sidecar = [facts[path] for path in self.val_bytes]
         if self.manifest:
-            stated = self.manifest["val"]
-            found = {"tokens": self.val_tokens, "sidecar_bytes": total}
-            said = {name: stated[name] for name in found}
+            found = {"tokens": self.val_tokens, "sidecar_bytes": sum(shard["total"] for shard in sidecar)}
+            said = {name: self.manifest["val"][name] for name in found}
             if said != found:
                 raise DataError(f"{self.folder}: validation split with {found}, but manifest.json says "
-                                f"{said}; prepare "
-                                "the data again")
+                                f"{said}; prepare the data again")
         elif not cfg.allow_unverified:
             published = CHECK_FIGURES["val_bytes"]
-            head = sum(facts[path]["head_total"] for path in series[1]) - facts[series[1][0]]["first"]
-            if abs(head - published["bytes"]) > published["tolerance"]:
-                raise DataError(
-                    f"{self.folder}: the first {published['targets']:,} validation targets stand for "
-                    f"{head:,} bytes, "
-                    f"the published export's for {published['bytes']:,}; fetch the fineweb_val_bytes shards "
-                    "again")
+            num_bytes = sum(shard["head_total"] for shard in sidecar) - sidecar[0]["first"]
+            if abs(num_bytes - published["bytes"]) > published["tolerance"]:
+                raise DataError(f"{self.folder}: the first {published['targets']:,} validation targets stand "
+                                f"for {num_bytes:,} bytes, the published export's for "
+                                f"{published['bytes']:,}; fetch the fineweb_val_bytes shards again")
 
     def load_validation(self) -> tuple[np.ndarray, np.ndarray]:
-        """All validation tokens and their byte counts, uint16 (tokens,) each."""
-        tokens, counts = (np.concatenate([read_shard(path) for path in paths])
-                          for paths in (self.val, self.val_bytes))
-        if len(tokens) < 2 or tokens[0] != BOS:
-            raise DataError(f"{self.folder}: the validation split must hold at least two tokens and begin "
-                            "with BOS "
-                            f"({BOS}), found {len(tokens)} tokens beginning with {tokens[:1].tolist()}")
-        return tokens, counts
+        """All validation tokens and their byte counts, uint16 (tokens,) each; call check_values first."""
+        tokens, byte_counts = ([read_shard(path) for path in paths] for paths in (self.val, self.val_bytes))
+        return np.concatenate(tokens), np.concatenate(byte_counts)
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def check_tokenizer(cfg: Config, data: Dataset) -> Path:
     """Find the tokenizer of this run; refuse what configuration, manifest or published export contradict."""
-    if data.manifest:
-        stated, source = data.manifest["tokenizer"], "the shards' manifest"
-    elif cfg.allow_unverified:
-        stated, source = {}, ""
-    else:
-        stated, source = CHECK_FIGURES["tokenizer"], "the published export"
-    path = _find_tokenizer(cfg, data, stated)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    recorded = path.with_name(path.name + ".sha256")
-    beside = (recorded.read_text().split() or ["(nothing)"])[0] if recorded.exists() else None
-    for name, want in ((source, stated.get("sha256")), (recorded.name, beside)):
-        if want and want != digest:
-            raise DataError(f"{path}: SHA-256 {digest[:16]}..., but {name} says {want[:16]}...; use the "
-                            "tokenizer the shards were made with")
-    # pairs of tokens joined by `prepare_caseops_data.py fuse`
-    if merges := (data.manifest or {}).get("merges"):
-        file = data.folder / Path(str(merges["file"])).name
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != merges["sha256"]:
-            raise DataError(f"{file}: expected the merges that the shards were made with, SHA-256 "
-                            f"{merges['sha256'][:16]}..., found "
-                            f"{'others' if file.is_file() else 'no file'}; copy it "
-                            "from where the shards were made")
-    import sentencepiece                                  # only this check needs it
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"{path}: not a SentencePiece model ({error})") from error
-    expected = {"vocabulary size": cfg.vocab_size, "BOS id": BOS, "operator ids": list(OPERATOR_IDS)}
-    found = {"vocabulary size": model.vocab_size(), "BOS id": model.bos_id(),
-             "operator ids": [model.piece_to_id(chr(0xE001 + k)) for k in range(4)]}
-    said = {"vocabulary size": stated.get("vocab_size", cfg.vocab_size), "BOS id": stated.get("bos_id", BOS),
-            "operator ids": list(stated.get("operator_ids", OPERATOR_IDS))}
-    if found != expected or said != expected:
-        raise DataError(f"{path}: expected {expected}, found {found} in the model and {said} in the shards' "
-                        "manifest; set VOCAB_SIZE and TOKENIZER_PATH to match the data")
-    return path
-
-
-def _find_tokenizer(cfg: Config, data: Dataset, stated: Mapping[str, Any]) -> Path:
+    manifest, published = data.manifest or {}, CHECK_FIGURES["tokenizer"]
+    stated = manifest.get("tokenizer") or ({} if cfg.allow_unverified else published)
+    names = [stated["file"]] if stated else [published["file"], "caseops_8192.model"]
+    folders = (data.folder, Path("tokenizers"), REPO / "tokenizers")
+    candidates = [folder / name for name in names for folder in folders]
     if cfg.tokenizer_path:
         candidates = [Path(cfg.tokenizer_path)]
-    else:
-        names = [stated["file"]] if stated else [CHECK_FIGURES["tokenizer"]["file"], "caseops_8192.model"]
-        folders = (data.folder, Path("tokenizers"), REPO / "tokenizers")
-        candidates = [folder / name for name in names for folder in folders]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         wanted = " or ".join(dict.fromkeys(map(str, candidates)))
         raise DataError(f"no tokenizer: expected {wanted}; set TOKENIZER_PATH")
+    digest = sha256_of(path)
+    recorded = path.with_name(path.name + ".sha256")
+    beside = (recorded.read_text().split() or ["(nothing)"])[0] if recorded.exists() else None
+    source = "the shards' manifest" if manifest else "the published export"
+    for name, want in ((source, stated.get("sha256")), (recorded.name, beside)):
+        if want and want != digest:
+            raise DataError(f"{path}: SHA-256 {digest[:16]}..., but {name} says {want[:16]}...; use the "
+                            "tokenizer the shards were made with")
+    if merges := manifest.get("merges"):            # pairs of tokens joined by `prepare_caseops_data.py fuse`
+        file = data.folder / Path(str(merges["file"])).name
+        found = sha256_of(file) if file.is_file() else "no file"
+        if found != merges["sha256"]:
+            raise DataError(f"{file}: expected the merges that the shards were made with, SHA-256 "
+                            f"{merges['sha256']}, found {found}; copy it from where the shards were made")
+    import sentencepiece                            # only this check needs it
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{path}: not a SentencePiece model ({error})") from error
+    expected = {"vocab_size": cfg.vocab_size, "bos_id": BOS, "operator_ids": list(OPERATOR_IDS)}
+    said = {name: stated.get(name, value) for name, value in expected.items()}
+    found = {"vocab_size": model.vocab_size(), "bos_id": model.bos_id(),
+             "operator_ids": [model.piece_to_id(chr(0xE001 + k)) for k in range(4)]}
+    if found != expected or said != expected:
+        raise DataError(f"{path}: expected {expected}, found {found} in the model and {said} in the shards' "
+                        "manifest; set VOCAB_SIZE and TOKENIZER_PATH to match the data")
     return path
 
 
@@ -1065,11 +959,11 @@ class PackingLoader:
     PREFETCH = 3
 
     def __init__(self, paths: Sequence[Path], row_tokens: int, segment_cap: int, rank: int = 0,
-                 world_size: int = 1, device: torch.device | str = "cpu",
+                 world_size: int = 1, device: torch.device = torch.device("cpu"),
                  warn: Callable[[str], None] = lambda line: None) -> None:
-        self.paths, self.row_tokens, self.segment_cap = list(paths), row_tokens, segment_cap
-        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
-        self._warn, self._rows, self._reader = warn, self._host_rows(), ThreadPoolExecutor(1)
+        self.paths, self.row_tokens, self.segment_cap = paths, row_tokens, segment_cap
+        self.rank, self.world_size, self.device, self._warn = rank, world_size, device, warn
+        self._rows, self._reader = self._host_rows(), ThreadPoolExecutor(1)
         self._ahead = [self._reader.submit(next, self._rows) for _ in range(self.PREFETCH)]
 
     def close(self) -> None:
@@ -1077,38 +971,35 @@ class PackingLoader:
 
     def __next__(self) -> Row:
         self._ahead.append(self._reader.submit(next, self._rows))
-        # an error stays first: the next call meets it too
-        inputs, targets, bounds, shard = self._ahead[0].result()
+        *tensors, shard = self._ahead[0].result()     # an error stays first: the next call meets it too
         del self._ahead[0]
         # From pinned memory, so the copies overlap with what the GPU is doing.
-        return Row(*(x.to(self.device, non_blocking=True) for x in (inputs, targets, bounds)), shard)
+        return Row(*(x.to(self.device, non_blocking=True) for x in tensors), shard)
 
     def spans(self) -> Iterator[tuple[np.ndarray, int]]:
         """All spans of row_tokens + 1 tokens with their shard index, for ever."""
         span = self.row_tokens + 1
         while True:
-            used = 0
+            is_empty = True
             for shard, path in enumerate(self.paths):
                 tokens = read_shard(path)
-                bos = np.flatnonzero(tokens == BOS)
-                cursor = int(bos[0]) if len(bos) else len(tokens)
-                if cursor + span > len(tokens):
+                from_bos = tokens[np.argmax(tokens == BOS):] if BOS in tokens else tokens[:0]
+                if len(from_bos) < span:
                     self._warn(f"data warning shard:{path.name} tokens:{len(tokens)} skipped: no BOS, or "
                                f"shorter than one row of {span} tokens")
-                while cursor + span <= len(tokens):
-                    yield tokens[cursor:cursor + span], shard
-                    cursor += span
-                    used += 1
-            if not used:
+                for start in range(0, len(from_bos) - span + 1, span):
+                    yield from_bos[start:start + span], shard
+                    is_empty = False
+            if is_empty:
                 raise DataError(f"no training shard holds one row of {span:,} tokens from its first BOS on; "
                                 "lower TRAIN_BATCH_TOKENS or prepare more data")
 
     def _host_rows(self) -> Iterator[tuple]:
         for span, shard in itertools.islice(self.spans(), self.rank, None, self.world_size):
-            row = torch.from_numpy(span.astype(np.int64))
-            item = (row[:-1].clone(), row[1:].clone(), torch.from_numpy(segment_bounds(span[:-1],
-                                                                                       self.segment_cap)))
-            yield *(x.pin_memory() if self.device.type == "cuda" else x for x in item), shard
+            bounds = segment_bounds(span[:-1], self.segment_cap)
+            arrays = span[:-1].astype(np.int64), span[1:].astype(np.int64), bounds
+            tensors = map(torch.from_numpy, arrays)
+            yield *(x.pin_memory() if self.device.type == "cuda" else x for x in tensors), shard
 
 
 def calibration_batches(paths: Sequence[Path], seq_len: int, batch_seqs: int,
@@ -1119,26 +1010,25 @@ def calibration_batches(paths: Sequence[Path], seq_len: int, batch_seqs: int,
     rng = np.random.Generator(np.random.PCG64(seed))
     shards = [np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES) for path in paths]
 
-    def deal() -> list[list[int]]:
-        stacks = []
-        for tokens in shards:
-            max_phase = min(seq_len - 1, max(0, len(tokens) - seq_len - 1))
-            phase = int(rng.integers(max_phase + 1)) if max_phase else 0
-            count = max(0, (len(tokens) - 1 - phase) // seq_len)
-            stacks.append((phase + seq_len * rng.permutation(count)).tolist())
-        if not any(stacks):
-            raise DataError(f"no training shard holds one sequence of {seq_len + 1:,} tokens; lower "
-                            "TRAIN_SEQ_LEN or prepare more data")
-        return stacks
+    def deal(tokens: np.ndarray) -> list[int]:
+        spare = len(tokens) - 1 - seq_len               # below 0: not even one sequence
+        phase = int(rng.integers(min(seq_len - 1, max(0, spare)) + 1))
+        count = max(0, (len(tokens) - 1 - phase) // seq_len)
+        return (phase + seq_len * rng.permutation(count)).tolist()
 
-    stacks: list[list[int]] = []
+    left = np.zeros(len(shards))
     while True:
         batch = np.empty((batch_seqs, seq_len + 1), dtype=np.int64)
         for row in range(batch_seqs):
-            stacks = stacks if any(stacks) else deal()
-            left = np.array([len(stack) for stack in stacks], dtype=np.float64)
+            if not left.any():
+                stacks = [deal(tokens) for tokens in shards]
+                left = np.array([float(len(stack)) for stack in stacks])
+                if not left.any():
+                    raise DataError(f"no training shard holds one sequence of {seq_len + 1:,} tokens; lower "
+                                    "TRAIN_SEQ_LEN or prepare more data")
             shard = int(rng.choice(len(shards), p=left / left.sum()))
             start = stacks[shard].pop()
+            left[shard] -= 1
             batch[row] = shards[shard][start:start + seq_len + 1]
         yield batch
 
@@ -4252,29 +4142,25 @@ def audit_order(run: Run, scorer: Scorer, phases: Sequence[Phase], scored: Score
 # --- 14 pipeline --------------------------------------------------------------------------------------------
 # The run as one visible sequence.
 
-def shown_value(name: str, value: Any) -> str:
-    """A setting as logs show it: logs are published, home folders are not."""
-    if name in ("data_path", "tokenizer_path", "checkpoint_dir"):
-        return "/".join(Path(value).parts[-2:])
-    return str(int(value) if isinstance(value, bool) else value)
+def shown_settings(cfg: Config) -> dict[str, str]:
+    """Every setting as logs show it, sorted by name: logs are published, home folders are not."""
+    shown = {name: str(int(value) if isinstance(value, bool) else value)
+             for name, value in sorted(dataclasses.asdict(cfg).items())}
+    for name in ("data_path", "tokenizer_path", "checkpoint_dir"):
+        shown[name] = "/".join(Path(shown[name]).parts[-2:])
+    return shown
 
 
 def find_commit() -> str:
     """Commit id of this script with +dirty when the checkout differs from it; "none" outside a checkout."""
+    git = ["git", "-C", str(REPO)]
     try:
         for command in (["ls-files", "--error-unmatch", Path(__file__).name],
                         ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+dirty"]):
-            done = subprocess.run(["git", "-C", str(REPO), *command], capture_output=True, text=True,
-                                  check=True)
+            done = subprocess.run([*git, *command], capture_output=True, text=True, check=True)
         return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "none"
-
-
-def log_settings(cfg: Config, run: Run) -> None:
-    """The first lines of a run: readers of logs take a run to begin here."""
-    for field in sorted(dataclasses.fields(cfg), key=lambda field: field.name):
-        run.log(f"  {field.name}: {shown_value(field.name, getattr(cfg, field.name))}")
 
 
 def log_start(cfg: Config, run: Run, data: Dataset, tokenizer: Path, model: GPT) -> None:
@@ -4282,15 +4168,11 @@ def log_start(cfg: Config, run: Run, data: Dataset, tokenizer: Path, model: GPT)
     run.log(f"versions python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__} "
             f"triton:{triton.__version__ if triton else 'none'} device:\"{gpu}\" world_size:{run.world_size} "
             f"compute_dtype:{str(run.compute_dtype).removeprefix('torch.')}")
-    if data.manifest:
-        data_source = "manifest"
-    else:
-        data_source = "unverified" if cfg.allow_unverified else "check_figures"
+    data_source = "manifest" if data.manifest else "unverified" if cfg.allow_unverified else "check_figures"
     run.log(f"run run_id:{run.run_id} date:{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d} "
             f"tokenizer:{tokenizer.name} data_source:{data_source}")
-    changed = [f"{field.name.upper()}={shlex.quote(shown_value(field.name, getattr(cfg, field.name)))}"
-               for field in sorted(dataclasses.fields(cfg), key=lambda field: field.name)
-               if getattr(cfg, field.name) != field.default]
+    changed = [f"{name.upper()}={shlex.quote(value)}" for name, value in shown_settings(cfg).items()
+               if getattr(cfg, name) != getattr(Config, name)]
     run.log(f'run command:"{" ".join([*changed, "python", Path(sys.argv[0]).name])}"')
     if run.rank == 0:
         source = program_source().encode()
@@ -4304,72 +4186,59 @@ def log_start(cfg: Config, run: Run, data: Dataset, tokenizer: Path, model: GPT)
 
 
 def check_ready(cfg: Config, run: Run, model: GPT) -> None:
-    """Try now whatever the run needs after training: compiler, packed script, room in writable folders."""
+    """Try now whatever the run needs after training: compiler, and room for what it leaves."""
     for source in () if cfg.prequant_only else (CODER_C, NGRAM_C):
-        try:
-            compile_c(source)
-        except RuntimeError as error:
-            raise RunError(str(error)) from error
+        compile_c(source)
     if run.rank != 0:
         return
-    shipped_code()
-    weights = 4 * sum(p.numel() for p in model.parameters())
-    for setting, folder, needed in (("CHECKPOINT_DIR", Path(cfg.checkpoint_dir), weights + SIZE_LIMIT),
-                                    ("the log folder", run.log_path.parent, 2 ** 20)):
+    folder, needed = Path(cfg.checkpoint_dir), SIZE_LIMIT + 4 * sum(p.numel() for p in model.parameters())
+    try:
         probe = folder / f".probe.{os.getpid()}"
-        try:
-            write_file(probe, b"probe")
-            probe.unlink()
-            room = shutil.disk_usage(folder).free
-        except OSError as error:
-            raise RunError(f"{setting}={folder}: expected a folder to write to, found: {error.strerror}; "
-                           "correct the path or its permissions") from error
-        if room < needed:
-            raise RunError(f"{setting}={folder}: expected room for {needed:,} bytes, found {room:,}; free "
-                           "some, or name another folder with CHECKPOINT_DIR")
-
-
-def check_data(cfg: Config, run: Run, data: Dataset, split: str, read: bool = True) -> bool:
-    """check_values on rank 0 while the others wait."""
-    return run.share(data.check_values(cfg, run, split, read) if run.rank == 0 else False)
+        write_file(probe, b"probe")
+        probe.unlink()
+        room = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise RunError(f"CHECKPOINT_DIR={folder}: expected a folder to write to, found: {error.strerror}; "
+                       "correct the path or its permissions") from error
+    if room < needed:
+        raise RunError(f"CHECKPOINT_DIR={folder}: expected room for {needed:,} bytes, found {room:,}; free "
+                       "some, or name another folder")
 
 
 def run_pipeline(cfg: Config, run: Run) -> None:
     data = Dataset.open(cfg)
     tokenizer = check_tokenizer(cfg, data)
-    run.origin = {"tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
-                  "code": shipped_code().sha256}
+    run.origin = {"tokenizer": sha256_of(tokenizer), "code": shipped_code().sha256}
     torch.manual_seed(cfg.seed)
-    log_settings(cfg, run)
+    for name, value in shown_settings(cfg).items():       # readers of logs take a run to begin here
+        run.log(f"  {name}: {value}")
     model = GPT(cfg, run.compute_dtype, choose_ops(run)).to(run.device)
     for p in model.parameters():
         run.broadcast(p.data)                             # replicas start equal to the last bit
     check_ready(cfg, run, model)
     if not cfg.ttt_eval_only:
-        check_data(cfg, run, data, "train")
-    # Until the last step only the headers of validation files are read, and what an earlier verify
-    # remembered.
-    trains = not (cfg.quantize_only or cfg.ttt_eval_only)
-    is_val_checked = check_data(cfg, run, data, "val", read=not trains)
+        data.check_values(cfg, run, "train")
+    # Until the last step only headers of validation files are read, and what an earlier verify remembered.
+    is_val_checked = data.check_values(cfg, run, "val", read=cfg.resumes)
     log_start(cfg, run, data, tokenizer, model)
 
     artifact_sha256 = ""
     if not cfg.ttt_eval_only:
-        train_s = 0.0
-        if trains:
+        train_s = None
+        if cfg.quantize_only:
+            read_checkpoint(cfg, run, model)
+            run.begin()
+        else:
             run.begin()
             train_s = train(cfg, run, data, model)
             sort_hidden_units(model)
             run.stage("writing the checkpoint", math.inf)
             write_checkpoint(cfg, run, model)
-        else:
-            read_checkpoint(cfg, run, model)
-            run.begin()
         if not cfg.prequant_only:
-            stats = calibrate(cfg, run, data, model, train_s if trains else None)
+            stats = calibrate(cfg, run, data, model, train_s)
         if not is_val_checked:
             run.stage("checking the validation split", START_LIMIT_S)
-            check_data(cfg, run, data, "val")
+            data.check_values(cfg, run, "val")
         run.stage("compilation for the diagnostics", START_LIMIT_S)
         diagnose(cfg, run, model, data, "pre-quantization post-ema")
         if cfg.prequant_only:
@@ -4384,14 +4253,13 @@ def run_pipeline(cfg: Config, run: Run) -> None:
     if cfg.ttt_enabled:
         run.stage("compilation for scoring", START_LIMIT_S)
         evaluate_ttt(cfg, run, model, data)
-        clocks = {name: 1000 * run.clocks.get(name, 0.0) for name in ("eval", "load", "compile")}
-        run.log("eval " + " ".join(f"{name}_ms:{clock:.0f}" for name, clock in clocks.items())
-                + f" sum_ms:{sum(clocks.values()):.0f} limit_ms:{1000 * cfg.eval_wallclock_seconds:.0f}")
+        clocks_ms = {f"{name}_ms": 1000 * run.clocks.get(name, 0.0) for name in ("eval", "load", "compile")}
+        clocks_ms |= {"sum_ms": sum(clocks_ms.values()), "limit_ms": 1000 * cfg.eval_wallclock_seconds}
+        run.log("eval " + " ".join(f"{name}:{clock:.0f}" for name, clock in clocks_ms.items()))
 
 
 def calibrate(cfg: Config, run: Run, data: Dataset, model: GPT, train_s: float | None) -> Calibration:
-    """Calibration statistics, collected on the training clock, and what that clock has come to (None: no
-    training)."""
+    """Calibration statistics, and what the training clock has come to with them (None: no training)."""
     # Without training before it, calibration meets kernels that are not compiled yet.
     run.stage("calibration", START_LIMIT_S if train_s is None else HANG_LIMIT_S)
     timer = Timer(run)
@@ -6173,7 +6041,7 @@ def graphs_made(steps: Callable) -> tuple[int, int]:
 
 @functools.cache
 def compile_c(source: str) -> ctypes.CDLL:
-    """Load C source, compiled once per process; RuntimeError with the compiler's message when that fails."""
+    """Load C source, compiled once per process; RunError with the compiler's message when that fails."""
     compiler = os.environ.get("CC", "cc")
     with tempfile.TemporaryDirectory(prefix="train_gpt_") as folder:
         library = f"{folder}/code.so"
@@ -6184,11 +6052,11 @@ def compile_c(source: str) -> ctypes.CDLL:
             try:
                 done = subprocess.run(command, input=source, capture_output=True, text=True)
             except FileNotFoundError:
-                raise RuntimeError(f"no C compiler: expected `{compiler}` on the PATH; install gcc or "
+                raise RunError(f"no C compiler: expected `{compiler}` on the PATH; install gcc or "
                                    "clang") from None
             if done.returncode == 0:
                 return ctypes.CDLL(library)
-        raise RuntimeError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
+        raise RunError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
 
 
 def c_pointer(array: np.ndarray | None) -> ctypes.c_void_p:
@@ -6869,51 +6737,43 @@ int ngram_feed(Ngrams *g, int64_t n, const int64_t *order, const int64_t *doc_st
 
 
 # --- 19 main ------------------------------------------------------------------------------------------------
-# Exit codes: 0 success, 1 a check or the run failed, 2 bad settings or usage, 130 and 143 after SIGINT and
-# SIGTERM.
+# Exit codes: 0 success, 1 a check or the run failed, 2 bad settings or usage, 130 SIGINT, 143 SIGTERM.
 
 def main(argv: Sequence[str]) -> int:
+    if argv in (["--help"], ["-h"]):
+        print(f"{__doc__}\nSettings (environment variables):\n\n{settings_table()}")
+        return 0
     if argv:
-        is_help = list(argv) in (["--help"], ["-h"])
-        print(f"{__doc__}\nSettings (environment variables):\n\n{settings_table()}" if is_help else
-              f"unexpected arguments {list(argv)}; settings are environment variables, see --help",
-              file=sys.stdout if is_help else sys.stderr)
-        return 0 if is_help else 2
+        print(f"unexpected arguments {argv}; settings are environment variables, see --help", file=sys.stderr)
+        return 2
     run = None
 
-    def tell(sentence: str) -> bool:
-        if run is not None:
-            return run.report(sentence)
-        if is_first := os.environ.get("RANK", "0") == "0":        # settings are wrong on all ranks alike
-            print(sentence, file=sys.stderr, flush=True)
-        return is_first
+    def stage() -> str:
+        return run.stage_name if run else "start"
 
     def interrupted(number: int) -> int:
-        tell(f"interrupted by {signal.Signals(number).name} in stage {run.stage_name if run else 'start'}")
+        report(run, f"interrupted by {signal.Signals(number).name} in stage {stage()}")
         return 128 + number
 
     try:
         with catch_signals(lambda number: os._exit(interrupted(number))):
             cfg = Config.from_env(os.environ)
-            run = Run.start(cfg)
-            with run:
+            with Run.start(cfg) as run:
                 run_pipeline(cfg, run)
     except (ConfigError, DataError, ArtifactError, RunError) as error:
-        tell(f"error: {error}")
+        report(run, f"error: {error}")
         return 2 if isinstance(error, ConfigError) else 1
     except Interrupted as error:
         return interrupted(error.args[0])
     except Exception as error:
-        if tell(f"error: unexpected {type(error).__name__} in stage {run.stage_name if run else 'start'}"):
+        if report(run, f"error: unexpected {type(error).__name__} in stage {stage()}"):
             raise
-        # what follows another rank's error is no news
-        return 1
+        return 1                                                # what follows another rank's error is no news
     return 0
 
 
 if __name__ == "__main__":
     exit_code = main(sys.argv[1:])
     if exit_code and "RANK" in os.environ:
-        # a communicator that lost a rank may never finish its clean-up
-        os._exit(exit_code)
+        os._exit(exit_code)             # a communicator that lost a rank may never finish its clean-up
     sys.exit(exit_code)

@@ -128,14 +128,6 @@ def test_a_sidecar_with_fewer_shards_is_refused(tmp_path):
         gpt.Dataset.open(tiny_config(data_path=str(tmp_path)))
 
 
-def test_a_validation_split_that_does_not_begin_with_a_document_is_refused(tmp_path):
-    write_dataset(tmp_path)
-    write_shard(tmp_path / "fineweb_val_000000.bin", np.full(300, 5, np.uint16))
-    data = gpt.Dataset.open(tiny_config(data_path=str(tmp_path)))
-    with pytest.raises(gpt.DataError, match=r"begin with BOS \(1\), found 550 tokens beginning with \[5\]"):
-        data.load_validation()
-
-
 def test_validation_tokens_and_bytes_are_the_shards_in_order(tmp_path):
     write_dataset(tmp_path)
     tokens, counts = gpt.Dataset.open(tiny_config(data_path=str(tmp_path))).load_validation()
@@ -393,7 +385,7 @@ def test_an_empty_hash_file_is_refused_and_not_a_crash(shipped):
 
 
 def test_a_tokenizer_with_another_vocabulary_size_is_refused(shipped):
-    with pytest.raises(gpt.DataError, match="'vocabulary size': 4096.*'vocabulary size': 8192.*set VOCAB_SIZE"):
+    with pytest.raises(gpt.DataError, match="'vocab_size': 4096.*'vocab_size': 8192.*set VOCAB_SIZE"):
         check(dataclasses.replace(shipped[1], vocab_size=4096))
 
 

@@ -149,7 +149,7 @@ def test_two_runs_of_one_name_at_a_time_are_refused_and_a_killed_one_leaves_no_l
 
 @pytest.mark.parametrize("name", [".", "..", "x" * 300])
 def test_names_that_are_no_file_names_are_refused(in_tmp, name):
-    with pytest.raises(gpt.ConfigError, match="RUN_ID=.*expected the beginning of a file name"):
+    with pytest.raises(gpt.ConfigError, match="RUN_ID must be the beginning of a file name.*; found RUN_ID="):
         gpt.Run.start(tiny_config(run_id=name), {})
     assert not list(in_tmp.iterdir())
 
