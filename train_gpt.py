@@ -3224,8 +3224,8 @@ class NgramTable:
 
     def feed(self, order: np.ndarray, doc_start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Look up and count the targets `order`; target i is token i + 1. A context that would begin before
-        doc_start, the first token of the target's document, gives no hint and is not counted; int64 (n,) each.
-        Returns hinted tokens, -1 where closed, int32, and confidences fp32, 0 where new; (n,) each."""
+        doc_start, the first token of the target's document, gives no hint and is not counted. All (n,), int64
+        in; returns hinted tokens int32, -1 where closed, and confidences fp32, 0 where new."""
         order, doc_start = (np.ascontiguousarray(x, np.int64) for x in (order, doc_start))
         hint, confidence = np.empty(len(order), np.int32), np.empty(len(order), np.float32)
         arrays = (ctypes.c_void_p(x.ctypes.data) for x in (order, doc_start, hint, confidence))
