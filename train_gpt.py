@@ -1552,10 +1552,10 @@ def route_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     named = dict(model.named_parameters())
     listed = [name for names in PARAMETER_TABLE.values() for name in names]
     if sorted(listed) != sorted(named):
-        raise ValueError(f"PARAMETER_TABLE must list every parameter exactly once; missing "
-                         f"{sorted(named.keys() - set(listed))}, "
-                         f"unknown {sorted(set(listed) - named.keys())}, "
-                         f"repeated {sorted({name for name in listed if listed.count(name) > 1})}")
+        missing, unknown = sorted(named.keys() - set(listed)), sorted(set(listed) - named.keys())
+        repeated = sorted({name for name in listed if listed.count(name) > 1})
+        raise ValueError(f"PARAMETER_TABLE must list every parameter exactly once; missing {missing}, "
+                         f"unknown {unknown}, repeated {repeated}")
     return {group: [named[name] for name in names] for group, names in PARAMETER_TABLE.items()}
 
 
@@ -1577,46 +1577,39 @@ class Muon:
     shares (padded with zeros), so every rank keeps the momentum of its own share only. Gradients are reduced
     in fp32, updates gathered in the compute dtype."""
 
-    def __init__(self, params: Sequence[nn.Parameter], run: Run, weight_decay: float = 0.0,
-                 backend_steps: int = 5, row_normalize: bool = True) -> None:
-        self.run, self.weight_decay = run, weight_decay
-        self.backend_steps, self.row_normalize = backend_steps, row_normalize
-        shapes = dict.fromkeys(tuple(p.shape[-2:]) for p in params)
-        self.banks = [[p for p in params if tuple(p.shape[-2:]) == shape] for shape in shapes]
+    def __init__(self, cfg: Config, run: Run, params: Sequence[nn.Parameter]) -> None:
+        self.cfg, self.run = cfg, run
+        shapes = dict.fromkeys(p.shape[-2:] for p in params)
+        self.banks = [[p for p in params if p.shape[-2:] == shape] for shape in shapes]
         self.banks.sort(key=lambda bank: -sum(p.numel() for p in bank))    # the largest reduction goes first
-        self.momentum_buffers: list[Tensor | None] = [None] * len(self.banks)
-
-    def reset(self) -> None:
-        self.momentum_buffers = [None] * len(self.banks)
+        self.momentum_buffers: list[Tensor] = []          # one per bank, from the first step on
 
     def update_direction(self, grad: Tensor, buffer: Tensor, momentum: float) -> Tensor:
         """Advance `buffer` and return the orthogonal update of each matrix, in the compute dtype."""
         buffer.mul_(momentum).add_(grad)
         u = grad + momentum * buffer
-        if self.row_normalize:
+        if self.cfg.muon_row_normalize:
             u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-        return polar_express(u, self.backend_steps, self.run.compute_dtype)
+        return polar_express(u, self.cfg.muon_backend_steps, self.run.compute_dtype)
 
     @torch.no_grad()
     def step(self, grads: dict[nn.Parameter, Tensor], lr: float, momentum: float) -> None:
         """Apply one update from this rank's gradients; the average over ranks is taken here."""
         # 1. launch all reductions
-        reductions = []
-        for bank in self.banks:
-            reductions.append(_reduce_scatter_mean(self.run, torch.cat([grads[p] for p in bank])))
+        reductions = [_reduce_scatter_mean(self.run, torch.cat([grads[p] for p in bank]))
+                      for bank in self.banks]
+        if not self.momentum_buffers:
+            self.momentum_buffers = [torch.zeros_like(shard) for shard, _ in reductions]
         gathers = []
-        for index, (shard, wait) in enumerate(reductions):            # 2. update the own share
+        for (shard, wait), buffer in zip(reductions, self.momentum_buffers):    # 2. update the own share
             wait()
-            if self.momentum_buffers[index] is None:
-                self.momentum_buffers[index] = torch.zeros_like(shard)
-            update = self.update_direction(shard, self.momentum_buffers[index], momentum)
-            gathers.append(_all_gather(self.run, update))
+            gathers.append(_all_gather(self.run, self.update_direction(shard, buffer, momentum)))
         for bank, (update, wait) in zip(self.banks, gathers):         # 3. gather, and apply to every replica
             wait()
             lengths = [len(p) for p in bank]
             for p, part in zip(bank, update[:sum(lengths)].split(lengths)):
                 rows, cols = p.shape[-2:]
-                p.mul_(1 - lr * self.weight_decay)
+                p.mul_(1 - lr * self.cfg.muon_wd)
                 p.add_(part.to(p.dtype), alpha=-lr * math.sqrt(max(1.0, rows / cols)))
 
 
@@ -1645,17 +1638,15 @@ class Optimizer:
     """One optimizer step: each row's gradient is clipped by itself, rows are averaged, Muon and AdamW run."""
 
     def __init__(self, cfg: Config, run: Run, model: GPT) -> None:
-        self.cfg, self.run, self.model = cfg, run, model
+        self.cfg, self.run, self.model, self.unused = cfg, run, model, unused_parameters(cfg)
         # Frozen parameters (the caps, in tests of the reference's symmetric loss) do not count in the norm.
-        groups = {}
-        for group, params in route_parameters(model).items():
-            groups[group] = [p for p in params if p.requires_grad]
-        name_of = {p: name for name, p in model.named_parameters()}
+        groups = {group: [p for p in params if p.requires_grad]
+                  for group, params in route_parameters(model).items()}
         self.params = [p for params in groups.values() for p in params]
+        name_of = {p: name for name, p in model.named_parameters()}
         self.names = [name_of[p] for p in self.params]
-        self.unused = unused_parameters(cfg)
         self.small = [p for group, params in groups.items() if group != "muon" for p in params]
-        self.muon = Muon(groups["muon"], run, cfg.muon_wd, cfg.muon_backend_steps, cfg.muon_row_normalize)
+        self.muon = Muon(cfg, run, groups["muon"])
         self.base_lr = {"embed": cfg.tied_embed_lr, "scalar": cfg.scalar_lr, "softcap": cfg.scalar_lr}
         weight_decay = {"embed": cfg.embed_wd, "scalar": cfg.adam_wd, "softcap": 0.0}
         self.adamw = torch.optim.AdamW(
@@ -1667,7 +1658,7 @@ class Optimizer:
 
     def reset(self) -> None:
         """Forget all state, as if no step had been taken."""
-        self.muon.reset()
+        self.muon.momentum_buffers.clear()
         self.adamw.state.clear()
         self.grad_sum, self.num_rows = [], 0
         self.model.zero_grad(set_to_none=True)
@@ -1717,18 +1708,12 @@ class Optimizer:
 # --- 7 training ---------------------------------------------------------------------------------------------
 # Compile warm-up that leaves nothing behind, the step, and a wall-clock stop all ranks agree on.
 
-LOG_FIRST = 5                # steps that are all logged; then every tenth up to LOG_EARLY, then every 50th
-LOG_EVERY_EARLY, LOG_EARLY = 10, 100
-LOG_EVERY = 50
-WARMUP_SEGMENT_PADS = (64, 128, 192, 256)        # padded cu_seqlens lengths of ordinary rows
-
-
 class StepClock:
     """Rank 0's training clock. The host runs at most one step ahead of the GPU: reading it stalls nothing."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.timer = run, Timer(run)
-        self.ends: list[float] = []          # seconds at which each finished step ended
+        self.ends = [0.0]                    # seconds at which training began and each finished step ended
         self.events: list[Any] = []          # CUDA events of steps not yet known to have ended
 
     def step_done(self) -> None:
@@ -1743,13 +1728,13 @@ class StepClock:
         self.ends.append(time.perf_counter() - self.timer.start)
 
     def longest_recent(self) -> float:
-        ends = [0.0, *self.ends][-9:]
+        ends = self.ends[-9:]
         return max((b - a for a, b in zip(ends, ends[1:])), default=0.0)
 
     def now(self) -> float:
         """Seconds at which the next step can begin: the last known end plus the steps still queued."""
-        last = [0.0, *self.ends][-2:]
-        return last[-1] + len(self.events) * (last[-1] - last[0]) if self.ends else 0.0
+        before, last = self.ends[-2:][0], self.ends[-1]
+        return last + len(self.events) * (last - before)
 
 
 def plan_step(cfg: Config, step: int, clock_s: float, step_s: float,
@@ -1775,15 +1760,6 @@ def train_rows(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, loader: 
     return total
 
 
-def warm_up_shapes(cfg: Config, run: Run, model: GPT, row: Row, looping: bool) -> None:
-    """Run the row with every length of cu_seqlens that ordinary rows have."""
-    bounds = torch.arange(0, cfg.row_tokens + 1, cfg.train_seq_len, dtype=torch.int32)
-    for pad in WARMUP_SEGMENT_PADS:
-        padded = F.pad(bounds, (0, -len(bounds) % pad), value=cfg.row_tokens).to(run.device)
-        model.ops.row_gradients(model, row._replace(cu_seqlens=padded), looping=looping,
-                                segment_cap=cfg.longest_segment)
-
-
 def estimate_calibration(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
     """Seconds that collecting the Hessians will take, with a margin of a fifth."""
     # Two batches, of which the second is timed: the first pays for workspaces and library start-up.
@@ -1796,28 +1772,21 @@ def estimate_calibration(cfg: Config, run: Run, data: Dataset, model: GPT) -> fl
 
 def warm_up(cfg: Config, run: Run, data: Dataset, model: GPT, optimizer: Optimizer) -> float:
     """Compile and run every training graph, then put everything back. Returns seconds of calibration."""
-    timer = Timer(run)
+    timer, calibration_s = Timer(run), 0.0
     before = WeightAverage(model, decay=1.0)              # never updated: a copy to go back to
-    rng = torch.get_rng_state(), torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None
-    loader = make_loader(cfg, run, data)
-    for looping, name in ((False, "warmup_step"), (True, "loop_warmup_step")):
-        row = next(loader)
-        if cfg.compile and cfg.warmup_steps:
-            warm_up_shapes(cfg, run, model, row, looping)
-        for step in range(cfg.warmup_steps):
-            train_rows(cfg, run, model, optimizer, loader, 1, looping)
-            optimizer.step(step, 1.0)
-            if step < 3 or (step + 1) % 10 == 0 or step + 1 == cfg.warmup_steps:
-                run.log(f"{name}: {step + 1}/{cfg.warmup_steps}")
-    loader.close()
-    calibration_s = 0.0
-    if cfg.max_wallclock_seconds and not cfg.prequant_only:
-        calibration_s = estimate_calibration(cfg, run, data, model)
+    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+        loader = make_loader(cfg, run, data)
+        for looping, name in ((False, "warmup_step"), (True, "loop_warmup_step")):
+            for step in range(cfg.warmup_steps):
+                train_rows(cfg, run, model, optimizer, loader, 1, looping)
+                optimizer.step(step, 1.0)
+                if step < 3 or (step + 1) % 10 == 0 or step + 1 == cfg.warmup_steps:
+                    run.log(f"{name}: {step + 1}/{cfg.warmup_steps}")
+        loader.close()
+        if cfg.max_wallclock_seconds and not cfg.prequant_only:
+            calibration_s = estimate_calibration(cfg, run, data, model)
     before.apply()
     optimizer.reset()
-    torch.set_rng_state(rng[0])
-    if rng[1] is not None:
-        torch.cuda.set_rng_state(rng[1], run.device)
     run.log(f"warmup elapsed_s:{timer.seconds():.1f} calibration_estimate_s:{calibration_s:.1f}")
     return calibration_s
 
@@ -1828,14 +1797,14 @@ def make_loader(cfg: Config, run: Run, data: Dataset) -> PackingLoader:
 
 
 def is_logged(cfg: Config, done: int) -> bool:
-    """Whether step `done`, counted from 1, gets a line in the log."""
-    every = LOG_EVERY_EARLY if done <= LOG_EARLY else LOG_EVERY
-    return done <= LOG_FIRST or done % every == 0 or done == cfg.iterations
+    """Whether step `done`, counted from 1, gets a line: the first 5, tenths to 100, fiftieths, the last."""
+    return done <= 5 or done % (10 if done <= 100 else 50) == 0 or done == cfg.iterations
 
 
-def log_step(cfg: Config, run: Run, done: int, losses: Tensor, elapsed_s: float) -> None:
+def log_step(cfg: Config, run: Run, clock: StepClock, done: int, losses: Tensor) -> None:
     """One line about step `done`. losses (2,): this rank's sums of the rows' mean losses, of this step and of
-    all; raises RuntimeError unless both are finite."""
+    all; raises RunError unless both are finite."""
+    elapsed_s = time.perf_counter() - clock.timer.start
     mean_loss, every_loss = (run.sum(losses) / ROWS_PER_STEP).tolist()
     run.log(f"{done}/{cfg.iterations} train_loss: {mean_loss:.4f} train_time: {elapsed_s / 60:.1f}m "
             f"tok/s: {done * cfg.train_batch_tokens / elapsed_s:.0f} train_time_ms:{1000 * elapsed_s:.0f}")
@@ -1847,8 +1816,8 @@ def log_speed(cfg: Config, run: Run, steps: int, train_s: float, loop_on: tuple[
     """Speed before and after looping began, at (step, second) loop_on, and the peak of GPU memory."""
     loop_step, loop_s = loop_on or (steps, train_s)
     speeds = ""
-    halves = ("loops_off", loop_step, loop_s), ("loops_on", steps - loop_step, train_s - loop_s)
-    for name, count, seconds in halves:
+    for name, count, seconds in (("loops_off", loop_step, loop_s),
+                                 ("loops_on", steps - loop_step, train_s - loop_s)):
         if count:
             speeds += (f"{name}_tok_per_s:{count * cfg.train_batch_tokens / seconds:.0f} "
                        f"{name}_step_ms:{1000 * seconds / count:.1f} ")
@@ -1889,15 +1858,13 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
 
         # The step: gradients of all rows, Muon and AdamW, the average.
         loss = train_rows(cfg, run, model, optimizer, loader, rows_per_rank, looping=loop_on is not None)
-        # NaN and infinity stay in a sum: no step goes unchecked
-        loss_sum += loss
+        loss_sum += loss                                  # NaN and infinity stay: no step goes unchecked
         optimizer.step(step, lr_factor(cfg, progress))
         average.update()
 
         clock.step_done()
         if is_logged(cfg, step + 1):
-            log_step(cfg, run, step + 1, torch.stack([loss, loss_sum]), time.perf_counter()
-                     - clock.timer.start)
+            log_step(cfg, run, clock, step + 1, torch.stack([loss, loss_sum]))
     steps = step if stop else cfg.iterations
     if not steps:
         raise ConfigError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} leaves no time for a step "
@@ -3053,6 +3020,10 @@ class Score(NamedTuple):
     tokens: int
     bytes: int
 
+    def log_fields(self, seconds: float) -> str:
+        return (f"val_loss:{self.loss:.8f} val_bpb:{self.bpb:.8f} eval_time:{1000 * seconds:.0f}ms "
+                f"targets:{self.tokens} bytes:{self.bytes}")
+
 
 class BpbMeter:
     """Sums over scored targets. fp64: an fp32 sum stops counting tokens at 2**24, and validation has 48M."""
@@ -3125,27 +3096,17 @@ def diagnose(cfg: Config, run: Run, model: GPT, data: Dataset, name: str) -> Sco
     run.stage(f"diagnostic {name}")
     timer = Timer(run)
     score = evaluate_plain(cfg, run, model, *data.load_validation())
-    run.log(f"diagnostic {name} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
-            f"eval_time:{1000 * timer.seconds():.0f}ms targets:{score.tokens} bytes:{score.bytes}")
+    run.log(f"diagnostic {name} {score.log_fields(timer.seconds())}")
     return score
 
 
 # --- 12 hints and order -------------------------------------------------------------------------------------
 # N-gram hints and the tilt of their probability; the plan of batches and the one certified order of scoring.
 
-class Hints(NamedTuple):
-    """Per target: hinted token int32 (0 where closed), gate bool, confidence fp32 (0 where it is new)."""
-    hint: np.ndarray
-    gate: np.ndarray
-    confidence: np.ndarray
-
-
-def closed_hints(count: int) -> Hints:
-    return Hints(np.zeros(count, np.int32), np.zeros(count, bool), np.zeros(count, np.float32))
-
-
 class NgramTable:
-    """Hints from an exact table, in C, of targets in slices: each knows what those before have counted."""
+    """Hints from an exact table, in C, of targets in slices: each knows what those before have counted. The
+    hint is the token that first reached the highest count after the same `context` tokens; its gate opens
+    where its share of all counts, its confidence, is at least `threshold`, both as fp32."""
 
     def __init__(self, tokens: np.ndarray, num_targets: int, context: int, threshold: float) -> None:
         """Room for num_targets targets of the stream tokens (N,) uint16; MemoryError when there is none."""
@@ -3155,56 +3116,26 @@ class NgramTable:
         self.state = ctypes.c_void_p(self.library.ngram_open(
             ctypes.c_void_p(self.tokens.ctypes.data), ctypes.c_int64(num_targets), ctypes.c_int(context),
             ctypes.c_float(threshold)))
-        if not self.state:
-            self._no_memory()
+        self._require_memory(bool(self.state))
 
-    def _no_memory(self) -> None:
-        raise MemoryError(f"no memory for n-grams of {self.num_targets:,} targets; "
-                          f"free about {self.num_targets * 27 >> 20} MiB")
+    def _require_memory(self, is_enough: bool) -> None:
+        if not is_enough:
+            raise MemoryError(f"no memory for n-grams of {self.num_targets:,} targets; "
+                              f"free about {self.num_targets * 27 >> 20} MiB")
 
     def feed(self, order: np.ndarray, doc_start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Look up and count the targets `order`, whose documents begin at doc_start; both int64 (n,).
-        Returns hinted tokens, -1 where closed, int32, and confidences fp32; both (n,)."""
+        """Look up and count the targets `order`; target i is token i + 1. A context that would begin before
+        doc_start, the first token of the target's document, gives no hint and is not counted. All (n,), int64
+        in; returns hinted tokens int32, -1 where closed, and confidences fp32, 0 where new."""
         order, doc_start = (np.ascontiguousarray(x, np.int64) for x in (order, doc_start))
         hint, confidence = np.empty(len(order), np.int32), np.empty(len(order), np.float32)
         arrays = (ctypes.c_void_p(x.ctypes.data) for x in (order, doc_start, hint, confidence))
-        if self.library.ngram_feed(self.state, ctypes.c_int64(len(order)), *arrays):
-            self._no_memory()
+        self._require_memory(not self.library.ngram_feed(self.state, ctypes.c_int64(len(order)), *arrays))
         return hint, confidence
 
     def close(self) -> None:
         self.library.ngram_close(self.state)
         self.state = None
-
-
-def ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarray, context: int,
-                threshold: float) -> Hints:
-    """Walk the targets in `order`; look each context of `context` tokens up, then count the target that
-    follows it.
-
-    tokens     (N,) uint16 stream; target i is tokens[i + 1].
-    order      (n,) int64 targets in the order in which they are scored, each at most once.
-    doc_start  (N - 1,) int64 first token of the document that target i is scored in; a context that would
-               reach before it gives no hint and is not counted. The hint is the token that first reached the
-               highest count; the gate opens where its share of all counts is at least `threshold`, both as
-               fp32. Raises MemoryError when the table does not fit. """
-    tokens = np.ascontiguousarray(tokens, np.uint16)
-    order = np.ascontiguousarray(order, np.int64)
-    doc_start = np.ascontiguousarray(doc_start, np.int64)
-    n = len(tokens) - 1
-    if len(doc_start) != n or (len(order) and not 0 <= order.min() <= order.max() < n):
-        raise ValueError(f"ngram_hints: expected doc_start of {n} targets and order within them, found "
-                         f"{len(doc_start)} and {order.min()}..{order.max()}")
-    table = NgramTable(tokens, len(order), context, threshold)
-    try:
-        found, confidence = table.feed(order, doc_start[order])
-    finally:
-        table.close()
-    hints = closed_hints(n)
-    hints.hint[order] = np.maximum(found, 0)
-    hints.gate[order] = found >= 0
-    hints.confidence[order] = confidence
-    return hints
 
 
 def tilt(nll: Tensor, log_q_hint: Tensor, is_hit: Tensor, boost: Tensor) -> Tensor:
@@ -3273,14 +3204,14 @@ class Steps(NamedTuple):
     cost_us: np.ndarray      # planned duration if adapters learn
 
 
-def batch_steps(lengths: np.ndarray, chunk: int, window: int, buckets: Buckets) -> Steps:
-    """Steps of a batch that starts at 0; lengths descending. Step k scores every chunk k there is."""
+def batch_steps(lengths: np.ndarray, chunk: int, window: int, buckets: Buckets, start_us: int = 0) -> Steps:
+    """Steps of a batch that starts at start_us; lengths descending. Step k scores every chunk k there is."""
     counts = num_chunks(lengths, chunk)
     index = np.arange(counts[0])
     rows = np.searchsorted(-counts, -index, side="left")
     width = np.minimum(chunk * (index + 1), window)
     cost_us = step_cost_us(pad_to(buckets.rows, rows), pad_to(buckets.windows, width))
-    return Steps(rows, width, np.cumsum(cost_us) - cost_us, cost_us)
+    return Steps(rows, width, start_us + np.cumsum(cost_us) - cost_us, cost_us)
 
 
 def step_cost_us(rows: np.ndarray, width: np.ndarray,
@@ -3317,21 +3248,18 @@ def plan_batches(docs: Documents, *, batch_size: int, lanes: int = LANES, max_to
     """Deal all documents to lanes, in one or two phases. Depends on document lengths and settings only.
 
     Batches of documents of similar length have at most batch_size rows, max_tokens of rows x longest window
-    and max_chunks of rows x longest document's chunks. They are queued longest first; each goes to the lane
-    with the least planned time. Where a bound makes a batch smaller it gets one of ROW_BUCKETS rows. With
-    max_tokens the longest document is a batch of its own and starts first: its chunks are the longest chain
-    of steps. The first phase ends with the batch that brings the documents to prefix_docs (0: a single
-    phase).
+    and max_chunks of rows x longest document's chunks; one that a bound makes smaller gets one of ROW_BUCKETS
+    rows. They are queued longest first; each goes to the lane with the least planned time. With max_tokens
+    the longest document is a batch of its own and starts first: its chunks are the longest chain of steps.
+    The first phase ends with the batch that brings the documents to prefix_docs (0: a single phase).
 
     A batch carries A of the lane's previous batch of the phase if that one had as many rows. Without bounds
     only the batch of the longest documents may have fewer than batch_size rows; it comes first, so the rule
-    says what the reference does: full batches hand one set of adapters on, and the odd one has its own.
-    """
+    says what the reference does: full batches hand one set of adapters on, and the odd one has its own."""
     by_length = np.argsort(docs.length, kind="stable")
     chunks = num_chunks(docs.length[by_length], chunk)
     is_bounded = max_tokens < math.inf
-    left = len(by_length) - is_bounded
-    cuts = [0]
+    cuts, left = [0], len(by_length) - is_bounded
     while cuts[-1] < left:
         size = min(batch_size, left - cuts[-1])
         while size > 1:
@@ -3342,19 +3270,17 @@ def plan_batches(docs: Documents, *, batch_size: int, lanes: int = LANES, max_to
         cuts.append(cuts[-1] + size)
     if is_bounded:
         cuts.append(len(by_length))
-    buckets = step_buckets(batch_size, window)
-    phases: list[Phase] = [[[] for _ in range(lanes)]]
-    loads, seen, boundary = [0] * lanes, 0, min(prefix_docs, len(by_length))
     batches = [by_length[begin:end][::-1] for begin, end in zip(cuts, cuts[1:])]
     alone = len(batches) - 1 if is_bounded else -1
+    buckets, boundary = step_buckets(batch_size, window), min(prefix_docs, len(by_length))
+    phases: list[Phase] = []
+    seen = 0
     for index in sorted(range(len(batches)), key=lambda k: (k != alone, -docs.length[batches[k][0]])):
-        if 0 < boundary <= seen and len(phases) == 1:
+        if not phases or (len(phases) == 1 and 0 < boundary <= seen):
             phases.append([[] for _ in range(lanes)])
             loads = [0] * lanes
-        members = batches[index]
-        lane = loads.index(min(loads))
-        steps = batch_steps(docs.length[members], chunk, window, buckets)
-        steps = steps._replace(start_us=steps.start_us + loads[lane])
+        members, lane = batches[index], loads.index(min(loads))
+        steps = batch_steps(docs.length[members], chunk, window, buckets, loads[lane])
         before = phases[-1][lane]
         carries = bool(before) and len(before[-1].docs) == len(members)
         before.append(Batch(index, tuple(members.tolist()), carries, steps))
@@ -3367,6 +3293,8 @@ class ScoredChunks(NamedTuple):
     """Every (document, chunk) of a plan in the certified order; int64 (chunks,) each."""
     doc: np.ndarray
     chunk: np.ndarray
+    first: np.ndarray        # its first target; target i is token i + 1
+    size: np.ndarray         # how many targets it has
     phase: np.ndarray
     start_us: np.ndarray     # planned start of its step within the phase
     lane: np.ndarray
@@ -3383,36 +3311,21 @@ def certified_order(phases: Sequence[Phase], docs: Documents, chunk: int) -> Sco
                 counts = num_chunks(docs.length[list(batch.docs)], chunk)
                 row = np.repeat(np.arange(len(counts)), counts)
                 index = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-                doc = np.asarray(batch.docs)[row]
-                start_us = batch.steps.start_us[index]
-                tables.append(np.stack(np.broadcast_arrays(doc, index, phase, start_us, lane, row)))
-    doc, chunk_index, phase, start_us, lane, row = np.concatenate(tables, axis=1)
+                columns = np.asarray(batch.docs)[row], index, phase, batch.steps.start_us[index], lane, row
+                tables.append(np.stack(np.broadcast_arrays(*columns)))
+    doc, index, phase, start_us, lane, row = np.concatenate(tables, axis=1)
     # One key, equal to sorting by the four in turn but several times faster.
     parts = phase, start_us, lane, row
     order = np.argsort(np.ravel_multi_index(parts, [int(part.max()) + 1 for part in parts]), kind="stable")
-    return ScoredChunks(doc[order], chunk_index[order], phase[order], start_us[order], lane[order])
+    size = np.minimum(chunk, docs.length[doc] - 1 - chunk * index)
+    columns = doc, index, docs.start[doc] + chunk * index, size, phase, start_us, lane
+    return ScoredChunks(*(column[order] for column in columns))
 
 
-def chunk_sizes(scored: ScoredChunks, docs: Documents, chunk: int) -> np.ndarray:
-    """Targets of each scored chunk."""
-    return np.minimum(chunk, docs.length[scored.doc] - 1 - chunk * scored.chunk)
-
-
-def targets_in_order(scored: ScoredChunks, docs: Documents, chunk: int) -> np.ndarray:
-    """Target indices (target i is token i + 1) in the certified order, int64."""
-    first = docs.start[scored.doc] + chunk * scored.chunk
-    counts = chunk_sizes(scored, docs, chunk)
-    return np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
-
-
-def chunk_places(scored: ScoredChunks, docs: Documents, chunk: int) -> np.ndarray:
-    """How many targets come before chunk k of document d in the certified order, at [first_chunk[d] + k];
-    first_chunk counts the chunks of all documents before d. int64."""
-    counts = num_chunks(docs.length, chunk)
-    sizes = chunk_sizes(scored, docs, chunk)
-    places = np.empty(len(sizes), np.int64)
-    places[(np.cumsum(counts) - counts)[scored.doc] + scored.chunk] = np.cumsum(sizes) - sizes
-    return places
+def targets_in_order(scored: ScoredChunks) -> np.ndarray:
+    """Target indices in the certified order, int64."""
+    before = np.cumsum(scored.size) - scored.size
+    return np.repeat(scored.first - before, scored.size) + np.arange(scored.size.sum())
 
 
 def select_prefix(scored: ScoredChunks, docs: Documents, chunk: int, prefix_docs: int) -> np.ndarray:
@@ -3427,13 +3340,12 @@ HINT_SLICE = 8192            # chunks whose hints are made, written and read at 
 
 class HintFeed:
     """Hints of every target in the certified order, made by one process per node beside the scoring. It
-    appends them (int32, -1 where closed) to an unnamed file, from which each rank reads what its next step
-    needs."""
+    appends them (int32, -1 where closed) to an unnamed file; each rank reads what its next step needs."""
 
     def __init__(self, cfg: Config, run: Run, tokens: np.ndarray, docs: Documents,
                  scored: ScoredChunks) -> None:
         self.cfg, self.run, self.tokens, self.docs, self.scored = cfg, run, tokens, docs, scored
-        self.loaded = self.gated = 0
+        self.total, self.loaded, self.gated = len(tokens) - 1, 0, 0
         self.waited_s = self.made_s = 0.0
         self.error: BaseException | None = None
         stamp, = run.agree([time.time_ns() // 1000])
@@ -3441,10 +3353,10 @@ class HintFeed:
         for is_my_turn in (run.rank == 0, run.rank > 0):                # on its node rank 0 is the maker
             if is_my_turn:
                 try:
-                    self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+                    self.file = open(path, "x+b")
                     self.maker = threading.Thread(target=self._make, daemon=True)
                 except FileExistsError:
-                    self.file = os.open(path, os.O_RDONLY)
+                    self.file = open(path, "rb")
             run.barrier()
         if self.maker:
             path.unlink()
@@ -3453,14 +3365,13 @@ class HintFeed:
     def _make(self) -> None:
         start = time.perf_counter()
         try:
-            C, total = self.cfg.ttt_chunk_size, len(self.tokens) - 1
-            table = NgramTable(self.tokens, total, self.cfg.token_order - 1, self.cfg.token_threshold)
+            context, threshold = self.cfg.token_order - 1, self.cfg.token_threshold
+            table = NgramTable(self.tokens, self.total, context, threshold)
             for at in range(0, len(self.scored.doc), HINT_SLICE):
                 part = ScoredChunks(*(x[at:at + HINT_SLICE] for x in self.scored))
-                doc_start = np.repeat(self.docs.start[part.doc], chunk_sizes(part, self.docs, C))
-                unwritten = table.feed(targets_in_order(part, self.docs, C), doc_start)[0].tobytes()
-                while unwritten:
-                    unwritten = unwritten[os.write(self.file, unwritten):]
+                doc_start = np.repeat(self.docs.start[part.doc], part.size)
+                self.file.write(table.feed(targets_in_order(part), doc_start)[0].tobytes())
+                self.file.flush()
             table.close()
         except BaseException as error:                                  # for the thread that waits
             self.error = error
@@ -3470,7 +3381,7 @@ class HintFeed:
         """Put the hints of at least the first `count` targets of the certified order on the device."""
         start = time.perf_counter()
         while self.loaded < count:
-            data = os.pread(self.file, 4 * HINT_SLICE * self.cfg.ttt_chunk_size, 4 * self.loaded)
+            data = os.pread(self.file.fileno(), 4 * HINT_SLICE * self.cfg.ttt_chunk_size, 4 * self.loaded)
             hint = np.frombuffer(data, np.int32, len(data) // 4)
             if not len(hint):
                 if self.error:
@@ -3487,14 +3398,13 @@ class HintFeed:
 
     def close(self, stream: Stream) -> None:
         """Read what is left and log the totals."""
-        total = len(self.tokens) - 1
-        self.load(stream, total)
-        os.close(self.file)
+        self.load(stream, self.total)
         if self.maker:
             self.maker.join()
-        self.run.log(f"ngram_tilt:hints total={total} gated={self.gated} token_gate={self.gated} "
+        self.file.close()
+        self.run.log(f"ngram_tilt:hints total={self.total} gated={self.gated} token_gate={self.gated} "
                      "within_gate=0 word_gate=0 agree2plus=0")
-        self.run.log(f"ngram_tilt:precompute_done elapsed={self.made_s:.2f}s total_targets={total}")
+        self.run.log(f"ngram_tilt:precompute_done elapsed={self.made_s:.2f}s total_targets={self.total}")
 
 
 def to_device(run: Run, x: np.ndarray) -> Tensor:
@@ -3506,19 +3416,13 @@ def to_device(run: Run, x: np.ndarray) -> Tensor:
 # --- 13 test-time training ----------------------------------------------------------------------------------
 # Documents are scored chunk by chunk; only then their own adapters, and once the base, learn from them [TTT].
 
-class Window(NamedTuple):
-    """Where one chunk of each document lies; arrays (documents,)."""
-    start: np.ndarray        # first input token, counted from the document's start
-    length: np.ndarray       # input tokens
-    offset: np.ndarray       # the chunk's first position in the window
-    count: np.ndarray        # targets of the chunk
-
-
-def chunk_window(pred_len: np.ndarray, index: int, chunk: int, window: int) -> Window:
-    """The window of chunk `index` of documents with pred_len targets; the last one ends with its document."""
+def chunk_window(pred_len: np.ndarray, index: int, chunk: int, window: int) -> tuple[np.ndarray, ...]:
+    """The window of chunk `index` of documents with pred_len targets; the last one ends with its document.
+    Returns its first token within the document, its length, where in it the chunk begins, and the chunk's
+    targets; (documents,) each."""
     end = np.minimum(chunk * (index + 1), pred_len)
     start = np.maximum(0, end - window)
-    return Window(start, end - start, chunk * index - start, end - chunk * index)
+    return start, end - start, chunk * index - start, end - chunk * index
 
 
 DrawA = Callable[[str, int, tuple[int, ...]], Tensor]     # (kind, slot, shape) -> initial A
@@ -3534,8 +3438,7 @@ class AdapterBank:
     params      (rows, P) fp32
     low         (rows, P) their copy in the compute dtype, which the model reads; if that is fp32, `params`
     exp_avg_sq  (rows, P) fp32, AdamW's second moment; the first is the gradient itself, as TTT_BETA1 is 0
-    steps       (1,) int64, AdamW steps of this batch
-    """
+    steps       (1,) int64, AdamW steps of this batch"""
 
     def __init__(self, cfg: Config, num_slots: int, rows: int, device: torch.device | str = "cpu",
                  dtype: torch.dtype = torch.float32) -> None:
@@ -3543,13 +3446,11 @@ class AdapterBank:
         R, D = cfg.ttt_lora_rank, cfg.model_dim
         out = {"q": D, "k": cfg.kv_dim, "v": cfg.kv_dim, "o": D, "mlp": D, "head": cfg.vocab_size}
         self.kinds = [kind for kind in ("q", "k", "v", "o", "mlp") if getattr(cfg, f"ttt_{kind}_lora", True)]
-        attention_kinds = [kind for kind in self.kinds if kind != "mlp"]
-        slot_layout = [*((kind, "A") for kind in attention_kinds), *((kind, "B") for kind in attention_kinds)]
-        slot_layout += [("mlp", "A"), ("mlp", "B")] if "mlp" in self.kinds else []
         # (kind, slot, letter) of every matrix in the order of its place in a row, and its shape.
-        self.layout = {(kind, slot, letter): (R, D) if letter == "A" else (out[kind], R)
-                       for slot in range(num_slots) for kind, letter in slot_layout}
-        self.layout |= {("head", num_slots, "A"): (R, D), ("head", num_slots, "B"): (out["head"], R)}
+        keys = [(kind, slot, letter) for slot in range(num_slots) for kinds in ("qkvo", ("mlp",))
+                for letter in "AB" for kind in kinds if kind in self.kinds]
+        keys += [("head", num_slots, letter) for letter in "AB"]
+        self.layout = {key: (R, D) if key[2] == "A" else (out[key[0]], R) for key in keys}
         self.sizes = [math.prod(shape) for shape in self.layout.values()]
         self.params = torch.zeros(rows, sum(self.sizes), device=device)
         self.low = self.params if dtype == torch.float32 else torch.zeros_like(self.params, dtype=dtype)
@@ -3570,9 +3471,9 @@ class AdapterBank:
             A, B = (mark_varying(parts[kind, slot, letter], 0) for letter in "AB")
             return LowRank(A, B, scale)
 
-        slots = [LayerAdapters(**{kind: made(kind, slot) for kind in self.kinds})
-                 for slot in range(self.num_slots)]
-        return slots, made("head", self.num_slots)
+        slots = range(self.num_slots)
+        return ([LayerAdapters(**{kind: made(kind, slot) for kind in self.kinds}) for slot in slots],
+                made("head", self.num_slots))
 
     @torch.no_grad()
     def start(self, rows: int, draw: DrawA | None) -> None:
@@ -3582,12 +3483,8 @@ class AdapterBank:
         for (kind, slot, letter), part in self.parts(self.params[:rows]).items():
             if letter == "B":
                 part.zero_()
-        if draw is not None:
-            parts = self.parts(self.params[:rows])
-            for slot in range(self.num_slots + 1):
-                for kind in self.kinds if slot < self.num_slots else ("head",):
-                    A = parts[kind, slot, "A"]
-                    A.copy_(draw(kind, slot, tuple(A.shape)))
+            elif draw is not None:
+                part.copy_(draw(kind, slot, tuple(part.shape)))
         self.low[:rows].copy_(self.params[:rows])
 
     @torch.no_grad()
@@ -3676,11 +3573,10 @@ class Scorer:
         banked score in the order of banking: the first `log_size` of `log_target` and `log_nll`."""
         self.cfg, self.run, self.model, self.buckets = cfg, run, model, buckets
         zeros = functools.partial(torch.zeros, device=run.device)
-        self.stream = Stream(zeros(num_tokens, dtype=torch.int32), zeros(num_tokens, dtype=torch.int32),
-                             zeros(num_tokens, dtype=torch.int32), zeros(num_tokens))
+        self.stream = Stream(*(zeros(num_tokens, dtype=torch.int32) for _ in range(3)), zeros(num_tokens))
         self.cast = model.ops.cast(model)                 # of the base weights; see renew_cast
-        self.slots = sum(map(len, execution_order(cfg, True)))
-        self.bank = AdapterBank(cfg, self.slots, cfg.ttt_batch_size, run.device, model.compute_dtype)
+        num_slots = sum(map(len, execution_order(cfg, True)))
+        self.bank = AdapterBank(cfg, num_slots, cfg.ttt_batch_size, run.device, model.compute_dtype)
         self.meter = BpbMeter(run)
         self.table = zeros(TABLE_STEPS, len(ChunkTable._fields), cfg.ttt_batch_size, dtype=torch.int64)
         self.index = zeros(1, dtype=torch.int64)          # the chunk of every document that is scored next
@@ -3747,7 +3643,9 @@ class Scorer:
         """The documents of the stream, the certified order of their chunks, and who brings the hints."""
         counts = num_chunks(docs.length, self.cfg.ttt_chunk_size)
         self.docs, self.hints, self.first_chunk = docs, hints, np.cumsum(counts) - counts
-        self.places = chunk_places(scored, docs, self.cfg.ttt_chunk_size)
+        # Targets before chunk k of document d in the certified order, at [first_chunk[d] + k].
+        self.places = np.empty(len(scored.size), np.int64)
+        self.places[self.first_chunk[scored.doc] + scored.chunk] = np.cumsum(scored.size) - scored.size
 
     def upload_table(self, members: Sequence[int], first: int) -> np.ndarray:
         """Bring the places of the next chunks of a batch to the device. Returns how many targets of the
@@ -3755,11 +3653,11 @@ class Scorer:
         C, pred_len = self.cfg.ttt_chunk_size, self.docs.length[members] - 1
         counts = num_chunks(pred_len + 1, C)
         index = np.arange(first, min(first + TABLE_STEPS, counts.max()))[:, None]
-        w = chunk_window(pred_len, index, C, self.cfg.ttt_eval_seq_len)
-        count = np.maximum(w.count, 0)                                # finished documents have none
+        start, length, offset, count = chunk_window(pred_len, index, C, self.cfg.ttt_eval_seq_len)
+        count = np.maximum(count, 0)                                  # finished documents have none
         place = self.places[self.first_chunk[members] + np.minimum(index, counts - 1)]
-        columns = ChunkTable(self.docs.start[members] + w.start, w.length, w.offset, count, place,
-                             C * (index + 1) < pred_len)
+        learns = C * (index + 1) < pred_len
+        columns = ChunkTable(self.docs.start[members] + start, length, offset, count, place, learns)
         table = np.zeros((len(index), *self.table.shape[1:]), np.int64)
         table[:, :, :len(members)] = np.stack(np.broadcast_arrays(*columns), axis=1)
         self.table[:len(index)] = to_device(self.run, table)
@@ -3807,13 +3705,12 @@ class LearningLimit:
     At checkpoint k of a phase each rank predicts when it would end if adaptation stopped at checkpoint k + 2,
     the next but one. At checkpoint k + 1 all know the latest prediction; if that is too late, adaptation
     stops there. So nobody waits for a rank that is less than a checkpoint behind. A rank with several lanes
-    decides in its first one.
-    """
+    decides in its first one."""
 
     def __init__(self, cfg: Config, run: Run, phases: Sequence[Phase], scored: ScoredChunks,
                  timer: Timer) -> None:
         self.cfg, self.run, self.scored, self.timer = cfg, run, scored, timer
-        # Planned time of every rank's lanes in each phase; a rank's lanes run one after the other.
+        # Planned time of every lane in each phase; a rank's lanes run one after the other.
         self.lanes_us = [[lane[-1].end_us if lane else 0 for lane in phase] for phase in phases]
         self.slowdown, self.last, self.phase = 1.0, (math.inf,), 0
         self.is_open = not cfg.ttt_stop_after and cfg.eval_wallclock_seconds > 0
@@ -3855,11 +3752,10 @@ class LearningLimit:
         elapsed_s = self.timer.seconds() - self.phase_start_s
         if self.at_us > 0:
             self.slowdown = 1e6 * elapsed_s / self.at_us
-        ranks = self.run.world_size
-        learning_us = scoring_us = 0
-        for lane_us in self.lanes_us[self.phase][self.run.rank::ranks]:
-            learning_us += min(lane_us, stop_us)
-            scoring_us += max(lane_us - stop_us, 0)
+        rank, ranks = self.run.rank, self.run.world_size
+        mine_us = self.lanes_us[self.phase][rank::ranks]
+        learning_us = sum(min(lane_us, stop_us) for lane_us in mine_us)
+        scoring_us = sum(mine_us) - learning_us
         for lanes_us in self.lanes_us[self.phase + 1:]:
             scoring_us += max(sum(lanes_us[rank::ranks]) for rank in range(ranks))
         return self.phase_start_s + self.slowdown * (learning_us + FORWARD_SHARE * scoring_us) / 1e6
@@ -3867,8 +3763,8 @@ class LearningLimit:
     def stop(self, at_us: int, predicted_s: float) -> None:
         self.is_open, self.last = False, (self.phase, at_us - 1, math.inf)
         scored = self.scored
-        is_now = (scored.phase == self.phase) & (scored.start_us < at_us)
-        k = int(((scored.phase < self.phase) | is_now).sum()) - 1
+        has_learnt = (scored.phase < self.phase) | ((scored.phase == self.phase) & (scored.start_us < at_us))
+        k = int(has_learnt.sum()) - 1
         self.run.log(f"ttt adaptation_stopped phase:{self.phase + 1} chunks_learnt:{k + 1}/{len(scored.doc)} "
                      f"predicted_s:{predicted_s:.1f} budget_s:{self.cfg.eval_wallclock_seconds:g} "
                      f"replay:TTT_STOP_AFTER={scored.doc[k]}:{scored.chunk[k]}")
@@ -3877,7 +3773,7 @@ class LearningLimit:
 def score_phase(scorer: Scorer, phase: Phase, draws: Sequence[DrawA], label: str = "",
                 limit: LearningLimit | None = None) -> None:
     """Run this rank's lanes of one phase, one after the other, with the draws of each; a label logs them."""
-    run, docs = scorer.run, scorer.docs
+    run = scorer.run
     mine = range(run.rank, len(phase), run.world_size)
     total, done = sum(len(phase[lane]) for lane in mine), 0
     planned_us, done_us = sum(phase[lane][-1].end_us for lane in mine if phase[lane]), 0
@@ -3891,11 +3787,10 @@ def score_phase(scorer: Scorer, phase: Phase, draws: Sequence[DrawA], label: str
             done_us += batch.end_us - int(batch.steps.start_us[0])
             if label and run.rank == 0:
                 nats, _, num_bytes = scorer.meter.sums.tolist()
-                lengths = docs.length[list(batch.docs)]
                 bpb = nats / math.log(2) / max(num_bytes, 1)
-                run.log(f"ttt batch:{done}/{total} bpb:{bpb:.6f} "
-                        f"documents:{len(lengths)} doc_len:{lengths.min()}-{lengths.max()} lane:{lane} "
-                        f"phase:{label}")
+                longest, shortest = scorer.docs.length[[batch.docs[0], batch.docs[-1]]]
+                run.log(f"ttt batch:{done}/{total} bpb:{bpb:.6f} documents:{len(batch.docs)} "
+                        f"doc_len:{shortest}-{longest} lane:{lane} phase:{label}")
                 left_s = (time.perf_counter() - start) * (planned_us - done_us) / done_us
                 run.progress(f"phase {label}: batch {done}/{total}, bpb {bpb:.4f}, {left_s:.0f} s left")
         if limit:
@@ -3922,8 +3817,7 @@ class BaseAdaptation:
                      looks at, then the share, then padding
     weights          (length,) fp32: 1 / tokens of the whole row on the share, 0 elsewhere
     bounds           (BASE_SEGMENTS,) int32 cu_seqlens, the last one repeated
-    flat             (parameters,) fp32 gradient of every trained parameter, one after the other
-    """
+    flat             (parameters,) fp32 gradient of every trained parameter, one after the other"""
 
     def __init__(self, cfg: Config, run: Run, model: GPT) -> None:
         self.cfg, self.run, self.model = cfg, run, model
@@ -3950,13 +3844,12 @@ class BaseAdaptation:
         weights[lead:size] = 1 / (len(row) - 1)
         inside = bounds[(bounds > begin) & (bounds < end)] - begin + lead
         local = np.concatenate([np.arange(lead), [lead], inside, np.arange(size, length, S), [length]])
-        room = np.full(max(BASE_SEGMENTS, len(local)), length, np.int32)
-        room[:len(local)] = local
-        self.inputs.copy_(to_device(self.run, tokens[0]))
-        self.targets.copy_(to_device(self.run, tokens[1]))
-        self.weights.copy_(to_device(self.run, weights))
-        self.fits, self.segments = len(room) == BASE_SEGMENTS, to_device(self.run, room)
-        if self.fits:                                     # else very many short documents: not to be replayed
+        local = np.pad(local, (0, max(BASE_SEGMENTS - len(local), 0)), constant_values=length)
+        for buffer, values in ((self.inputs, tokens[0]), (self.targets, tokens[1]), (self.weights, weights)):
+            buffer.copy_(to_device(self.run, values))
+        self.segments = to_device(self.run, local.astype(np.int32))
+        self.fits = len(local) == BASE_SEGMENTS           # else very many short documents: not to be replayed
+        if self.fits:
             self.segments = self.bounds.copy_(self.segments)
 
     def gradient(self) -> None:
@@ -3990,17 +3883,15 @@ def adapt_base(cfg: Config, run: Run, model: GPT, tokens: np.ndarray, docs: Docu
     """Train all base weights with SGD on documents that have been scored. Returns the number of steps.
     The documents are joined in the given order and cut in chunks; the last chunk is skipped. Ranks take
     contiguous runs of whole segments of a chunk; gradients are weighted by tokens, so the split does not
-    matter.
-    """
+    matter."""
     joined = np.concatenate([tokens[s:s + n] for s, n in zip(docs.start[chosen], docs.length[chosen])])
-    C, S = cfg.global_ttt_chunk_tokens, cfg.ttt_eval_seq_len
+    C, S, seqs = cfg.global_ttt_chunk_tokens, cfg.ttt_eval_seq_len, cfg.global_ttt_batch_seqs
     num = -(-(len(joined) - 1) // C)
-    firsts = range(0, C // S, cfg.global_ttt_batch_seqs)
-    steps = [(chunk, first) for chunk in range(num - 1) for first in firsts]
+    steps = [(chunk, first) for chunk in range(num - 1) for first in range(0, C // S, seqs)]
     base = base or BaseAdaptation(cfg, run, model)
     for chunk, first in steps:
         run.beat()
-        at, size = chunk * C + first * S, min(cfg.global_ttt_batch_seqs, C // S - first) * S
+        at, size = chunk * C + first * S, min(seqs, C // S - first) * S
         base.step(joined[at:at + size + 1], global_sgd_lr(cfg.global_ttt_lr, num, chunk))
     return len(steps)
 
@@ -4093,9 +3984,8 @@ def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset) -> Score:
         raise RuntimeError(f"scored {score.tokens:,} of {len(tokens) - 1:,} targets; "
                            "expected each exactly once")
     if cfg.audit:
-        audit_order(run, scorer, phases, scored)
-    run.log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
-            f"eval_time:{1000 * seconds:.0f}ms targets:{score.tokens} bytes:{score.bytes}")
+        audit_order(run, scorer, scored)
+    run.log(f"quantized_ttt_phased {score.log_fields(seconds)}")
     run.log(f"total_eval_time:{seconds:.1f}s total_eval_ms:{1000 * seconds:.0f}")
     if cfg.eval_wallclock_seconds and seconds > cfg.eval_wallclock_seconds:
         run.log(f"eval warning over_budget_s:{seconds - cfg.eval_wallclock_seconds:.3f} "
@@ -4113,28 +4003,20 @@ def log_plan(run: Run, phases: Sequence[Phase], timer: Timer) -> None:
             f"ready_ms:{1000 * timer.seconds():.0f}".replace(", ", ","))
 
 
-def audit_order(run: Run, scorer: Scorer, phases: Sequence[Phase], scored: ScoredChunks) -> None:
+def audit_order(run: Run, scorer: Scorer, scored: ScoredChunks) -> None:
     """Check that every rank has banked the targets of its lanes once and in the certified order, and write
     the whole order beside the log (int64, raw)."""
-    C, docs = scorer.cfg.ttt_chunk_size, scorer.docs
-    order = targets_in_order(scored, docs, C)
-    lane = np.repeat(scored.lane + LANES * scored.phase, chunk_sizes(scored, docs, C))
-    banked, size = scorer.log_target.cpu().numpy(), int(scorer.log_size)
-    banked[size:] = -1
-    found = np.zeros(len(order), np.int64)                # target + 1, where this rank has banked one
-    taken = 0
-    for number, phase in enumerate(phases):
-        for at in range(run.rank, len(phase), run.world_size):
-            places = np.flatnonzero(lane == LANES * number + at)
-            found[places] = banked[taken:taken + len(places)] + 1
-            taken += len(places)
-    found = run.sum(torch.from_numpy(found).to(run.device)).cpu().numpy() - 1
-    if not np.array_equal(found, order) or taken != size:
-        wrong = int((found != order).sum())
-        raise RuntimeError(f"audit: {wrong:,} of {len(order):,} targets, and {size - taken} beside them, "
-                           "were not banked once and in the certified order")
+    order = targets_in_order(scored)
+    lane = np.repeat(scored.lane + LANES * scored.phase, scored.size)
+    places = np.argsort(lane, kind="stable")              # a rank banks phase by phase, lane by lane
+    expected = order[places[lane[places] % LANES % run.world_size == run.rank]]
+    banked = scorer.log_target[:int(scorer.log_size)].cpu().numpy()
+    is_wrong = torch.tensor(int(not np.array_equal(banked, expected)), device=run.device)
+    if num_wrong := run.sum(is_wrong).item():
+        raise RuntimeError(f"audit: the targets of {num_wrong} of {run.world_size} ranks were not banked "
+                           "once and in the certified order")
     if run.rank == 0:
-        path, data = run.log_path.with_suffix(".order.bin"), found.astype("<i8").tobytes()
+        path, data = run.log_path.with_suffix(".order.bin"), order.astype("<i8").tobytes()
         path.write_bytes(data)
         run.log(f"audit targets:{len(order)} order_file:{path} sha256:{hashlib.sha256(data).hexdigest()}")
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 import train_gpt as gpt
 import twins
 
-BOTH = pytest.mark.parametrize("hints_of", (twins.ngram_hints, gpt.ngram_hints), ids=("plain", "c"))
+BOTH = pytest.mark.parametrize("hints_of", (twins.ngram_hints, twins.c_ngram_hints), ids=("plain", "c"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_once():
-    """Every call of ngram_hints compiles its C code; here they share one library."""
+    """Every NgramTable compiles its C code; here they share one library."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpt, "compile_c", functools.cache(gpt.compile_c))
         yield
@@ -31,14 +31,14 @@ def certified_stream(lengths, seed: int, alphabet: int = 3, lanes: int = 2, batc
     tokens = np.concatenate([np.append(gpt.BOS, rng.integers(8, 8 + alphabet, n - 1)) for n in lengths]).astype(np.uint16)
     docs = gpt.find_documents(tokens)
     phases = gpt.plan_batches(docs, batch_size=batch_size, lanes=lanes, max_tokens=40, chunk=chunk, window=16)
-    order = gpt.targets_in_order(gpt.certified_order(phases, docs, chunk), docs, chunk)
+    order = gpt.targets_in_order(gpt.certified_order(phases, docs, chunk))
     doc_start = np.zeros(len(tokens) - 1, np.int64)
     for start, length in zip(docs.start, docs.length):
         doc_start[start:start + length - 1] = start
     return tokens, order, doc_start, docs
 
 
-def same(first: gpt.Hints, second: gpt.Hints) -> bool:
+def same(first: twins.Hints, second: twins.Hints) -> bool:
     return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(first, second))
 
 
@@ -87,7 +87,7 @@ streams = dict(lengths=st.lists(st.integers(1, 60), max_size=6).map(lambda rest:
 def test_c_equals_the_definition_in_certified_orders(lengths, seed, alphabet, context, threshold):
     tokens, order, doc_start, _ = certified_stream(lengths, seed, alphabet)
     arguments = tokens, order, doc_start, context, threshold
-    assert same(gpt.ngram_hints(*arguments), twins.ngram_hints(*arguments))
+    assert same(twins.c_ngram_hints(*arguments), twins.ngram_hints(*arguments))
 
 
 def test_c_equals_the_definition_when_its_tables_grow():
@@ -96,14 +96,14 @@ def test_c_equals_the_definition_when_its_tables_grow():
     tokens = np.append(gpt.BOS, rng.integers(8, 48, 12_000)).astype(np.uint16)
     n = len(tokens) - 1
     arguments = tokens, np.arange(n), np.zeros(n, np.int64), 2, 0.5
-    assert same(gpt.ngram_hints(*arguments), twins.ngram_hints(*arguments))
+    assert same(twins.c_ngram_hints(*arguments), twins.ngram_hints(*arguments))
 
 
 @settings(max_examples=40)
 @given(**streams, size=st.integers(1, 50))
 def test_hints_made_in_slices_are_those_made_at_once(lengths, seed, size):
     tokens, order, doc_start, _ = certified_stream(lengths, seed)
-    whole = gpt.ngram_hints(tokens, order, doc_start, 3, 0.6)
+    whole = twins.c_ngram_hints(tokens, order, doc_start, 3, 0.6)
     table = gpt.NgramTable(tokens, len(order), 3, 0.6)
     for at in range(0, len(order), size):
         part = order[at:at + size]
@@ -122,7 +122,7 @@ def test_contexts_that_differ_in_one_token_are_told_apart(context):
         other[changed] = 7000
         tokens = np.concatenate([run, [50], run, [50], other, [50]]).astype(np.uint16)
         n = len(tokens) - 1
-        hints = gpt.ngram_hints(tokens, np.arange(n), np.zeros(n, np.int64), context, 0.8)
+        hints = twins.c_ngram_hints(tokens, np.arange(n), np.zeros(n, np.int64), context, 0.8)
         assert hints.gate[2 * context] and hints.hint[2 * context] == 50
         assert not hints.gate[n - 1] and hints.confidence[n - 1] == 0
 
@@ -139,7 +139,7 @@ def test_later_tokens_cannot_change_earlier_hints(hints_of, lengths, seed, data)
     later = later[tokens[later] != gpt.BOS]
     changed[later] = np.random.default_rng(seed + 1).integers(8, 11, len(later))
     before, after = (hints_of(t, order, doc_start, 3, 0.6) for t in (tokens, changed))
-    for name in gpt.Hints._fields:
+    for name in twins.Hints._fields:
         # The target at `cut` itself has been changed: its own hint must not know.
         assert np.array_equal(getattr(before, name)[order[:cut + 1]], getattr(after, name)[order[:cut + 1]]), name
 
@@ -199,16 +199,6 @@ def test_targets_left_out_of_the_order_are_neither_hinted_nor_counted(hints_of):
     hints = hints_of(tokens, order, np.zeros(len(tokens) - 1, np.int64), 2, 0.8)
     assert not hints.confidence[:12].any() and hints.gate[12:].all()
     assert not any(x.any() for x in hints_of(tokens, order[:0], np.zeros(len(tokens) - 1, np.int64), 2, 0.8))
-
-
-def test_orders_and_document_starts_that_do_not_fit_are_refused():
-    tokens = np.arange(10, dtype=np.uint16)
-    with pytest.raises(ValueError, match="expected doc_start of 9 targets"):
-        gpt.ngram_hints(tokens, np.arange(10), np.zeros(9, np.int64), 2, 0.8)
-    with pytest.raises(ValueError, match="found 8 and 0..8"):
-        gpt.ngram_hints(tokens, np.arange(9), np.zeros(8, np.int64), 2, 0.8)
-    with pytest.raises(ValueError, match="-1"):
-        gpt.ngram_hints(tokens, np.arange(9) - 1, np.zeros(9, np.int64), 2, 0.8)
 
 
 def test_missing_or_failing_compiler_is_reported(monkeypatch):

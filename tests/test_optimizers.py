@@ -10,10 +10,11 @@ import train_gpt as gpt
 from helpers import archive_config, archive_model, freeze_caps, random_model, tiny_config, training_row
 
 
-def run_with(dtype):
-    run = gpt.Run(tiny_config())
+def new_muon(params, dtype=torch.float32, weight_decay=0.0):
+    cfg = tiny_config(muon_wd=weight_decay)
+    run = gpt.Run(cfg)
     run.compute_dtype = dtype
-    return run
+    return gpt.Muon(cfg, run, params)
 
 
 # Polar Express
@@ -64,7 +65,7 @@ def test_muon_updates_equal_the_reference(load_vectors, dtype, name, tolerance):
     vectors = load_vectors("optimizer")
     banks = sorted({m[1] for key in vectors if (m := re.fullmatch(r"muon_bank_(\w+)_w0", key))})
     params = {bank: nn.Parameter(torch.from_numpy(vectors[f"muon_bank_{bank}_w0"].copy())) for bank in banks}
-    muon = gpt.Muon(list(params.values()), run_with(dtype), float(vectors["muon_weight_decay"]))
+    muon = new_muon(list(params.values()), dtype, float(vectors["muon_weight_decay"]))
     for step, (lr, momentum) in enumerate(zip(vectors["muon_lr"], vectors["muon_momentum"])):
         grads = {p: torch.from_numpy(vectors[f"muon_bank_{bank}_grads"][step].copy()) for bank, p in params.items()}
         muon.step(grads, float(lr), float(momentum))
@@ -80,9 +81,9 @@ def test_matrices_of_one_shape_share_a_bank_and_do_not_mix():
     alone = []
     for p in params:
         copy = nn.Parameter(p.detach().clone())
-        gpt.Muon([copy], run_with(torch.float32), 0.1).step({copy: grads[p].clone()}, 0.02, 0.9)
+        new_muon([copy], weight_decay=0.1).step({copy: grads[p].clone()}, 0.02, 0.9)
         alone.append(copy)
-    together = gpt.Muon(params, run_with(torch.float32), 0.1)
+    together = new_muon(params, weight_decay=0.1)
     assert [len(bank) for bank in together.banks] == [2, 1]
     together.step({p: g.clone() for p, g in grads.items()}, 0.02, 0.9)
     for p, expected in zip(params, alone):
@@ -92,7 +93,7 @@ def test_matrices_of_one_shape_share_a_bank_and_do_not_mix():
 def test_tall_matrices_take_longer_steps():
     """The update of a matrix with rows > cols is scaled by sqrt(rows / cols)."""
     tall = nn.Parameter(torch.zeros(1, 32, 8))
-    gpt.Muon([tall], run_with(torch.float32)).step({tall: torch.randn(1, 32, 8)}, 1.0, 0.9)
+    new_muon([tall]).step({tall: torch.randn(1, 32, 8)}, 1.0, 0.9)
     values = torch.linalg.svdvals(tall.detach())
     assert values.min() > 2 * 0.7 and values.max() < 2 * 1.3
 

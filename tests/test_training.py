@@ -69,7 +69,7 @@ def test_warm_up_restores_weights_optimizer_and_random_state(tmp_path, seconds):
     assert (calibration_s > 0) == (seconds > 0)
     assert all(torch.equal(p, saved) for p, saved in zip(model.parameters(), weights))
     assert torch.equal(torch.get_rng_state(), state)
-    assert not optimizer.adamw.state and optimizer.muon.momentum_buffers == [None] * len(optimizer.muon.banks)
+    assert not optimizer.adamw.state and not optimizer.muon.momentum_buffers
     assert not optimizer.grad_sum and optimizer.num_rows == 0 and all(p.grad is None for p in model.parameters())
 
 

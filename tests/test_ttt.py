@@ -40,10 +40,10 @@ def test_windows_documents_and_queue_match_the_recorded_ones(load_vectors):
     columns = dict(zip(str(z["window_columns"]).split(","), z["window_table"].T))
     for k in range(len(z["window_table"])):
         pred_len, index = columns["pred_len"][k:k + 1], int(columns["chunk_index"][k])
-        w = gpt.chunk_window(pred_len, index, chunk, window)
+        start, length, offset, count = gpt.chunk_window(pred_len, index, chunk, window)
         assert gpt.num_chunks(pred_len + 1, chunk) == columns["num_chunks"][k]
-        for name, values in (("win_start", w.start), ("win_len", w.length), ("chunk_offset", w.offset),
-                             ("chunk_len", w.count)):
+        for name, values in (("win_start", start), ("win_len", length), ("chunk_offset", offset),
+                             ("chunk_len", count)):
             assert values == columns[name][k], (name, k)
         assert min(chunk * (index + 1), window) == columns["row_width"][k]
     docs = gpt.find_documents(z["tokens"])
@@ -150,7 +150,7 @@ def check_recorded_tag(load_vectors, tag: str) -> None:
     scorer = gpt.Scorer(cfg, run, model, len(tokens), keep_log=True)
     scorer.load(tokens, z["val_bytes"])
     scorer.follow(docs, scored)
-    put_hints(scorer, gpt.targets_in_order(scored, docs, C), z["hint"], boost)
+    put_hints(scorer, gpt.targets_in_order(scored), z["hint"], boost)
     draws = RecordedDraws(z, tag.split("_")[0])
     for number, phase in enumerate(phases):
         gpt.score_phase(scorer, phase, [draws])
@@ -258,7 +258,7 @@ def test_first_phase_ends_with_the_batch_that_reaches_the_prefix(lengths, batch_
 @given(**plan_settings)
 def test_certified_order_holds_every_target_once(lengths, batch_size, lanes, max_tokens, max_chunks, prefix_docs, chunk):
     tokens, docs, phases = make_plan(lengths, batch_size, lanes, max_tokens, max_chunks, prefix_docs, chunk)
-    order = gpt.targets_in_order(gpt.certified_order(phases, docs, chunk), docs, chunk)
+    order = gpt.targets_in_order(gpt.certified_order(phases, docs, chunk))
     assert np.array_equal(np.sort(order), np.arange(len(tokens) - 1))
 
 
@@ -268,11 +268,8 @@ def test_certified_order_respects_chunks_lanes_and_phases(lengths, batch_size, l
     """Whatever a rank has learnt from when it scores a chunk comes before that chunk in the order."""
     _, docs, phases = make_plan(lengths, batch_size, lanes, max_tokens, max_chunks, prefix_docs, chunk)
     scored = gpt.certified_order(phases, docs, chunk)
-    places = gpt.chunk_places(scored, docs, chunk)
-    first_chunk = np.cumsum(gpt.num_chunks(docs.length, chunk)) - gpt.num_chunks(docs.length, chunk)
-    order = gpt.targets_in_order(scored, docs, chunk)
-    assert np.array_equal(order[places[first_chunk[scored.doc] + scored.chunk]],
-                          docs.start[scored.doc] + chunk * scored.chunk)
+    order = gpt.targets_in_order(scored)
+    assert np.array_equal(order[np.cumsum(scored.size) - scored.size], docs.start[scored.doc] + chunk * scored.chunk)
     position = {pair: k for k, pair in enumerate(zip(scored.doc.tolist(), scored.chunk.tolist()))}
     phase_of = {doc: number for number, phase in enumerate(phases) for lane in phase for b in lane for doc in b.docs}
     assert (np.diff(scored.phase) >= 0).all()
@@ -347,7 +344,7 @@ class Setup:
         self.byte_counts = random_byte_counts(rng, self.tokens)
         self.docs = gpt.find_documents(self.tokens)
 
-    def scorer(self, tokens=None, rank: int = 0, world_size: int = 1, phases=None, hints: gpt.Hints | None = None,
+    def scorer(self, tokens=None, rank: int = 0, world_size: int = 1, phases=None, hints: twins.Hints | None = None,
                cfg: gpt.Config | None = None, buckets: gpt.Buckets | None = None) -> gpt.Scorer:
         """Everything is ready to score these phases; no adaptation of the base."""
         cfg, tokens = cfg or self.cfg, self.tokens if tokens is None else tokens
@@ -356,7 +353,7 @@ class Setup:
         scored = gpt.certified_order(phases or self.plan(), self.docs, cfg.ttt_chunk_size)
         scorer.follow(self.docs, scored)
         if hints is not None:
-            put_hints(scorer, gpt.targets_in_order(scored, self.docs, cfg.ttt_chunk_size), hints.hint,
+            put_hints(scorer, gpt.targets_in_order(scored), hints.hint,
                       hints.gate * cfg.token_boost)
         return scorer
 
@@ -375,9 +372,9 @@ class Setup:
 
     def order(self, phases) -> np.ndarray:
         C = self.cfg.ttt_chunk_size
-        return gpt.targets_in_order(gpt.certified_order(phases, self.docs, C), self.docs, C)
+        return gpt.targets_in_order(gpt.certified_order(phases, self.docs, C))
 
-    def hints(self, tokens, phases) -> gpt.Hints:
+    def hints(self, tokens, phases) -> twins.Hints:
         doc_start = np.repeat(self.docs.start, self.docs.length - 1)
         return twins.ngram_hints(tokens, self.order(phases), doc_start, self.cfg.token_order - 1, 0.5)
 
@@ -766,7 +763,7 @@ def test_hints_are_counted_in_the_certified_order_inside_documents(setup, monkey
     C, n = cfg.ttt_chunk_size, len(tokens) - 1
     phases = gpt.plan_batches(docs, batch_size=3, chunk=C, window=cfg.ttt_eval_seq_len, max_tokens=64)
     scored = gpt.certified_order(phases, docs, C)
-    order = gpt.targets_in_order(scored, docs, C)
+    order = gpt.targets_in_order(scored)
     doc_start = np.repeat(docs.start, docs.length - 1)
     want = twins.ngram_hints(tokens, order, doc_start, cfg.token_order - 1, cfg.token_threshold)
     assert want.gate.any()
@@ -849,7 +846,7 @@ def test_a_budget_that_is_too_small_stops_adaptation_and_the_log_says_how_to_rep
     document, chunk = map(int, line.split("replay:TTT_STOP_AFTER=")[1].split(":"))
     scored, order = kept_order(setup)
     k = int(np.flatnonzero((scored.doc == document) & (scored.chunk == chunk))[0])
-    learnt = int(gpt.chunk_sizes(scored, setup.docs, setup.cfg.ttt_chunk_size)[:k + 1].sum())
+    learnt = int(scored.size[:k + 1].sum())
     assert 0 < learnt < len(order)
     assert np.array_equal(full[order[:learnt]], stopped[order[:learnt]])
     assert not np.array_equal(full[order[learnt:]], stopped[order[learnt:]])
@@ -864,13 +861,13 @@ def kept_order(setup: Setup) -> tuple[gpt.ScoredChunks, np.ndarray]:
                               prefix_docs=cfg.phased_ttt_prefix_docs, chunk=cfg.ttt_chunk_size,
                               window=cfg.ttt_eval_seq_len)
     scored = gpt.certified_order(phases, setup.docs, cfg.ttt_chunk_size)
-    return scored, gpt.targets_in_order(scored, setup.docs, cfg.ttt_chunk_size)
+    return scored, gpt.targets_in_order(scored)
 
 
 def test_adaptation_can_be_stopped_anywhere_and_no_score_before_that_changes(setup, kept):
     full = kept(setup.cfg)
     scored, order = kept_order(setup)
-    sizes = gpt.chunk_sizes(scored, setup.docs, setup.cfg.ttt_chunk_size)
+    sizes = scored.size
     first_of_second_phase = int((scored.phase == 0).sum())
     for k in (0, first_of_second_phase // 2, first_of_second_phase - 1, first_of_second_phase, len(sizes) - 1):
         cfg = dataclasses.replace(setup.cfg, ttt_stop_after=f"{scored.doc[k]}:{scored.chunk[k]}")
@@ -936,7 +933,7 @@ def test_audit_writes_the_order_in_which_targets_were_banked(setup, tmp_path):
     C = cfg.ttt_chunk_size
     phases = gpt.plan_batches(setup.docs, batch_size=cfg.ttt_batch_size, prefix_docs=cfg.phased_ttt_prefix_docs, chunk=C,
                               max_tokens=gpt.BATCH_TOKENS, window=cfg.ttt_eval_seq_len)
-    assert np.array_equal(order, gpt.targets_in_order(gpt.certified_order(phases, setup.docs, C), setup.docs, C))
+    assert np.array_equal(order, gpt.targets_in_order(gpt.certified_order(phases, setup.docs, C)))
 
 
 def test_audit_refuses_targets_that_were_banked_twice_never_or_out_of_order(setup, tmp_path):
@@ -957,11 +954,11 @@ def test_audit_refuses_targets_that_were_banked_twice_never_or_out_of_order(setu
         change(scorer.log_target, 3, 40)
         scorer.log_size.fill_(size + change_size)
         with pytest.raises(RuntimeError, match="not banked once and in the certified order"):
-            gpt.audit_order(run, scorer, phases, scored)
+            gpt.audit_order(run, scorer, scored)
     assert not (tmp_path / "bad.order.bin").exists()
     scorer.log_target.copy_(good)
     scorer.log_size.fill_(size)
-    gpt.audit_order(run, scorer, phases, scored)
+    gpt.audit_order(run, scorer, scored)
 
 
 def test_no_score_line_before_the_coverage_check(setup, tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -357,10 +358,29 @@ def instead_of_c() -> Iterator[None]:
 
 # --- n-gram hints -------------------------------------------------------------------------------------------
 
+class Hints(NamedTuple):
+    """Per target: hinted token int32 (0 where closed), gate bool, confidence fp32 (0 where it is new)."""
+    hint: np.ndarray
+    gate: np.ndarray
+    confidence: np.ndarray
+
+
+def closed_hints(count: int) -> Hints:
+    return Hints(np.zeros(count, np.int32), np.zeros(count, bool), np.zeros(count, np.float32))
+
+
 def ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarray, context: int,
-                threshold: float) -> gpt.Hints:
-    """train_gpt.ngram_hints with a dictionary of contexts."""
-    hint, gate, confidence = hints = gpt.closed_hints(len(tokens) - 1)
+                threshold: float) -> Hints:
+    """Walk the targets in `order`; look each context of `context` tokens up, then count the target that follows it.
+
+    tokens     (N,) uint16 stream; target i is tokens[i + 1].
+    order      (n,) int64 targets in the order in which they are scored, each at most once.
+    doc_start  (N - 1,) int64 first token of the document that target i is scored in; a context that would reach
+               before it gives no hint and is not counted.
+    The hint is the token that first reached the highest count; the gate opens where its share of all counts is at
+    least `threshold`, both as fp32.
+    """
+    hint, gate, confidence = hints = closed_hints(len(tokens) - 1)
     table: dict[tuple, dict] = {}
     for i in order.tolist():
         begin = i + 1 - context
@@ -378,4 +398,17 @@ def ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarray, co
         entry["total"] += 1
         if count > entry["best"]:
             entry["top"], entry["best"] = target, count
+    return hints
+
+
+def c_ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarray, context: int,
+                  threshold: float) -> Hints:
+    """ngram_hints by train_gpt.NgramTable, all targets at once."""
+    table = gpt.NgramTable(tokens, len(order), context, threshold)
+    found, confidence = table.feed(order, doc_start[order])
+    table.close()
+    hints = closed_hints(len(tokens) - 1)
+    hints.hint[order] = np.maximum(found, 0)
+    hints.gate[order] = found >= 0
+    hints.confidence[order] = confidence
     return hints
