@@ -148,6 +148,7 @@ class Config:
     compile: bool = knob(True, "0 runs every graph without torch.compile")
     block_kernels: bool = knob(
         True, "0 runs the blocks through torch.compile also on a Hopper GPU; to compare the two")
+    cuda_graphs: bool = knob(True, "0 runs chunk steps one launch after the other; to compare the two")
     allow_slow: bool = knob(False, "1 lets a CUDA run go on without FlashAttention-3/4 or the block kernels")
     allow_unverified: bool = knob(False, "1 lets a run use shards without manifest or check figures")
     prequant_only: bool = knob(False, "1 stops after training and the first diagnostic")
@@ -3924,7 +3925,7 @@ def warm_up_ttt(cfg: Config, run: Run, model: GPT, num_tokens: int) -> tuple[Sco
         columns = ChunkTable(begin=0, size=size, offset=0, count=count, place=0, learns=1)
         scorer.table.copy_(torch.tensor(columns, device=run.device)[:, None].expand_as(scorer.table))
         keys = step_keys(cfg, buckets)
-    if is_cuda:
+    if is_cuda and cfg.cuda_graphs:
         if base and len(base.inputs) <= BASE_CAPTURE_TOKENS:
             base.load(generator.integers(2, cfg.vocab_size, len(base.inputs)))
             base.replay = CapturedSteps(run, base.gradient, [()])

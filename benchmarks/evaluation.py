@@ -29,6 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as gpt  # noqa: E402
 
+BAR_STEPS = ((8, 2560, True), (64, 624, True))       # (rows, window, learn) of which the README gives the time
 REPEATS = 10
 ALL_REDUCE_MS = 2.0          # est.: sum of all gradients over 8 GPUs joined by NVLink
 READ_S = 0.5                 # est.: tokens and bytes of the split from the page cache
@@ -101,6 +102,10 @@ def measure(cfg: gpt.Config, run: gpt.Run, model: gpt.GPT) -> Table:
             run.log(f"step rows:{key[0]} window:{key[1]} learn_ms:{steps[learn]:.2f} "
                     f"score_ms:{steps[key]:.2f}")
 
+    for key in BAR_STEPS:                                  # not all of them are steps of a plan
+        steps_of_bar = gpt.CapturedSteps(run, scorer.step, [key]) if run.device.type == "cuda" else scorer.step
+        run.log(f"bar step rows:{key[0]} window:{key[1]} "
+                f"learn_ms:{milliseconds(run, lambda: steps_of_bar(*key)):.2f}")
     busy = busy_share(run, scorer)
 
     def batch() -> None:
