@@ -4173,66 +4173,23 @@ def attend_torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max
                                                    0.0, True, False)[0]
 
 
-def _load_flash_attention_3() -> Attend:
+def flash_attention_3() -> tuple[Attend, AttentionKernel]:
     from flash_attn_interface import flash_attn_varlen_func
 
     def attend_fa3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True)
         return out[0] if isinstance(out, tuple) else out
-    return attend_fa3
+    return attend_fa3, autograd_attention(attend_fa3)
 
 
-def _load_flash_attention_4() -> Attend:
+def flash_attention_4() -> tuple[Attend, AttentionKernel]:
+    """For the kernels each query head gets its own copy of its key/value head: then FlashAttention-4 needs
+    neither zeros to add to nor a pass that sums over heads (measured on an H100, 98,304 tokens in segments of
+    at most 2,048: 0.48 ms forward, 1.04 ms backward; with grouped heads 0.47 and 1.32)."""
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
-    # Custom ops with fake implementations keep torch.compile from looking inside the kernel library.
-    @torch.library.custom_op("golf::fa4_fwd", mutates_args=())
-    def fa4_fwd(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor,
+    def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor,
                 max_seqlen: int) -> tuple[Tensor, Tensor]:
-        out, lse = _flash_attn_fwd(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
-                                   max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, causal=True,
-                                   return_lse=True)[:2]
-        return out, lse
-
-    @fa4_fwd.register_fake
-    def _(q, k, v, cu_seqlens, max_seqlen):
-        return torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-
-    @torch.library.custom_op("golf::fa4_bwd", mutates_args=())
-    def fa4_bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
-                max_seqlen: int) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = _flash_attn_bwd(q, k, v, out, dout, lse, causal=True, cu_seqlens_q=cu_seqlens,
-                                     cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
-                                     max_seqlen_k=max_seqlen)[:3]
-        return dq, dk, dv
-
-    @fa4_bwd.register_fake
-    def _(dout, q, k, v, out, lse, cu_seqlens, max_seqlen):
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-    def setup(ctx, inputs, output):
-        *tensors, ctx.max_seqlen = inputs
-        ctx.save_for_backward(*tensors, *output)
-
-    def backward(ctx, dout, dlse):
-        q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
-        return *fa4_bwd(dout.contiguous(), q, k, v, out, lse, cu_seqlens, ctx.max_seqlen), None, None
-
-    fa4_fwd.register_autograd(backward, setup_context=setup)
-
-    def attend_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        return fa4_fwd(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_seqlen)[0]
-    return attend_fa4
-
-
-def flash_attention_4_kernel() -> AttentionKernel:
-    """FlashAttention-4 without autograd. Each query head gets its own copy of its key/value head: then the
-    kernel needs neither zeros to add to nor a pass that sums over heads (measured on an H100, 98,304 tokens
-    in segments of at most 2,048: 0.48 ms forward, 1.04 ms backward; with grouped heads 0.47 and 1.32)."""
-    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
-
-    def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor,
-                                                                                               Tensor]:
         y, lse = _flash_attn_fwd(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
                                  max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, causal=True,
                                  return_lse=True)[:2]
@@ -4244,7 +4201,32 @@ def flash_attention_4_kernel() -> AttentionKernel:
                                      cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
                                      max_seqlen_k=max_seqlen)[:3]
         return dq, dk, dv
-    return AttentionKernel(forward, backward, repeats_kv=True)
+
+    # Custom ops with fake implementations keep torch.compile from looking inside the kernel library.
+    forward_op = torch.library.custom_op("golf::fa4_fwd", forward, mutates_args=())
+    backward_op = torch.library.custom_op("golf::fa4_bwd", backward, mutates_args=())
+
+    @forward_op.register_fake
+    def _(q, k, v, cu_seqlens, max_seqlen):
+        return torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+    @backward_op.register_fake
+    def _(dy, q, k, v, y, lse, cu_seqlens, max_seqlen):
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+    def setup(ctx, inputs, output):
+        *tensors, ctx.max_seqlen = inputs
+        ctx.save_for_backward(*tensors, *output)
+
+    def differentiate(ctx, dy, dlse):
+        q, k, v, cu_seqlens, y, lse = ctx.saved_tensors
+        return *backward_op(dy.contiguous(), q, k, v, y, lse, cu_seqlens, ctx.max_seqlen), None, None
+
+    forward_op.register_autograd(differentiate, setup_context=setup)
+
+    def attend_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        return forward_op(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_seqlen)[0]
+    return attend_fa4, AttentionKernel(forward, backward, repeats_kv=True)
 
 
 def choose_attention(run: Run) -> tuple[Attend, AttentionKernel]:
@@ -4255,14 +4237,11 @@ def choose_attention(run: Run) -> tuple[Attend, AttentionKernel]:
         return attend_math, autograd_attention(attend_math)
     capability = torch.cuda.get_device_capability(run.device)
     refused = []
-    backends = {"flash_attention_3": _load_flash_attention_3, "flash_attention_4": _load_flash_attention_4}
-    for name, load in backends.items():
+    for name, load in (("flash_attention_3", flash_attention_3), ("flash_attention_4", flash_attention_4)):
         try:
-            if capability < (9, 0) or (load is _load_flash_attention_3 and capability[0] != 9):
+            if capability < (9, 0) or (load is flash_attention_3 and capability[0] != 9):
                 raise ImportError(f"needs compute capability 9.0, found {capability[0]}.{capability[1]}")
-            attend = load()
-            is_fa4 = load is _load_flash_attention_4
-            kernel = flash_attention_4_kernel() if is_fa4 else autograd_attention(attend)
+            attend, kernel = load()
         except (ImportError, OSError, AttributeError, RuntimeError, TypeError) as error:
             # Packages whose halves do not match fail in all of these ways.
             refused.append(f"{name}: {error}")

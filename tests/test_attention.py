@@ -1,4 +1,7 @@
 """Section 15: every attention backend computes causal attention inside segments, as written out here."""
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -82,16 +85,15 @@ FA4_KERNEL = gpt.AttentionKernel(None, None, repeats_kv=True)
 
 
 def pretend_gpu(monkeypatch, capability, fa3=None, fa4=None):
-    def loader(attend, name):
+    def loader(attend, kernel, name):
         def load():
             if attend is None:
                 raise ImportError(f"No module named '{name}'")
-            return attend
+            return attend, kernel
         return load
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(gpt, "_load_flash_attention_3", loader(fa3, "flash_attn_interface"))
-    monkeypatch.setattr(gpt, "_load_flash_attention_4", loader(fa4, "flash_attn"))
-    monkeypatch.setattr(gpt, "flash_attention_4_kernel", lambda: FA4_KERNEL)
+    monkeypatch.setattr(gpt, "flash_attention_3", loader(fa3, gpt.autograd_attention(fa3), "flash_attn_interface"))
+    monkeypatch.setattr(gpt, "flash_attention_4", loader(fa4, FA4_KERNEL, "flash_attn"))
     return lambda **changes: gpt.Run(tiny_config(**changes), device=torch.device("cuda"))
 
 
@@ -132,11 +134,40 @@ def test_an_attention_kernel_without_autograd_has_the_gradients_of_attend():
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
+def test_compiled_blocks_and_kernels_call_flash_attention_4_alike(monkeypatch):
+    """With something simple in the place of the library's two functions: values and gradients, eager and compiled."""
+    def forward(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, return_lse):
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k == 8 and causal and return_lse
+        return 2 * q + 3 * k + 5 * v, q.new_zeros(q.shape[1], len(q))
+
+    def backward(q, k, v, y, dy, lse, *, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k == 8 and causal
+        assert torch.equal(y, 2 * q + 3 * k + 5 * v) and lse.shape == (q.shape[1], len(q))
+        return 2 * dy, 3 * dy, 5 * dy
+    library = types.ModuleType("flash_attn.cute.interface")
+    library._flash_attn_fwd, library._flash_attn_bwd = forward, backward
+    for name in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, library.__name__, library)
+    attend, kernel = gpt.flash_attention_4()
+    cu_seqlens = torch.tensor([0, 3, 11], dtype=torch.int32)
+    (q, k, v), dy = random_qkv(11, 4, 4, 8), random_qkv(11, 4, 4, 8, seed=1)[0]
+    expected = [2 * q + 3 * k + 5 * v, 2 * dy, 3 * dy, 5 * dy]
+    for run in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        y = run(*leaves, cu_seqlens, 8)
+        torch.testing.assert_close([y, *torch.autograd.grad(y, leaves, dy)], expected)
+    y, state = kernel.forward(q, k, v, cu_seqlens, 8)
+    torch.testing.assert_close([y, *kernel.backward(dy, q, k, v, y, state, cu_seqlens, 8)], expected)
+    assert kernel.repeats_kv
+
+
 # GPU
 
 def gpu_backends():
     """(name, loader) of every backend a GPU may use; a loader raises ImportError where the library is absent."""
-    return [("flash_attention_3", gpt._load_flash_attention_3), ("flash_attention_4", gpt._load_flash_attention_4),
+    return [("flash_attention_3", lambda: gpt.flash_attention_3()[0]),
+            ("flash_attention_4", lambda: gpt.flash_attention_4()[0]),
             ("torch_varlen", lambda: gpt.attend_torch_varlen), ("math", lambda: gpt.attend_math)]
 
 
@@ -171,7 +202,7 @@ def test_gpu_backend_equals_math_forward_and_backward(name, load, lengths):
 @pytest.mark.parametrize("lengths", [[300], [1, 17, 0, 128, 256, 3, 0, 0]], ids=["one", "mixed"])
 def test_flash_attention_4_without_autograd_equals_math(lengths):
     try:
-        kernel = gpt.flash_attention_4_kernel()
+        _, kernel = gpt.flash_attention_4()
     except (ImportError, OSError) as error:
         pytest.skip(f"flash_attention_4: {error}")
     if torch.cuda.get_device_capability() < (9, 0):
