@@ -2621,8 +2621,8 @@ CHECKPOINT_MAGIC, ARTIFACT_MAGIC = b"GOLFWGHT", b"GOLFCODE"
 # Settings that do not shape what a file holds: how and where a run goes, scoring, and for a checkpoint
 # quantization.
 # Every other setting does, so that a new one is compared unless it is listed here.
-RUN_FIELDS = tuple("run_id data_path tokenizer_path compile block_kernels allow_ prequant_only quantize_only "
-                   "ttt_eval_only audit checkpoint_dir skip_check quiet fused_ce_enabled".split())
+RUN_FIELDS = tuple("run_id data_path tokenizer_path compile block_kernels cuda_graphs allow_ prequant_only "
+                   "quantize_only ttt_eval_only audit checkpoint_dir skip_check quiet fused_ce_enabled".split())
 SCORING_FIELDS = ("val_batch_tokens", "eval_", "ttt_", "phased_ttt_", "global_ttt_", "ngram_", "token_")
 QUANTIZATION_FIELDS = ("matrix_bits", "embed_bits", "gptq_calibration", "attn_clip", "mlp_clip", "embed_clip",
                        "fill_", "rdo_", "compressor", "awq_", "lqer_")
