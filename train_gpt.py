@@ -2165,23 +2165,20 @@ def top_components(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (vectors * norm.mT).float(), (B / norm).float()
 
 
-def _round_to(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    return (x / scale.float().clamp_min(SCALE_FLOOR)).round().clamp(low, high).to(torch.int8)
-
-
 def pack_factors(A: Tensor, B: Tensor, group: int, asymmetric: bool = True) -> Factors:
     """Pack A in 2 bits and B in 4 bits with grouped scales; in 4 bits per row where groups do not fit."""
-    def peak(x: Tensor, dim: int | None = None) -> Tensor:
-        return (x.abs().max() if dim is None else x.abs().amax(dim)).clamp_min(SCALE_FLOOR)
+    def pack(x: Tensor, peak: Tensor, half_range: float) -> tuple[Tensor, Tensor]:     # 1.5: codes -2 ... 1
+        scale = (peak.clamp_min(SCALE_FLOOR) / half_range).half()
+        codes = (x / scale.float().clamp_min(SCALE_FLOOR)).round()
+        return codes.clamp(math.ceil(-half_range - 0.5), math.floor(half_range)).to(torch.int8), scale
 
     if asymmetric and B.numel() % group == 0:
+        qA, sA = pack(A, A.abs().max(), 1.5)
         grouped = B.reshape(-1, group)
-        sA = (peak(A) / 1.5).half()
-        sB = (peak(grouped, -1) / 7.5).half()
-        return Factors(_round_to(A, sA, -2, 1), sA, _round_to(grouped, sB[:, None], -8, 7).view_as(B), sB)
-    sA = (peak(A, -1) / 7).half()
-    sB = (peak(B, -1) / 7).half()
-    return Factors(_round_to(A, sA[:, None], -7, 7), sA, _round_to(B, sB[:, None], -7, 7), sB)
+        qB, sB = pack(grouped, grouped.abs().amax(-1, keepdim=True), 7.5)
+    else:
+        (qA, sA), (qB, sB) = (pack(x, x.abs().amax(-1, keepdim=True), 7) for x in (A, B))
+    return Factors(qA, sA.squeeze(-1) if sA.ndim else sA, qB.view_as(B), sB.squeeze(-1))
 
 
 def correction(f: Factors) -> Tensor:
@@ -2445,8 +2442,6 @@ STREAM_HEADER = struct.Struct("<4s2B3I")      # magic, kind, option, then matric
 STREAM_MAGIC = b"CMX1"
 CODES, WORDS = 0, 1                    # kinds of streams
 REGRESS, TRELLIS = 1, 2                # options of a stream of codes; that of words is 1 for differences
-OFF_TRELLIS = ("expected codes of trellis_round, found a code of the wrong parity; encode these with "
-               "trellis=False")
 MAX_SYMBOLS = 1 << 27                  # a header may not ask for more, nor for more than its payload can hold
 
 
@@ -2454,31 +2449,30 @@ def _run_coder(routine: str, buffer: np.ndarray, decode: bool, values: np.ndarra
                *options: int | np.ndarray | None) -> int:
     """Run code_codes or code_words of CODER_C: `values` to bytes in `buffer`, or back.
     Returns the length of the stream, which may exceed the buffer, or -1 for codes off the trellis."""
+    if not values.size:
+        return 0
     tables = _tables()                 # held by name: threads that race for the cache may own the only one
+    code = int.from_bytes(buffer[:8].tobytes().ljust(8, b"\0"), "big")
+    coder = np.array([*(x.ctypes.data for x in (*tables, buffer)), buffer.size, decode, 8 * decode, 0, 0,
+                      0, 2 ** 64 - 1, code], np.uint64)
+    # None becomes a null pointer by itself
+    arguments = [ctypes.c_void_p(x.ctypes.data) if isinstance(x, np.ndarray) else
+                 x if x is None else ctypes.c_int64(x) for x in (coder, values, *values.shape, *options)]
     function = getattr(compile_c(CODER_C), routine)
     function.restype = ctypes.c_int64
-    numbers = [ctypes.c_int64(x) if isinstance(x, int) else c_pointer(x) for x in (*values.shape, *options)]
-    return function(*map(c_pointer, tables), c_pointer(buffer), ctypes.c_int64(buffer.size), int(decode),
-                    c_pointer(values), *numbers)
+    return function(*arguments)
 
 
 def _encode(routine: str, values: np.ndarray, *options: int | np.ndarray | None) -> bytes:
-    if not values.size:
-        return b""
     buffer = np.empty(2 * values.nbytes + 64, np.uint8)
     length = _run_coder(routine, buffer, False, values, *options)
     if length < 0:
-        raise ValueError(OFF_TRELLIS)
+        raise ValueError("expected codes of trellis_round, found a code of the wrong parity; encode these "
+                         "with trellis=False")
     if length > buffer.size:           # codes far from any Gaussian; the first pass has counted their bytes
         buffer = np.empty(length, np.uint8)
         _run_coder(routine, buffer, False, values, *options)
     return buffer[:length].tobytes()
-
-
-def _decode(routine: str, payload: bytes, values: np.ndarray, *options: int | np.ndarray | None) -> None:
-    """Fill `values` from what _encode returned for them, given the same options."""
-    if values.size:
-        _run_coder(routine, np.frombuffer(payload, np.uint8), True, values, *options)
 
 
 def similar_rows(rows: np.ndarray, block: int = 512) -> np.ndarray:
@@ -2516,7 +2510,7 @@ def _pack(kind: int, option: int, shape: tuple, payload: bytes, content: np.ndar
     return body + struct.pack("<I", zlib.crc32(body))
 
 
-def _unpack(stream: bytes, kind: int) -> tuple[bytes, int, tuple, bytes, int]:
+def _unpack(stream: bytes, kind: int) -> tuple[bytes, int, tuple, np.ndarray, int]:
     """Check all that can be checked before decoding; return head, option, shape, payload, checksum."""
     if len(stream) < STREAM_HEADER.size + 8 or stream[:4] != STREAM_MAGIC:
         raise ValueError(f"expected a {STREAM_MAGIC.decode()} stream, found {len(stream)} bytes starting "
@@ -2525,7 +2519,7 @@ def _unpack(stream: bytes, kind: int) -> tuple[bytes, int, tuple, bytes, int]:
         raise ValueError(f"stream of {len(stream)} bytes fails its checksum: truncated or damaged, write it "
                          "again")
     _, found_kind, option, *shape = STREAM_HEADER.unpack_from(stream)
-    payload = stream[STREAM_HEADER.size:-8]
+    payload = np.frombuffer(stream, np.uint8)[STREAM_HEADER.size:-8]
     if found_kind != kind:
         raise ValueError(f"stream of kind {found_kind}, expected {kind}: not ours")
     symbols = math.prod(shape if kind == CODES else shape[:2])
@@ -2563,10 +2557,8 @@ def decode_codes(stream: bytes) -> np.ndarray:
     """Invert encode_codes. Raises ValueError on a truncated, damaged or foreign stream."""
     head, option, shape, payload, checksum = _unpack(stream, CODES)
     codes = np.zeros(shape, np.int8)
-    alike = None
-    if option & REGRESS:
-        alike = np.zeros((shape[0] * shape[1], 2), np.int32)      # what it holds, the stream says
-    _decode("code_codes", payload, codes, int(option & TRELLIS > 0), alike)
+    alike = np.zeros((shape[0] * shape[1], 2), np.int32) if option & REGRESS else None    # not read
+    _run_coder("code_codes", payload, True, codes, int(option & TRELLIS > 0), alike)
     if zlib.crc32(codes.tobytes(), zlib.crc32(head)) != checksum:
         raise ValueError(f"stream of {len(stream)} bytes decodes to other codes than were written: damaged")
     return codes
@@ -2599,7 +2591,7 @@ def decode_words(stream: bytes, *, base: np.ndarray | None = None) -> np.ndarray
     """Invert encode_words, `base` as given there. ValueError on a truncated, damaged or foreign one."""
     head, is_difference, (_, length, stride), payload, checksum = _unpack(stream, WORDS)
     values = np.zeros(length, np.uint16)
-    _decode("code_words", payload, values, stride)
+    _run_coder("code_words", payload, True, values, stride)
     if is_difference:
         values = np.cumsum(values, dtype=np.uint16)
     if base is not None and len(base) != length:
@@ -2619,8 +2611,7 @@ def decode_words(stream: bytes, *, base: np.ndarray | None = None) -> np.ndarray
 FORMAT_VERSION = 4
 CHECKPOINT_MAGIC, ARTIFACT_MAGIC = b"GOLFWGHT", b"GOLFCODE"
 # Settings that do not shape what a file holds: how and where a run goes, scoring, and for a checkpoint
-# quantization.
-# Every other setting does, so that a new one is compared unless it is listed here.
+# quantization. Every other setting does, so that a new one is compared unless it is listed here.
 RUN_FIELDS = tuple("run_id data_path tokenizer_path compile block_kernels cuda_graphs allow_ prequant_only "
                    "quantize_only ttt_eval_only audit checkpoint_dir skip_check quiet fused_ce_enabled".split())
 SCORING_FIELDS = ("val_batch_tokens", "eval_", "ttt_", "phased_ttt_", "global_ttt_", "ngram_", "token_")
@@ -2671,9 +2662,8 @@ def write_file(path: Path, data: bytes) -> None:
 
 def read_container(path: Path, magic: bytes, cfg: Config, run: Run | None = None,
                    sha256: str = "") -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Streams and notes of a file made by build_container; raises ArtifactError unless every check holds: the
-    file's
-    SHA-256 where given, settings, and with `run` its tokenizer. Other code is a warning."""
+    """Streams and notes of a file made by build_container. Raises ArtifactError unless every check holds: the
+    file's SHA-256 where given, settings, and with `run` its tokenizer; other code is a warning."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -2820,8 +2810,8 @@ def encode_model(cfg: Config, quantized: Mapping[str, Quantized],
         regress = TENSOR_GROUPS[group].regress and can_regress(codes.shape)
         for name, part in zip(group_streams(group), split_codes(group, codes)):
             jobs[name] = functools.partial(encode_codes, part, regress=regress, trellis=cfg.rdo_lambda > 0)
-        scales = _fp16_words([q.scale for q in members])
-        jobs[f"{group}:scale"] = functools.partial(encode_words, scales, stride=codes.shape[1])
+        jobs[f"{group}:scale"] = functools.partial(encode_words, _fp16_words([q.scale for q in members]),
+                                                   stride=codes.shape[1])
     for name, group in protected.items():
         q = quantized[name]
         jobs[f"{name}:high"] = functools.partial(encode_words, _fp16_words([q.scale_high]),
@@ -2829,11 +2819,10 @@ def encode_model(cfg: Config, quantized: Mapping[str, Quantized],
     for name, f in corrected.items():
         jobs[f"{name}:qA"] = functools.partial(encode_codes, f.qA[None].cpu().numpy())
         jobs[f"{name}:qB"] = functools.partial(encode_codes, f.qB.mT[None].cpu().numpy())
-    factor_scales = [scale for f in corrected.values() for scale in (f.sA, f.sB)]
-    wide_words = _fp16_words([passed[name] for name in wide])
-    rest_words = _fp16_words([passed[name] for name in rest] + factor_scales)
-    jobs["wide"] = functools.partial(encode_words, wide_words, stride=cfg.model_dim)
-    jobs["rest"] = functools.partial(encode_words, rest_words)
+    jobs["wide"] = functools.partial(encode_words, _fp16_words([passed[name] for name in wide]),
+                                     stride=cfg.model_dim)
+    scales = [scale for f in corrected.values() for scale in (f.sA, f.sB)]
+    jobs["rest"] = functools.partial(encode_words, _fp16_words([passed[name] for name in rest] + scales))
     notes = {"passed": [[name, list(passed[name].shape)] for name in (*wide, *rest)],
              "num_wide": len(wide),
              "bits": list(bits.values()),
@@ -2875,21 +2864,14 @@ def decode_fp16(stream: bytes, base: np.ndarray | None = None) -> Tensor:
 def decode_passed(streams: Mapping[str, bytes], notes: Mapping[str, Any],
                   codes: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Factors]]:
     """Pass-through parameters, fp32, and low-rank corrections by matrix, whose scales end stream "rest"."""
-    names = [name for name, _ in notes["passed"]]
     shapes = [shape for _, shape in notes["passed"]]
-    corrected = [name for name, _, _ in notes["corrected"]]
-    for _, shape_A, shape_B in notes["corrected"]:
-        shapes += [shape_A, shape_B]
-    num_wide = notes["num_wide"]
-    values = []
-    for stream, own_shapes in (("wide", shapes[:num_wide]), ("rest", shapes[num_wide:])):
-        parts = decode_fp16(streams[stream]).split([math.prod(shape) for shape in own_shapes])
-        values += [part.reshape(tuple(shape)) for part, shape in zip(parts, own_shapes)]
-    passed = {name: value.float() for name, value in zip(names, values)}
-    factor_scales = values[len(names):]
-    factors = {}
-    for name, sA, sB in zip(corrected, factor_scales[::2], factor_scales[1::2]):
-        factors[name] = Factors(codes[f"{name}:qA"][0], sA, codes[f"{name}:qB"][0].mT.contiguous(), sB)
+    shapes += [shape for _, *pair in notes["corrected"] for shape in pair]
+    flat = torch.cat([decode_fp16(streams["wide"]), decode_fp16(streams["rest"])])
+    parts = flat.split([math.prod(shape) for shape in shapes])
+    values = iter([part.reshape(tuple(shape)) for part, shape in zip(parts, shapes)])
+    passed = {name: next(values).float() for name, _ in notes["passed"]}
+    factors = {name: Factors(codes[f"{name}:qA"][0], next(values), codes[f"{name}:qB"][0].mT.contiguous(),
+                             next(values)) for name, *_ in notes["corrected"]}
     return passed, factors
 
 
@@ -2900,8 +2882,7 @@ SMALLEST_SIGMA_FACTOR = 0.5                      # below, real weights would beg
 
 
 def write_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration) -> str:
-    """Quantize, encode, make it fit; rank 0 writes and reports the artifact. Returns its SHA-256 on every
-    rank."""
+    """Quantize, encode, make it fit; rank 0 writes and reports it. Returns its SHA-256 on every rank."""
     code_bytes = int(run.agree([report_code_size(run) if run.rank == 0 else 0])[0])
     data, digest = fit_artifact(cfg, run, model, stats, SIZE_LIMIT - code_bytes - CODE_MARGIN), ""
     if run.rank == 0:
@@ -2913,8 +2894,7 @@ def write_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration) -> str
         run.log(f"Total submission size quantized+{cfg.compressor}: {model_bytes + code_bytes} bytes")
         if model_bytes + code_bytes > SIZE_LIMIT:
             raise ArtifactError(f"{path}: {model_bytes:,} bytes and {code_bytes:,} of code exceed "
-                                f"{SIZE_LIMIT:,}; raise "
-                                "ATTN_, MLP_ and EMBED_CLIP_SIGMAS")
+                                f"{SIZE_LIMIT:,}; raise ATTN_, MLP_ and EMBED_CLIP_SIGMAS")
     return run.share(digest)
 
 
@@ -2933,8 +2913,7 @@ def program_source() -> str:
 
 @functools.cache
 def shipped_code() -> ShippedCode:
-    """What counts as code: the packed script, this very file when it is what runs. Readable and packed have
-    one hash."""
+    """What counts as code: the packed script; this file where it is the packed one. Both have one hash."""
     source = program_source().encode()
     if main.__code__.co_filename != __file__:             # run by the loader that pack.py writes
         form, data = "packed_file", Path(__file__).read_bytes()
@@ -2949,8 +2928,8 @@ def shipped_code() -> ShippedCode:
 def report_code_size(run: Run) -> int:
     """Bytes of the script that ships, logged."""
     code = shipped_code()
-    run.log(f"artifact code_form:{code.form}" + (' reason:"no pack.py beside the '
-                                                 'script"' if "lzma" in code.form else ""))
+    reason = ' reason:"no pack.py beside the script"' if "lzma" in code.form else ""
+    run.log(f"artifact code_form:{code.form}{reason}")
     run.log(f"Code size (uncompressed): {code.source_bytes} bytes")
     run.log(f"Code size (compressed): {code.num_bytes} bytes")
     return code.num_bytes
@@ -2995,8 +2974,7 @@ def fit_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration, limit: i
 
 
 def read_artifact(cfg: Config, run: Run, model: GPT, sha256: str = "") -> None:
-    """Replace the model's weights by what ships; every rank must find the file that rank 0 wrote, or else
-    reads."""
+    """Replace the model's weights by what ships: every rank must find the file that rank 0 wrote or reads."""
     timer = Timer(run)
     if not sha256:
         path = artifact_path(run)
@@ -5921,46 +5899,37 @@ def compile_c(source: str) -> ctypes.CDLL:
         raise RunError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
 
 
-def c_pointer(array: np.ndarray | None) -> ctypes.c_void_p:
-    """The address of a contiguous array, to hand to C; the caller keeps the array alive. None: NULL."""
-    return ctypes.c_void_p(None if array is None else array.ctypes.data)
-
-
 CODER_C = r"""
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-typedef uint8_t u8;
 typedef int16_t i16;
 typedef uint16_t u16;
 typedef int32_t i32;
 typedef uint32_t u32;
 typedef int64_t i64;
 typedef uint64_t u64;
-enum { VOTES = 4, NODES = 32, LEVELS = 128, TRELLIS_ROWS = 256 };
+enum { VOTES = 4, NODES = 32, LEVELS = 128, PARTS = 18, TRELLIS_ROWS = 256 };
 
 static inline int clamp(i64 x, int lo, int hi) {
     return x < lo ? lo : x > hi ? hi : x;
 }
 
-static inline i64 at_most(i64 x, i64 hi) {
-    return x < hi ? x : hi;
+static void fill(void *cells, i64 bytes, u32 value) {
+    u32 *cell = cells;
+    for (i64 i = 0; i < bytes / 4; i++)
+        cell[i] = value;
 }
 
 // --- arithmetic coder [lpaq], bounds of 64 bits ---
 
-typedef struct {
-    const i32 *squash, *stretch, *rate;     // tables of _tables()
+typedef struct {                            // as _run_coder() fills it
+    const i32 *squash, *stretch, *rate;
     const u32 *prior;
+    uint8_t *buf;
+    i64 cap, decode, pos, max_age, speed;   // counters age up to max_age; weights learn with this speed
     u64 lo, hi, code;
-    u8 *buf;
-    i64 pos, cap;
-    int decode;
 } Coder;
-
-static inline u8 next_byte(const Coder *c) {        // past the end the decoder reads zeros
-    return c->pos < c->cap ? c->buf[c->pos] : 0;
-}
 
 // `p` of 65536 of the interval goes to bit 1; leading bytes on which both bounds agree leave at once.
 static inline int code_bit(Coder *c, int bit, u32 p) {
@@ -5971,140 +5940,66 @@ static inline int code_bit(Coder *c, int bit, u32 p) {
         c->hi = mid;
     else
         c->lo = mid + 1;
-    while (!((c->lo ^ c->hi) >> 56)) {
-        if (c->decode)
-            c->code = c->code << 8 | next_byte(c);
+    for (; !((c->lo ^ c->hi) >> 56); c->pos++) {
+        if (c->decode)                      // past the end it reads zeros
+            c->code = c->code << 8 | (c->pos < c->cap ? c->buf[c->pos] : 0);
         else if (c->pos < c->cap)
             c->buf[c->pos] = c->hi >> 56;
         c->lo <<= 8;
         c->hi = c->hi << 8 | 255;
-        c->pos++;
     }
     return bit;
 }
 
-static void start(Coder *c) {
-    if (!c->decode)
-        return;
-    for (; c->pos < 8; c->pos++)
-        c->code = c->code << 8 | next_byte(c);
-}
-
-static i64 finish(Coder *c) {       // one byte suffices, for zeros follow
+static i64 finish(Coder *c) {               // one byte suffices, for zeros follow
     if (!c->decode && c->pos < c->cap)
         c->buf[c->pos] = (c->lo >> 56) + 1;
     return c->pos + 1;
 }
 
-// --- one decision: counters vote, two weight sets mix the votes ---
+// Bits after a leading one, each with a fast counter of `odds` where there are some.
+static int code_number(Coder *c, int value, int bits, i32 *odds) {
+    int v = 1;
+    while (bits--) {
+        int bit = code_bit(c, value >> bits & 1, odds ? odds[v] : 32768);
+        if (odds)
+            odds[v] += ((bit << 16) - odds[v]) >> 6;
+        v = v << 1 | bit;
+    }
+    return v;
+}
+
+typedef struct {                            // who votes on a decision
+    u32 *counters[VOTES];                   // each 22 bits of probability and 10 bits of age
+    i32 (*weights[2])[VOTES];               // of the votes: two sets, chosen by different contexts
+} Voters;
 
 static inline int probability(const Coder *c, i64 logit) {
     return c->squash[clamp(logit, -2047, 2047) + 2048];
 }
 
-// A counter is 22 bits of probability and 10 bits of age; it moves by 1/(age + 1.5).
-static inline void learn_counter(const Coder *c, u32 *cell, int bit, u32 max_age) {
-    u32 age = *cell & 1023;
-    i32 p = *cell >> 10;
-    p += ((i64)((bit ? 4194303 : 0) - p) * c->rate[age]) >> 16;
-    *cell = (u32)p << 10 | (age + (age < max_age));
-}
-
-// Counters tab[k][at] vote. Weight sets wa and wb, chosen by different contexts, are averaged; each learns
-// from its own error.
-static inline int decide(Coder *c, u32 *const *tab, int at, i32 *wa, i32 *wb, int bit,
-                         u32 max_age, int speed) {
+// Both sets of weights are averaged, each learns from its own error; a counter moves by 1/(age + 1.5).
+static inline int decide(Coder *c, const Voters *v, int counter, int node, int bit) {
     int vote[VOTES];
+    i32 *wa = v->weights[0][node], *wb = v->weights[1][node];
     i64 a = 0, b = 0;
     for (int k = 0; k < VOTES; k++) {
-        vote[k] = c->stretch[tab[k][at] >> 20];
+        vote[k] = c->stretch[v->counters[k][counter] >> 20];
         a += (i64)wa[k] * vote[k];
         b += (i64)wb[k] * vote[k];
     }
     bit = code_bit(c, bit, probability(c, (a + b) >> 19));
-    i64 error_a = ((bit << 16) - probability(c, a >> 18)) * speed;
-    i64 error_b = ((bit << 16) - probability(c, b >> 18)) * speed;
+    i64 error_a = ((bit << 16) - probability(c, a >> 18)) * c->speed;
+    i64 error_b = ((bit << 16) - probability(c, b >> 18)) * c->speed;
     for (int k = 0; k < VOTES; k++) {
         wa[k] += (vote[k] * error_a + (1 << 19)) >> 20;
         wb[k] += (vote[k] * error_b + (1 << 19)) >> 20;
-        learn_counter(c, tab[k] + at, bit, max_age);
+        u32 *cell = v->counters[k] + counter, age = *cell & 1023;
+        i32 p = *cell >> 10;
+        p += ((i64)((bit ? 4194303 : 0) - p) * c->rate[age]) >> 16;
+        *cell = (u32)p << 10 | (age + (age < c->max_age));
     }
     return bit;
-}
-
-static int code_number(Coder *c, int value, int bits) {
-    int v = 0;
-    while (bits--)
-        v = v << 1 | code_bit(c, value >> bits & 1, 32768);
-    return v;
-}
-
-static int code_share(Coder *c, int value, i32 *odds) {     // 3 bits, each with one fast counter
-    int v = 1;
-    for (int k = 2; k >= 0; k--) {
-        int bit = code_bit(c, value >> k & 1, odds[v]);
-        odds[v] += ((bit << 16) - odds[v]) >> 6;
-        v = v << 1 | bit;
-    }
-    return v & 7;
-}
-
-// --- ridge regression of every column on the columns to its left (column 0 is the constant) ---
-
-typedef struct {
-    i64 n, next;        // rows seen; rows at which to fit again
-    i32 *gram;          // sums of products of two columns
-    i64 *L;             // unit lower triangle, 28 fractional bits
-    i16 *T;             // coefficients, 12 fractional bits
-} Fit;
-
-static i64 isqrt(i64 v) {
-    i64 r = 0;
-    for (i64 b = 1ll << 31; b; b >>= 1)
-        if ((r | b) * (r | b) <= v)
-            r |= b;
-    return r;
-}
-
-// Row i of L and D[i]: L D L' = keep * correlations + (1 - keep) * identity. Trust grows with the rows seen.
-static void factor_row(const Fit *f, int d, int i, const i64 *sd, i64 *D) {
-    i64 keep = f->n * 250 / (f->n + 1000);
-    i64 *Li = f->L + (i64)i * d;
-    for (int j = 0; j < i; j++) {
-        const i64 *Lj = f->L + (i64)j * d;
-        i64 target = f->gram[(i64)i * d + j] * (1ll << 24) / (sd[i] * sd[j]) * keep >> 4;
-        i64 dot = 0;
-        for (int k = 0; k < j; k++)
-            dot += Li[k] * Lj[k];
-        Li[j] = target - (dot >> 28);
-    }
-    i64 explained = 0;
-    for (int j = 0; j < i; j++) {
-        i64 l = Li[j] * (1 << 28) / D[j];
-        explained += l * Li[j] >> 28;
-        Li[j] = l;
-    }
-    D[i] = (1 << 28) - explained;
-    if (D[i] < 1 << 16)
-        D[i] = 1 << 16;
-}
-
-static void refit(Fit *f, int d) {
-    i64 *D = malloc(8 * d), *b = malloc(8 * d), *sd = malloc(8 * d);
-    for (int i = 0; i < d; i++)
-        sd[i] = isqrt(f->gram[(i64)i * d + i] + f->n) + 1;
-    for (int i = 0; i < d; i++) {
-        factor_row(f, d, i, sd, D);
-        memcpy(b, f->L + (i64)i * d, 8 * i);    // coefficients b of column i: (L left of i)' b = row i of L
-        for (int j = i - 1; j >= 0; j--) {
-            for (int k = 0; k < j; k++)
-                b[k] -= b[j] * f->L[(i64)j * d + k] >> 28;
-            f->T[(i64)i * d + j] = clamp((b[j] >> 8) * sd[i] / sd[j] >> 8, -32767, 32767);
-        }
-    }
-    free(D);
-    free(b);
-    free(sd);
 }
 
 // --- codes of a tensor group ---
@@ -6119,198 +6014,194 @@ static void refit(Fit *f, int d) {
 //          the level of ratio, plus 9 for the odd codes of the trellis
 // Four counters vote: of A and F (apart for odd codes without regression), of blend and B (apart by part).
 
-enum { PARTS = 18, WEIGHTS = NODES * VOTES };
+typedef struct {
+    i32 slow, fast;                 // variance
+    i32 state;                      // of the trellis
+} Column;
 
 typedef struct {                    // what both sides learn while they code
-    i64 rows, cols;
-    int trellis, regress;
+    u32 counters[VOTES][PARTS][LEVELS][NODES];
+    i32 by_part[PARTS][NODES][VOTES], by_blend[LEVELS][NODES][VOTES];   // weights
+    int rows, cols, trellis, regress;
     const i32 *rate;                // of learning, by age
+    i32 rate_slow, rate_fast;       // of the column variances in the row at hand
     i64 age;                        // rows that the column variances rest on
-    u32 *counters[VOTES];           // NODES for every value of a view
-    i32 *by_part, *by_blend;        // WEIGHTS for every part, every blend
-    i32 *slow, *fast;               // variance of each column
     i64 energy;                     // sum of the variances of a typical row
-    u8 *state;                      // of the trellis, per column
-    i16 *left;                      // this row's codes so far, after the regression's constant
-    i16 *error;                     // regression error of every code
     i32 odds[2][8];                 // of the shares of similar rows
-    Fit fit;
-} Model;
-
-typedef struct {                    // one row: means and sums of variances
-    i32 rate_slow, rate_fast;
-    i64 seen, expected, recent;     // of its codes so far, of their columns, of its last codes
-    i64 spent, rest, budget;        // sums: of its codes so far, of the columns to come, of a whole row
-    i16 *error;                     // its regression errors
-    const i16 *similar[2];          // those of earlier rows that resemble it, and their shares in 1/8
+    i64 refit_at;                   // row
+    i64 *L;                         // unit lower triangle of L D L', 28 fractional bits; D is on its diagonal
+    i32 *gram;                      // sums of products of two columns, column 0 the constant
+    Column *column;
+    i16 *T;                         // coefficients, 12 fractional bits
+    i16 *left;                      // this row's codes so far, after the constant
+    i16 *error;                     // regression error of every code
+    // Of the row at hand: means of variances of its codes so far, of their columns, of its last codes; sums
+    // of its codes so far, of the columns to come, of a whole row. Its place and those of similar rows in
+    // `error`, their shares in 1/8.
+    i64 seen, expected, recent, spent, rest, budget, first, similar[2];
     int share[2];
-} Row;
+} Model;
 
 typedef struct {                    // where a code is looked for
     int own, mu;                    // prediction by the regression alone, and with the similar rows
     int odd, m, flip;               // code: odd + (m + flip * t) whole steps; t is coded, flip points to mu
-    int part;
-    u32 *tab[VOTES];                // counters of its decisions, by node
-    i32 *wa, *wb;                   // weights of their votes
+    Voters voters;
 } Place;
 
-// The trellis' machine (section 8): its parity is state & 1, `bit` the second-lowest bit of the code.
-static inline u8 next_state(u8 state, int bit) {
-    return state >> 1 ^ 33 * (state & 1) ^ 10 * bit;
-}
-
 static inline int level(i64 v) {    // variance, 8 fractional bits -> step of the variance axis
-    v = v < 16 ? 16 : at_most(v, 1 << 19);
+    v = clamp(v, 16, 1 << 19);
     int e = 31 - __builtin_clz((u32)v);
     return (e - 4) * 8 + (v >> (e - 3) & 7);
 }
 
-static void open_model(Model *g, const u32 *prior, i64 matrices) {
-    static const int copies[VOTES] = {2, 2, PARTS, PARTS};      // values of each view per level
-    i64 d = g->cols + 1;
-    i64 pairs = g->regress ? d * d : 1;
-    for (int k = 0; k < VOTES; k++) {
-        g->counters[k] = malloc(4ll * NODES * LEVELS * copies[k]);
-        for (int l = 0; l < LEVELS * copies[k]; l++)
-            memcpy(g->counters[k] + l * NODES, prior + l / copies[k] * NODES, 4 * NODES);
-    }
-    g->by_part = malloc(4 * WEIGHTS * (PARTS + LEVELS));
-    g->by_blend = g->by_part + PARTS * WEIGHTS;
-    for (int i = 0; i < WEIGHTS * (PARTS + LEVELS); i++)
-        g->by_part[i] = (1 << 18) / VOTES;
-    g->slow = malloc(8 * g->cols);
-    g->fast = g->slow + g->cols;
-    g->state = calloc(d, 1);
-    g->left = calloc(d, 2);
+static Model *new_model(const Coder *c, i64 matrices, i64 rows, i64 cols, int trellis, int regress) {
+    i64 d = cols + 1, pairs = regress ? d * d : 0, errors = regress ? matrices * rows * cols : 0;
+    Model *g = calloc(sizeof(Model) + 14 * pairs + 16 * d + d * sizeof(Column) + 2 * d + 2 * errors, 1);
+    g->L = (i64 *)(g + 1);
+    g->gram = (i32 *)(g->L + pairs + 2 * d);        // after two rows for refit()
+    g->column = (Column *)(g->gram + pairs);
+    g->T = (i16 *)(g->column + d);
+    g->left = g->T + pairs;
+    g->error = g->left + d;
+    g->rows = rows;
+    g->cols = cols;
+    g->trellis = trellis;
+    g->regress = regress;
+    g->rate = c->rate;
+    g->refit_at = 16;
     g->left[0] = 8;
-    for (int i = 0; i < 16; i++)
-        g->odds[i / 8][i % 8] = 32768;
-    g->error = calloc(g->regress ? matrices * g->rows * g->cols : 1, 2);
-    g->fit = (Fit){0, 16, calloc(pairs, 4), calloc(pairs, 8), calloc(pairs, 2)};
+    for (int i = 0; i < VOTES * PARTS; i++)
+        memcpy(g->counters[i / PARTS][i % PARTS], c->prior, 4 * LEVELS * NODES);
+    fill(g->by_part, sizeof g->by_part, (1 << 18) / VOTES);
+    fill(g->by_blend, sizeof g->by_blend, (1 << 18) / VOTES);
+    fill(g->odds, sizeof g->odds, 32768);
+    return g;
 }
 
-static void close_model(Model *g) {
-    for (int k = 0; k < VOTES; k++)
-        free(g->counters[k]);
-    free(g->by_part);
-    free(g->slow);
-    free(g->state);
-    free(g->left);
-    free(g->error);
-    free(g->fit.gram);
-    free(g->fit.L);
-    free(g->fit.T);
+// Ridge regression of every column on those to its left, of n rows: L D L' = keep * correlations + (1 - keep)
+// * identity. Trust grows with the rows seen.
+static void refit(Model *g, i64 n) {
+    i64 d = g->cols + 1, keep = n * 250 / (n + 1000);
+    i64 *sd = g->L + d * d, *b = sd + d;
+    for (int i = 0; i < d; i++) {
+        i64 *Li = g->L + i * d, square = g->gram[i * d + i] + n;
+        for (sd[i] = 1 << 16; sd[i] * sd[i] > square;)
+            sd[i] = (sd[i] + square / sd[i]) / 2;   // Newton's root, from above
+        sd[i]++;
+        for (int j = 0; j < i; j++) {
+            const i64 *Lj = g->L + j * d;
+            i64 target = g->gram[i * d + j] * (1ll << 24) / (sd[i] * sd[j]) * keep >> 4;
+            i64 dot = 0;
+            for (int k = 0; k < j; k++)
+                dot += Li[k] * Lj[k];
+            Li[j] = target - (dot >> 28);
+        }
+        i64 unexplained = 1 << 28;
+        for (int j = 0; j < i; j++) {
+            b[j] = Li[j] * (1 << 28) / g->L[j * d + j];
+            unexplained -= b[j] * Li[j] >> 28;
+            Li[j] = b[j];
+        }
+        Li[i] = unexplained < 1 << 16 ? 1 << 16 : unexplained;
+        for (int j = i - 1; j >= 0; j--) {          // coefficients b: (L left of i)' b = row i of L
+            for (int k = 0; k < j; k++)
+                b[k] -= b[j] * g->L[j * d + k] >> 28;
+            g->T[i * d + j] = clamp((b[j] >> 8) * sd[i] / sd[j] >> 8, -32767, 32767);
+        }
+    }
 }
 
 // What is expected of a row before its first code.
-static Row start_row(Model *g, i64 row) {
-    i64 mean = 6 << 18;
-    if (row) {
-        mean = 0;
-        for (int j = 0; j < g->cols; j++)
-            mean += g->slow[j];
-        mean /= g->cols;
-    }
+static void start_row(Model *g, i64 row) {
+    i64 mean = 0;
+    for (int j = 0; j < g->cols; j++)
+        mean += g->column[j].slow;
+    mean = row ? mean / g->cols : 6 << 18;
     if (row % g->rows == 0) {       // a new matrix: one estimate starts from the last matrix, one afresh
         g->age = row ? 12 : 6;
         for (int j = 0; j < g->cols; j++) {
-            g->fast[j] = row ? g->slow[j] : mean;
-            g->slow[j] = mean;
+            g->column[j].fast = row ? g->column[j].slow : mean;
+            g->column[j].slow = mean;
         }
     }
     if (row % g->rows % TRELLIS_ROWS == 0)
-        memset(g->state, 0, g->cols);
-    Row r;
-    r.rate_slow = g->rate[at_most(g->age, 1023)];
-    r.rate_fast = g->rate[at_most(g->age, 250)];
-    r.seen = r.expected = r.recent = mean;
-    r.spent = 0;
-    r.rest = mean * g->cols;
-    r.budget = row ? g->energy : r.rest;
-    r.error = g->error + (g->regress ? row * g->cols : 0);
-    r.similar[0] = r.similar[1] = g->error;
-    r.share[0] = r.share[1] = 0;
-    return r;
+        for (int j = 0; j < g->cols; j++)
+            g->column[j].state = 0;
+    g->rate_slow = g->rate[clamp(g->age, 0, 1023)];
+    g->rate_fast = g->rate[clamp(g->age, 0, 250)];
+    g->seen = g->expected = g->recent = mean;
+    g->spent = 0;
+    g->rest = mean * g->cols;
+    g->budget = row ? g->energy : g->rest;
+    g->first = row * g->cols;
+    g->share[0] = g->share[1] = 0;
 }
 
 // Up to two earlier rows named by the encoder, whose regression errors this row is expected to share.
-static void code_similar_rows(Coder *c, Model *g, Row *r, i64 row, const i32 *alike) {
+static void code_similar_rows(Coder *c, Model *g, i64 row, const i32 *alike) {
+    int bits = 32 - __builtin_clz((u32)row);
     for (int k = 0; k < 2; k++) {
-        r->share[k] = code_share(c, alike[k] & 7, g->odds[k]);
-        if (!r->share[k])
+        g->share[k] = code_number(c, alike[k] & 7, 3, g->odds[k]) & 7;
+        if (!g->share[k])
             break;
-        int which = code_number(c, alike[k] >> 3, 32 - __builtin_clz((u32)row));
-        if (which < row)            // a forged stream may name any
-            r->similar[k] += which * g->cols;
+        int which = code_number(c, alike[k] >> 3, bits, NULL) - (1 << bits);
+        g->similar[k] = which < row ? which * g->cols : 0;      // a forged stream may name any
     }
-}
-
-static inline void predict(const Model *g, const Row *r, int j, Place *p) {
-    p->own = p->mu = 0;
-    if (!g->regress)
-        return;
-    const i16 *T = g->fit.T + (j + 1) * (g->cols + 1);
-    i32 own = 0;
-    for (int k = 0; k <= j; k++)
-        own += T[k] * g->left[k];
-    p->own = (own + (128 << g->trellis)) >> (8 + g->trellis);
-    i32 shared = (r->similar[0][j] * r->share[0] + r->similar[1][j] * r->share[1]) >> 3;
-    p->mu = clamp(p->own + shared, -1023, 1023);
-}
-
-// The place nearest to the prediction. With the trellis codes count half steps; its state says odd or even.
-static inline void locate(const Model *g, int j, Place *p) {
-    p->odd = g->trellis & g->state[j];
-    int near = p->mu - 8 * p->odd;
-    p->m = (near + 8) >> 4;
-    int rest = near - p->m * 16;
-    p->flip = rest < 0 ? -1 : 1;
-    p->part = rest * p->flip;
 }
 
 // This row against its columns. All rows have nearly the same energy (their step is proportional to their
 // deviation), so what is left of it tells the scale of the codes to come, less surely towards the end; with
 // regression a row goes by its past.
-static inline i64 row_ratio(const Model *g, const Row *r, int j) {
+static inline i64 row_ratio(const Model *g, int j) {
     if (g->regress)
-        return clamp((r->seen << 8) / (r->expected + 1), 64, 1024);
-    i64 rest = r->rest > 0 ? r->rest : 0;
-    i64 excess = clamp((r->budget - r->spent) * 256 / (rest + 1), 64, 1024) - 256;
+        return clamp((g->seen << 8) / (g->expected + 1), 64, 1024);
+    i64 rest = g->rest > 0 ? g->rest : 0;
+    i64 excess = clamp((g->budget - g->spent) * 256 / (rest + 1), 64, 1024) - 256;
     i64 to_come = g->cols - j;
     return 256 + excess * to_come / (to_come + (g->cols >> 6));
 }
 
-static inline void choose_views(const Model *g, const Row *r, int j, Place *p) {
-    i64 ratio = row_ratio(g, r, j);
-    int odd = 0;
+// The place nearest to the prediction. With the trellis codes count half steps; its state says odd or even.
+static inline void locate(Model *g, int j, Place *p) {
+    p->own = p->mu = 0;
+    if (g->regress) {
+        const i16 *T = g->T + (j + 1) * (g->cols + 1);
+        i32 own = 0;
+        for (int k = 0; k <= j; k++)
+            own += T[k] * g->left[k];
+        p->own = (own + (128 << g->trellis)) >> (8 + g->trellis);
+        i32 shared = 0;
+        for (int k = 0; k < 2; k++)
+            shared += g->error[g->similar[k] + j] * g->share[k];
+        p->mu = clamp(p->own + (shared >> 3), -1023, 1023);
+    }
+    p->odd = g->trellis & g->column[j].state;
+    int near = p->mu - 8 * p->odd;
+    p->m = (near + 8) >> 4;
+    int rest = near - p->m * 16;
+    p->flip = rest < 0 ? -1 : 1;
+    i64 ratio = row_ratio(g, j);
+    int part = rest * p->flip, odd = 0;
     if (!g->regress) {
         odd = p->odd;
-        p->part = clamp(((ratio - 256) >> 5) + 4, 0, 8) + 9 * odd;
+        part = clamp(((ratio - 256) >> 5) + 4, 0, 8) + 9 * odd;
     }
-    i64 A = g->slow[j] >> 10;
+    i64 A = g->column[j].slow >> 10;
     i64 B = A * ratio >> 8;
-    i64 F = (g->fast[j] >> 10) * ratio >> 8;
-    int blend = level((B * 4 + F * 3 + (r->recent >> 10)) >> 3);
-    p->tab[0] = g->counters[0] + (level(A) * 2 + odd) * NODES;
-    p->tab[1] = g->counters[1] + (level(F) * 2 + odd) * NODES;
-    p->tab[2] = g->counters[2] + (blend * PARTS + p->part) * NODES;
-    p->tab[3] = g->counters[3] + (level(B) * PARTS + p->part) * NODES;
-    p->wa = g->by_part + p->part * WEIGHTS;
-    p->wb = g->by_blend + blend * WEIGHTS;
-}
-
-static inline int decide_node(Coder *c, const Place *p, int node, int bit) {
-    return decide(c, p->tab, node, p->wa + node * VOTES, p->wb + node * VOTES, bit, 1000, 2);
+    i64 F = (g->column[j].fast >> 10) * ratio >> 8;
+    int blend = level((B * 4 + F * 3 + (g->recent >> 10)) >> 3);
+    p->voters = (Voters){{g->counters[0][odd][level(A)], g->counters[1][odd][level(F)],
+                          g->counters[2][part][blend], g->counters[3][part][level(B)]},
+                         {g->by_part[part], g->by_blend[blend]}};
 }
 
 // The distance t in whole steps: zero? negative? then is its size 2 or more, 3 or more, ...
-static inline int code_distance(Coder *c, const Place *p, int t) {
-    int size = t < 0 ? -t : t;
-    if (decide_node(c, p, 0, t == 0))
+static inline int code_distance(Coder *c, const Voters *v, int t) {
+    int size = abs(t), found = 1;
+    if (decide(c, v, 0, 0, t == 0))
         return 0;
-    int sign = decide_node(c, p, 1, t < 0) ? -1 : 1;
-    int found = 1;
-    while (found < NODES - 1 && decide_node(c, p, found + 1, size > found))
+    int sign = decide(c, v, 1, 1, t < 0) ? -1 : 1;
+    while (found < NODES - 1 && decide(c, v, found + 1, found + 1, size > found))
         found++;
     if (found == NODES - 1)
         while (found < 255 && code_bit(c, size > found, 32768))
@@ -6318,72 +6209,68 @@ static inline int code_distance(Coder *c, const Place *p, int t) {
     return sign * found;
 }
 
-static inline void learn_code(Model *g, Row *r, int j, int code, const Place *p) {
+static inline void learn_code(Model *g, int j, int code, const Place *p) {
     int value = code * (16 >> g->trellis);
+    Column *column = g->column + j;
+    i32 state = column->state;      // of next_state() in section 8; `code` has its parity
     g->left[j + 1] = code;
-    if (g->trellis)
-        g->state[j] = next_state(g->state[j], code >> 1 & 1);
-    if (g->regress)
-        r->error[j] = clamp(value - p->own, -32767, 32767);
+    column->state = state >> 1 ^ 33 * (state & 1) ^ 10 * (code >> 1 & 1);
     i64 distance = clamp(value - p->mu, -1023, 1023);
     i64 variance = distance * distance << 10;
-    i32 step = g->rate[at_most(j + 16, 400)];
-    r->seen += (variance - r->seen) * step >> 16;
-    r->expected += (g->slow[j] - r->expected) * step >> 16;
-    r->recent += (variance - r->recent) >> 4;
-    r->spent += variance;
-    r->rest -= g->slow[j];
-    g->slow[j] += (variance - g->slow[j]) * r->rate_slow >> 16;
-    g->fast[j] += (variance - g->fast[j]) * r->rate_fast >> 16;
+    if (g->regress) {
+        i32 step = g->rate[clamp(j + 16, 0, 400)];
+        g->error[g->first + j] = clamp(value - p->own, -32767, 32767);
+        g->seen += (variance - g->seen) * step >> 16;
+        g->expected += (column->slow - g->expected) * step >> 16;
+    }
+    g->recent += (variance - g->recent) >> 4;
+    g->spent += variance;
+    g->rest -= column->slow;
+    column->slow += (variance - column->slow) * g->rate_slow >> 16;
+    column->fast += (variance - column->fast) * g->rate_fast >> 16;
 }
 
-static void learn_row(Model *g, const Row *r, i64 row) {
-    g->age++;
-    g->energy += row ? (r->spent - g->energy) * g->rate[at_most(row, 1023)] >> 16 : r->spent;
-    if (!g->regress)
-        return;
+static void learn_row(Model *g, i64 row) {
     i64 d = g->cols + 1;
-    g->fit.n++;
-    for (int i = 0; i < d; i++)
+    g->age++;
+    g->energy += row ? (g->spent - g->energy) * g->rate[clamp(row, 0, 1023)] >> 16 : g->spent;
+    for (int i = 0; g->regress && i < d; i++)
         for (int j = 0; j <= i; j++)
-            g->fit.gram[i * d + j] += g->left[i] * g->left[j];
+            g->gram[i * d + j] += g->left[i] * g->left[j];
 }
 
 // Codes x[matrices][rows][cols]; `alike` of similar_rows() asks for regression, NULL for none. Returns the
 // bytes written, more than cap when they do not fit, -1 when a code is off the trellis.
-i64 code_codes(const i32 *squash, const i32 *stretch, const i32 *rate, const u32 *prior,
-               u8 *buf, i64 cap, int decode,
-               int8_t *x, i64 matrices, i64 rows, i64 cols, i64 trellis, const i32 *alike) {
-    Coder c = {squash, stretch, rate, prior, 0, ~0ull, 0, buf, 0, cap, decode};
-    Model g = {rows, cols, trellis, alike != 0, rate};
+i64 code_codes(const Coder *coder, int8_t *x, i64 matrices, i64 rows, i64 cols, i64 trellis,
+               const i32 *alike) {
+    Coder c = *coder;
+    c.max_age = 1000;
+    c.speed = 2;
+    Model *g = new_model(&c, matrices, rows, cols, trellis, alike != NULL);
     int valid = 1;
-    open_model(&g, prior, matrices);
-    start(&c);
     for (i64 row = 0; row < matrices * rows; row++) {
-        Row r = start_row(&g, row);
-        if (g.regress && row)
-            code_similar_rows(&c, &g, &r, row, alike + 2 * row);
-        if (g.regress && g.fit.n >= g.fit.next) {
-            refit(&g.fit, cols + 1);
-            g.fit.next += g.fit.next / 3 + 1;
+        start_row(g, row);
+        if (alike && row)
+            code_similar_rows(&c, g, row, alike + 2 * row);
+        if (alike && row >= g->refit_at) {
+            refit(g, row);
+            g->refit_at += g->refit_at / 3 + 1;
         }
         for (int j = 0; j < cols; j++) {
             i64 at = row * cols + j;
             Place p;
-            predict(&g, &r, j, &p);
-            locate(&g, j, &p);
-            choose_views(&g, &r, j, &p);
-            int t = decode ? 0 : (((x[at] - p.odd) >> trellis) - p.m) * p.flip;
-            t = code_distance(&c, &p, t);
-            if (decode)
+            locate(g, j, &p);
+            int t = c.decode ? 0 : (((x[at] - p.odd) >> trellis) - p.m) * p.flip;
+            t = code_distance(&c, &p.voters, t);
+            if (c.decode)
                 x[at] = clamp((t * p.flip + p.m) * (1 << trellis) + p.odd, -128, 127);
             if (trellis && (x[at] & 1) != p.odd)
                 valid = 0;
-            learn_code(&g, &r, j, x[at], &p);
+            learn_code(g, j, x[at], &p);
         }
-        learn_row(&g, &r, row);
+        learn_row(g, row);
     }
-    close_model(&g);
+    free(g);
     return valid ? finish(&c) : -1;
 }
 
@@ -6391,37 +6278,32 @@ i64 code_codes(const i32 *squash, const i32 *stretch, const i32 *rate, const u32
 
 // Words x[n]: high byte, then low byte, bit by bit. Views: none, the previous word, the one `stride` back,
 // both of them.
-i64 code_words(const i32 *squash, const i32 *stretch, const i32 *rate, const u32 *prior,
-               u8 *buf, i64 cap, int decode, u16 *x, i64 n, i64 stride) {
-    Coder c = {squash, stretch, rate, prior, 0, ~0ull, 0, buf, 0, cap, decode};
-    u32 *counters = malloc(4ll * 2 * VOTES << 16);
-    i32 weights[2 * 8 * 2 * VOTES];
-    for (int i = 0; i < 2 * VOTES << 16; i++)
-        counters[i] = 1u << 31 | 2;
-    for (int i = 0; i < 2 * 8 * 2 * VOTES; i++)
-        weights[i] = 105000;
-    start(&c);
+i64 code_words(const Coder *coder, u16 *x, i64 n, i64 stride) {
+    Coder c = *coder;
+    c.max_age = 250;
+    c.speed = 60;
+    u32 (*counters)[VOTES][256][256] = malloc(2 * sizeof *counters);
+    i32 weights[2][2][8][VOTES];            // by half, set, bit
+    fill(counters, 2 * sizeof *counters, 1u << 31 | 2);
+    fill(weights, sizeof weights, 105000);
     for (i64 i = 0; i < n; i++) {
         int prev = i ? x[i - 1] : 0;
         int back = i >= stride ? x[i - stride] : 0;
-        int word = decode ? 0 : x[i];
+        int word = c.decode ? 0 : x[i];
         int high = 0;
         for (int half = 0; half < 2; half++) {
-            int node = 1;
             int view[VOTES] = {0, prev >> 8, back >> 8, prev >> 12 << 4 | back >> 12};
             if (half) {
                 view[1] = high;
                 view[2] = prev >> 8 == high ? 1 + (prev >> 4 & 15) : 0;
                 view[3] = back >> 8 == high ? 1 + (back >> 1 & 127) : 0;
             }
-            u32 *tab[VOTES];
+            Voters v = {.weights = {weights[half][0], weights[half][1]}};
             for (int s = 0; s < VOTES; s++)
-                tab[s] = counters + ((half * VOTES + s) << 16) + (view[s] << 8);
-            for (int k = 7; k >= 0; k--) {
-                i32 *w = weights + (half * 8 + k) * 2 * VOTES;
-                int bit = word >> (k + 8 - 8 * half) & 1;
-                node = node << 1 | decide(&c, tab, node, w, w + VOTES, bit, 250, 60);
-            }
+                v.counters[s] = counters[half][s][view[s]];
+            int node = 1;
+            for (int k = 7; k >= 0; k--)
+                node = node << 1 | decide(&c, &v, node, k, word >> (k + 8 - 8 * half) & 1);
             high = high << 8 | (node & 255);
         }
         x[i] = high;
@@ -6451,68 +6333,58 @@ typedef struct {
 } Count;
 
 typedef struct {
-    Count *slots;
-    uint64_t mask, used;
-} Counts;
+    const uint16_t *tokens;
+    Entry *table;
+    Count *counts;
+    uint64_t capacity, num_counts, used;        // sizes of both tables, powers of two; counts in use
+    int context;
+    float threshold;
+} Ngrams;
 
-static uint64_t mix(uint64_t x) {
-    x ^= x >> 32;
-    x *= 0xd6e8feb86659fd93u;
-    x ^= x >> 32;
-    x *= 0xd6e8feb86659fd93u;
-    return x ^ (x >> 32);
-}
-
-static uint64_t hash_context(const uint16_t *context, int length) {
-    uint64_t h = 0;
-    for (int i = 0; i < length; i += 4) {
-        uint64_t word = 0;
-        memcpy(&word, context + i, 2 * (length - i < 4 ? length - i : 4));
-        h = mix(h ^ word) + 0x9e3779b97f4a7c15u;
-    }
-    return mix(h);
+static uint64_t mix(uint64_t h, uint64_t x) {
+    h = (h ^ x) * 0xd6e8feb86659fd93u;
+    return h ^ h >> 32;
 }
 
 // The count of a key, new ones zero; NULL when memory ran out.
-static uint32_t *find_count(Counts *c, uint64_t key) {
-    if (2 * (c->used + 1) > c->mask + 1) {          // at most half full: grow fourfold
-        uint64_t size = 4 * (c->mask + 1);
-        Counts bigger = {calloc(size, sizeof(Count)), size - 1, 0};
-        if (!bigger.slots)
+static uint32_t *find_count(Ngrams *g, uint64_t key) {
+    if (2 * (g->used + 1) > g->num_counts) {        // at most half full: grow fourfold
+        Count *old = g->counts, *end = old + g->num_counts;
+        g->counts = calloc(4 * g->num_counts, sizeof(Count));
+        if (!g->counts) {
+            g->counts = old;
             return NULL;
-        for (uint64_t i = 0; i <= c->mask; i++)
-            if (c->slots[i].count)
-                *find_count(&bigger, c->slots[i].key) = c->slots[i].count;
-        free(c->slots);
-        *c = bigger;
+        }
+        g->num_counts *= 4;
+        g->used = 0;
+        for (Count *count = old; count < end; count++)
+            if (count->count)
+                *find_count(g, count->key) = count->count;
+        free(old);
     }
-    uint64_t at = mix(key) & c->mask;
-    while (c->slots[at].count && c->slots[at].key != key)
-        at = (at + 1) & c->mask;
-    if (!c->slots[at].count) {
-        c->slots[at].key = key;
-        c->used++;
+    uint64_t mask = g->num_counts - 1, at = mix(0, key) & mask;
+    while (g->counts[at].count && g->counts[at].key != key)
+        at = (at + 1) & mask;
+    if (!g->counts[at].count) {
+        g->counts[at].key = key;
+        g->used++;
     }
-    return &c->slots[at].count;
+    return &g->counts[at].count;
 }
 
 // Token y followed the context of entry number `at`. Returns 0 when memory ran out.
-static int count_token(Entry *e, Counts *counts, uint64_t at, uint16_t y) {
-    int unanimous = e->total == e->best;
-    if (unanimous && y == e->top) {
-        e->total++;
-        e->best++;
-        return 1;
-    }
-    if (unanimous) {                                // the first token that deviates
-        uint32_t *top_count = find_count(counts, at << 16 | e->top);
-        if (!top_count)
+static int count_token(Ngrams *g, uint64_t at, uint16_t y) {
+    Entry *e = g->table + at;
+    uint32_t *count = &e->best;
+    if (e->total != e->best || y != e->top) {
+        if (e->total == e->best) {                  // the first token that deviates
+            if (!(count = find_count(g, at << 16 | e->top)))
+                return 0;
+            *count = e->best;
+        }
+        if (!(count = find_count(g, at << 16 | y)))
             return 0;
-        *top_count = e->best;
     }
-    uint32_t *count = find_count(counts, at << 16 | y);
-    if (!count)
-        return 0;
     e->total++;
     if (++*count > e->best) {
         e->top = y;
@@ -6521,37 +6393,25 @@ static int count_token(Entry *e, Counts *counts, uint64_t at, uint16_t y) {
     return 1;
 }
 
-typedef struct {
-    const uint16_t *tokens;
-    Entry *table;
-    uint64_t capacity;
-    Counts counts;
-    int context;
-    float threshold;
-} Ngrams;
-
 void ngram_close(Ngrams *g) {
     if (!g)
         return;
     free(g->table);
-    free(g->counts.slots);
+    free(g->counts);
     free(g);
 }
 
 // An empty table with room for num_targets; NULL when memory ran out. The tokens must outlive it.
 Ngrams *ngram_open(const uint16_t *tokens, int64_t num_targets, int context, float threshold) {
-    Ngrams *g = calloc(1, sizeof(Ngrams));
+    Ngrams *g = malloc(sizeof(Ngrams));
+    uint64_t capacity = 1024;
+    while (3 * capacity < 4 * (uint64_t)num_targets)
+        capacity *= 2;
     if (!g)
         return NULL;
-    g->tokens = tokens;
-    g->context = context;
-    g->threshold = threshold;
-    g->capacity = 1024;
-    while (3 * g->capacity < 4 * (uint64_t)num_targets)
-        g->capacity *= 2;
-    g->table = calloc(g->capacity, sizeof(Entry));
-    g->counts = (Counts){calloc(1024, sizeof(Count)), 1023, 0};
-    if (g->table && g->counts.slots)
+    *g = (Ngrams){tokens, calloc(capacity, sizeof(Entry)), calloc(1024, sizeof(Count)), capacity, 1024, 0,
+                  context, threshold};
+    if (g->table && g->counts)
         return g;
     ngram_close(g);
     return NULL;
@@ -6568,9 +6428,11 @@ int ngram_feed(Ngrams *g, int64_t n, const int64_t *order, const int64_t *doc_st
     for (int64_t k = -AHEAD; k < n; k++) {
         int64_t ahead = k + AHEAD < n ? order[k + AHEAD] : -1;
         if (ahead >= 0 && ahead + 1 - context >= doc_start[k + AHEAD]) {
-            uint64_t h = hash_context(tokens + ahead + 1 - context, context) & mask;
-            hashes[(k + AHEAD) % (2 * AHEAD)] = h;
-            __builtin_prefetch(&table[h]);
+            uint64_t h = 0;
+            for (int i = 0; i < context; i++)
+                h = mix(h, tokens[ahead - i]);
+            hashes[(k + AHEAD) % (2 * AHEAD)] = h & mask;
+            __builtin_prefetch(&table[h & mask]);
         }
         if (k < 0)
             continue;
@@ -6590,7 +6452,7 @@ int ngram_feed(Ngrams *g, int64_t n, const int64_t *order, const int64_t *doc_st
         confidence[k] = (float)e->best / (float)e->total;
         if (confidence[k] >= g->threshold)
             hint[k] = e->top;
-        if (!count_token(e, &g->counts, at, tokens[i + 1]))
+        if (!count_token(g, at, tokens[i + 1]))
             return 1;
     }
     return 0;

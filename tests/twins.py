@@ -335,6 +335,8 @@ def code_words(words: np.ndarray, stride: int, data: bytes | None) -> bytes:
 
 def run_coder(routine: str, buffer: np.ndarray, decode: bool, values: np.ndarray, *options) -> int:
     """train_gpt._run_coder without C."""
+    if not values.size:
+        return 0
     data = buffer.tobytes() if decode else None
     if routine == "code_codes":
         trellis, alike = options
