@@ -16,6 +16,7 @@ import csv
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -32,6 +33,7 @@ REPO = Path(__file__).resolve().parent
 CACHE_BYTES, LOG_BYTES = 4 << 30, 64 << 20
 CALIBRATION_S = 3.2  # of one H100 for 16 batches, measured in warm-up: logs/h100_180s.txt
 GPU_FIELDS = ("index", "uuid", "name", "memory.total", "memory.free", "driver_version")
+GPU_MODULES = {"flash-attn-4": "flash_attn", "nvidia-cutlass-dsl": "cutlass", "quack-kernels": "quack"}
 UNSEEN_MIB = 2048  # memory in use beyond this belongs to somebody
 THROTTLE_FLAGS = ("hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "sw_power_cap")
 THROTTLE_NAMES = ("clocks_event_reasons", "clocks_throttle_reasons")  # newer and older drivers
@@ -47,18 +49,60 @@ class Item(NamedTuple):
 
 def ask_smi(*query: str) -> list[list[str]]:
     """Rows that nvidia-smi gives for a query; empty when it is missing or refuses."""
+    lines = run_smi(*query, "--format=csv,noheader,nounits")
+    return [[cell.strip() for cell in row] for row in csv.reader(lines) if row]
+
+
+def run_smi(*arguments: str) -> list[str]:
+    """Lines that nvidia-smi prints; empty when it is missing or refuses."""
     try:
-        done = subprocess.run(
-            ["nvidia-smi", *query, "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
+        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    if done.returncode:
-        return []
-    return [[cell.strip() for cell in row] for row in csv.reader(done.stdout.splitlines()) if row]
+    return [] if done.returncode else done.stdout.splitlines()
+
+
+def mib(text: str) -> float:
+    """A memory cell of nvidia-smi; NaN where it says [N/A] or [Insufficient Permissions]."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def mig_parents() -> dict[str, str]:
+    """{UUID of a MIG slice: UUID of its GPU}, from `nvidia-smi -L`."""
+    parents, gpu = {}, ""
+    for line in run_smi("-L"):
+        if match := re.search(r"\(UUID: ([^)]+)\)", line):
+            if match[1].startswith("MIG-"):
+                parents[match[1]] = gpu
+            else:
+                gpu = match[1]
+    return parents
+
+
+def choose_visible(gpus: list[dict[str, str]], text: str | None) -> list[dict[str, str]]:
+    """The GPUs that CUDA_VISIBLE_DEVICES names: by number, by UUID or its beginning, by a MIG slice.
+
+    As in CUDA a name that fits nothing ends the list, and no variable means all.
+    """
+    if text is None:
+        return gpus
+    parents = mig_parents() if "MIG-" in text else {}
+    found = []
+    for name in (name.strip() for name in text.split(",")):
+        if name.startswith("MIG-GPU-"):                  # of older drivers: MIG-GPU-<uuid>/<instance>/<instance>
+            uuid = name.removeprefix("MIG-").split("/")[0]
+        elif name.startswith("MIG-"):
+            uuid = next((gpu for mig, gpu in parents.items() if mig.startswith(name)), None)
+        else:
+            uuid = name if name.startswith("GPU-") else None
+        gpu = next((gpu for gpu in gpus if gpu["index"] == name or uuid and gpu["uuid"].startswith(uuid)), None)
+        if gpu is None:
+            break
+        found += [gpu] if gpu not in found else []
+    return found
 
 
 def version_of(package: str) -> str | None:
@@ -66,6 +110,10 @@ def version_of(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def has_module(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def pinned(path: Path) -> dict[str, str]:
@@ -159,9 +207,7 @@ def check_gpus(cfg, env: Mapping[str, str]) -> Iterator[Item]:
         for row in ask_smi(f"--query-gpu={','.join(GPU_FIELDS)}")
         if len(row) == len(GPU_FIELDS)
     ]
-    visible = re.fullmatch(r"\d+(,\d+)*", env.get("CUDA_VISIBLE_DEVICES", ""))
-    if visible:
-        gpus = [gpu for gpu in gpus if gpu["index"] in visible[0].split(",")]
+    gpus = choose_visible(gpus, env.get("CUDA_VISIBLE_DEVICES"))
     apps = ask_smi("--query-compute-apps=gpu_uuid,pid,process_name,used_memory")
     names = [torch.cuda.get_device_name(i) for i in range(count)]
     processes = number_of_processes(env) or count
@@ -172,7 +218,8 @@ def check_gpus(cfg, env: Mapping[str, str]) -> Iterator[Item]:
             f"{processes} processes on {count} GPUs: expected 1, 2, 4 or 8, at most the GPUs; set "
             "NPROC_PER_NODE",
         )
-    record = processes == 8 and all("H100" in name for name in names)
+    slices = [name for name in names if " MIG " in name]
+    record = processes == 8 and all("H100" in name for name in names) and not slices
     fewer = ", for the same result on fewer use ./run.sh one-gpu" if processes < 8 else ""
     yield Item(
         "ok" if record else "warning",
@@ -180,6 +227,8 @@ def check_gpus(cfg, env: Mapping[str, str]) -> Iterator[Item]:
         f"{count}x {names[0]}, {processes} processes"
         + ("" if record else f"; record runs are 8x H100{fewer}"),
     )
+    if slices:
+        yield Item("warning", "gpu models", f"{slices[0]}: a slice of a GPU, with a part of its speed and memory")
     if len(set(names)) > 1:
         yield Item("warning", "gpu models", f"{sorted(set(names))}: the slowest sets the pace")
     yield from check_kernels(cfg, torch.cuda.get_device_capability(0))
@@ -198,14 +247,14 @@ def check_gpus(cfg, env: Mapping[str, str]) -> Iterator[Item]:
         for uuid, pid, name, memory, *_ in apps
         if uuid in uuids
     ]
-    used = [float(gpu["memory.total"]) - float(gpu["memory.free"]) for gpu in gpus]
+    used = [mib(gpu["memory.total"]) - mib(gpu["memory.free"]) for gpu in gpus]
     if others:
         yield Item(
-            "error",
+            "warning" if slices else "error",            # they may be on other slices
             "other runs",
             f"on these GPUs: {', '.join(others)}; end them or choose other GPUs with CUDA_VISIBLE_DEVICES",
         )
-    elif max(used) > UNSEEN_MIB:
+    elif max(used) > UNSEEN_MIB:                         # false for NaN
         yield Item(
             "warning",
             "other runs",
@@ -213,7 +262,10 @@ def check_gpus(cfg, env: Mapping[str, str]) -> Iterator[Item]:
         )
     else:
         yield Item("ok", "other runs", "none on these GPUs")
-    yield from check_memory(cfg, [float(gpu["memory.free"]) for gpu in gpus])
+    free = [mib(gpu["memory.free"]) for gpu in gpus]
+    if slices:                                           # nvidia-smi told of whole GPUs
+        free = [torch.cuda.get_device_properties(i).total_memory / 2**20 for i in range(count)]
+    yield from check_memory(cfg, [value for value in free if not math.isnan(value)])
 
 
 def check_throttling() -> Item:
@@ -265,6 +317,13 @@ def check_kernels(cfg, capability: tuple[int, int]) -> Iterator[Item]:
             bad,
             "attention",
             f"no FlashAttention-3 or -4; {sys.executable} -m pip install -r requirements-gpu.txt",
+        )
+    elif unseen := [name for name, module in GPU_MODULES.items() if have.get(name) and not has_module(module)]:
+        yield Item(
+            bad,
+            "attention",
+            f"{unseen[0]} is installed, but `import {GPU_MODULES[unseen[0]]}` finds nothing: .pth files are read in "
+            f"site-packages only, not on PYTHONPATH; {sys.executable} -m pip install -r requirements-gpu.txt",
         )
     elif have != wanted:
         yield Item(

@@ -28,7 +28,9 @@ import sys
 import sysconfig
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,7 +73,9 @@ def docstrings(source: bytes) -> str:
                     yield f"{name}\n\n{text}"
                 yield from walk(child, f"{name}.")
 
-    tree = ast.parse(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")              # other people's escape sequences
+        tree = ast.parse(source)
     return "\n\n".join(filter(None, [ast.get_docstring(tree), *walk(tree, "")]))
 
 
@@ -88,16 +92,24 @@ def library_modules(library: Path) -> dict[str, str]:
     return found
 
 
+def file_docstrings(path: Path) -> str:
+    """docstrings of a file; "" for one that cannot be read or parsed."""
+    with contextlib.suppress(SyntaxError, ValueError, OSError, RecursionError, MemoryError):
+        return docstrings(path.read_bytes())
+    return ""
+
+
 def package_modules(folders: Iterable[Path]) -> dict[str, str]:
     """Docstrings of the installed packages in `folders`, by module; tests are left out. Nothing is imported."""
-    found = {}
+    paths = {}
     for folder in folders:
         for path in sorted(folder.rglob("*.py")):
             parts = path.relative_to(folder).with_suffix("").parts
             if not {"test", "tests", "testing"} & set(parts):
-                with contextlib.suppress(SyntaxError, ValueError, OSError, RecursionError):
-                    found["package:" + ".".join(parts)] = docstrings(path.read_bytes())
-    return found
+                paths["package:" + ".".join(parts)] = path
+    with ProcessPoolExecutor() as pool:                  # machines with GPUs hold gigabytes of packages
+        texts = pool.map(file_docstrings, paths.values(), chunksize=64)
+        return {name: text for name, text in zip(paths, texts) if text}
 
 
 def cut(text: str, limit: int = MAX_DOC_BYTES) -> str:

@@ -75,6 +75,7 @@ def main(arguments: list[str]) -> int:
         for process in processes:
             if process.poll() is None:
                 end(process)
+                process.send_signal(signal.SIGCONT)       # a stopped one sees the first signal only then
         wait(processes, GRACE_S)
     if received:
         return 128 + received[0]

@@ -581,6 +581,13 @@ def as_json(facts: dict[str, Any]) -> str:
     return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
 
 
+def require_sound(findings: Sequence[runlog.Finding], force: bool, what: str, advice: str) -> None:
+    """ReportError with every error among the findings, unless force is on."""
+    errors = [str(finding) for finding in findings if finding.level == "error"]
+    if errors and not force:
+        raise ReportError("\n".join([f"{what} do not bear a submission:", *errors, advice]))
+
+
 def generate(repo: Path, options: argparse.Namespace) -> dict[Path, str]:
     """The content that every generated file should have. ReportError when the logs do not bear it."""
     import train_gpt as gpt
@@ -588,13 +595,12 @@ def generate(repo: Path, options: argparse.Namespace) -> dict[Path, str]:
     found = read_folder(repo / "logs")
     records = sorted((run for run in found if run.is_record), key=lambda run: run.seed)
     findings = runlog.check(records)
-    errors = [finding for finding in findings if finding.level == "error"]
-    if errors and not options.force:
-        raise ReportError(
-            "the record runs in logs/ do not bear a submission:\n"
-            + "\n".join(map(str, errors))
-            + "\nkeep the logs that count, or pass --force, and the files will say what is wrong"
-        )
+    require_sound(
+        findings,
+        options.force,
+        "the record runs in logs/",
+        "keep the logs that count, or pass --force, and the files will say what is wrong",
+    )
     submitted = repo / "submission.json"
     author, github_id = identity(options, repo, bool(records))
     if not records and not options.force and submitted.exists():
@@ -711,13 +717,12 @@ def _sound(options: argparse.Namespace) -> tuple[list[Run], list[runlog.Finding]
         findings.append(
             runlog.Finding("warning", "all runs", "three seeds", f"{len(runs)} of the three runs that a row needs")
         )
-    errors = [finding for finding in findings if finding.level == "error"]
-    if errors and not options.force:
-        raise ReportError(
-            "these logs do not bear a submission:\n"
-            + "\n".join(map(str, errors))
-            + "\nrun again, or pass --force, and the text will say what is wrong"
-        )
+    require_sound(
+        findings,
+        options.force,
+        "these logs",
+        "run again, or pass --force, and the text will say what is wrong",
+    )
     if incomplete := [
         run.name
         for run in runs

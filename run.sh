@@ -9,6 +9,8 @@
 #   ./run.sh test [pytest arguments]  the tests
 #   ./run.sh --help                   this text
 #
+# A submission folder holds what the record run and one-gpu need; the other commands belong to the repository.
+#
 # Every setting of the record run is stated below; a variable that is set outside wins:
 #   SEED=0 RUN_ID=seed0 DATA_PATH=shards TOKENIZER_PATH=my.model NPROC_PER_NODE=4 ./run.sh
 # `python train_gpt.py --help` explains each one. NPROC_PER_NODE is the number of GPUs when not given: 1, 2, 4 or 8.
@@ -84,10 +86,25 @@ choose_python() {
     return 2
 }
 
-case ${1:-} in
-    "") choose_python ;;
-    check | one-gpu) choose_python ;;
-    proxy) choose_python; "$python" demo.py corpus .data/proxy "${@:2}" ;;
+# Refuse a command whose companion is not here, as in a submission folder.
+needs() {
+    [[ -e $1 ]] || { echo "error: ./run.sh $command needs $1, which is in the repository, not here; run it there" >&2; exit 2; }
+}
+
+# Set `processes`: NPROC_PER_NODE, else the GPUs, else one.
+count_processes() {
+    processes=${NPROC_PER_NODE:-$((gpus ? gpus : 1))}
+    [[ ! $processes =~ ^[1248]$ ]] || return 0
+    echo "error: $processes processes (found $gpus GPUs): expected 1, 2, 4 or 8, because one optimizer step is 8 rows" \
+         "dealt evenly; set NPROC_PER_NODE" >&2
+    return 2
+}
+
+command=${1:-}
+case $command in
+    "" | one-gpu) choose_python ;;
+    check) needs check.py; choose_python ;;
+    proxy) needs demo.py; choose_python; "$python" demo.py corpus .data/proxy "${@:2}" ;;
     seeds)
         shift
         (($#)) || { echo "error: name the seeds: ./run.sh seeds 42 0 1234" >&2; exit 2; }
@@ -96,7 +113,7 @@ case ${1:-} in
             [[ $seed =~ ^[0-9]+$ ]] || { echo "error: seed '$seed': expected a whole number" >&2; exit 2; }
             logs+=("logs/seed${seed}_$stamp.txt")
         done
-        [[ -f report.py ]] || { echo "error: seeds needs report.py, which is in the repository, not here" >&2; exit 2; }
+        needs report.py
         choose_python
         for seed in "$@"; do
             SEED=$seed RUN_ID=seed${seed}_$stamp PYTHON=$python bash run.sh
@@ -105,10 +122,10 @@ case ${1:-} in
         "$python" report.py check "${logs[@]}"
         (($# >= 3)) || echo "note: a submission needs three seeds, these are $#" >&2
         exec "$python" report.py pack "submission_$stamp" "${logs[@]}" ;;
-    demo) use_environment; shift; exec "$python" demo.py "$@" ;;
-    test) use_environment; shift; exec "$python" -m pytest -q -n 2 --dist loadfile "$@" ;;   # -n 0: one process
+    demo) needs demo.py; use_environment; shift; exec "$python" demo.py "$@" ;;
+    test) needs tests; use_environment; shift; exec "$python" -m pytest -q -n 2 --dist loadfile "$@" ;;   # -n 0: one process
     -h | --help) usage; exit 0 ;;
-    *) echo "error: unknown command '$1'" >&2; usage >&2; exit 2 ;;
+    *) echo "error: unknown command '$command'" >&2; usage >&2; exit 2 ;;
 esac
 
 outside=$(export -p)                  # put back below, so that what the caller exported wins
@@ -150,14 +167,13 @@ export GLOBAL_TTT_RESPECT_DOC_BOUNDARIES=1
 export NGRAM_TILT_ENABLED=1 NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 TOKEN_ORDER=16 TOKEN_THRESHOLD=0.8 TOKEN_BOOST=2.625
 
 # What a command changes in the record run.
-case ${1:-} in
+case $command in
     one-gpu)
         # The update does not depend on the number of GPUs: the same schedule in GPU seconds gives the same model.
-        NPROC_PER_NODE=${NPROC_PER_NODE:-$gpus}
-        ((NPROC_PER_NODE)) || { echo "error: no GPU found; ./run.sh demo runs on a CPU" >&2; exit 2; }
-        export NPROC_PER_NODE MAX_WALLCLOCK_SECONDS=$((600 * 8 / NPROC_PER_NODE))
-        export GPTQ_RESERVE_SECONDS=$((4 * 8 / NPROC_PER_NODE)) EVAL_WALLCLOCK_SECONDS=$((600 * 8 / NPROC_PER_NODE))
-        echo "one-gpu: $NPROC_PER_NODE GPUs, $MAX_WALLCLOCK_SECONDS s of training" ;;
+        ((gpus)) || [[ ${NPROC_PER_NODE:-0} != 0 ]] || { echo "error: no GPU found; ./run.sh demo runs on a CPU" >&2; exit 2; }
+        count_processes
+        export NPROC_PER_NODE=$processes MAX_WALLCLOCK_SECONDS=$((600 * 8 / processes))
+        export GPTQ_RESERVE_SECONDS=$((4 * 8 / processes)) EVAL_WALLCLOCK_SECONDS=$((600 * 8 / processes)) ;;
     proxy)
         # Short, so an average over fewer steps, and fewer documents to adapt on.
         export DATA_PATH=.data/proxy MAX_WALLCLOCK_SECONDS=180 EMA_DECAY=0.97 PHASED_TTT_PREFIX_DOCS=100 ;;
@@ -168,19 +184,15 @@ export FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1
 
 eval "$outside"
 
-[[ ${1:-} != check ]] || exec "$python" check.py "${@:2}"
+[[ $command != one-gpu ]] || echo "one-gpu: $processes GPUs, $MAX_WALLCLOCK_SECONDS s of training"
+[[ $command != check ]] || exec "$python" check.py "${@:2}"
 # A submission folder has no check.py: the preflight belongs to the repository.
 if [[ -f check.py && ${SKIP_CHECK:-0} != 1 ]] && ! "$python" check.py --quiet; then
     echo "error: not started; correct the errors above, or SKIP_CHECK=1 starts all the same" >&2
     exit 1
 fi
 
-processes=${NPROC_PER_NODE:-$((gpus ? gpus : 1))}
-if [[ ! $processes =~ ^[1248]$ ]]; then
-    echo "error: $processes processes (found $gpus GPUs): expected 1, 2, 4 or 8, because one optimizer step is 8 rows" \
-         "dealt evenly; set NPROC_PER_NODE" >&2
-    exit 2
-fi
+count_processes
 if ((processes == 1)); then
     exec "$python" train_gpt.py
 fi

@@ -128,7 +128,8 @@ class Run:
     speed: dict[str, str] = field(default_factory=dict)
     clock_ms: float | None = None  # steps and calibration, as the log says
     calibration_s: float | None = None
-    peak_mib: int | None = None
+    peak_mib: int | None = None  # of training
+    eval_peak_mib: int | None = None  # of scoring
     pre: Diagnostic | None = None
     quantized: Diagnostic | None = None
     ttt: Diagnostic | None = None
@@ -347,7 +348,7 @@ def _read_line(run: Run, line: str) -> None:
         run.params = count(fields["model_params"])
     elif line.startswith("gptq:reserving"):
         run.reserve_s, run.effective_ms = number(line.split()[1]), number(fields["effective"])
-    elif event == "warmup done":
+    elif event in ("warmup", "warmup done"):
         run.warmup_s = number(fields["elapsed_s"])
     elif re.match(r"\d+/\d+ train_loss:", line):
         run.curve.append(
@@ -415,6 +416,8 @@ def _read_line(run: Run, line: str) -> None:
         _, fields = parse_line(line.removeprefix("ttt_phased:"))
         run.phased = {name: count(fields[name]) for name in ("total_docs", "prefix_docs", "suffix_docs")}
         run.boundaries = [int(text) for text in re.findall(r"\d+", fields.get("boundaries", ""))]
+    elif event == "ttt" and "peak_allocated_mib" in fields:
+        run.eval_peak_mib = count(fields["peak_allocated_mib"])
     elif event == "ttt" and "batch" in fields:
         done, total = fields["batch"].split("/")
         run.batches.append(

@@ -14,43 +14,8 @@ from hypothesis import strategies as st
 
 import ablate
 from ablate import AblationError, Result, read_arms, read_result, reach, saved_at_equal
+from log_samples import BYTES, write_log
 from toy_data import environment, write_run_data
-
-# A whole run's log, with the fields that the tests set.
-LOG = """\
-  gptq_reserve_seconds: 4.0
-  max_wallclock_seconds: {budget}
-  seed: {seed}
-versions python:3.12.1 torch:2.11.0+cu130 numpy:2.4.6 triton:3.6.0 device:"{device}" world_size:{world_size} compute_dtype:bfloat16
-run run_id:any tokenizer:any.model data_source:check_figures
-val_tokens: {val_tokens}
-model_params:35945761
-source:
-  seed: 99
-quantized_ttt_phased val_loss:9.9 val_bpb:9.9
-source_end
-500/20000 train_loss: 2.5734 train_time: 0.8m tok/s: 8152722
-stopping_early: wallclock_cap train_time: 596047ms step: 4852/20000
-train speed loops_off_tok_per_s:8090000 loops_off_step_ms:97.2 loops_on_tok_per_s:5460000 loops_on_step_ms:144.0 steps:4852
-peak memory allocated: 41737 MiB reserved: 47034 MiB
-diagnostic pre-quantization post-ema val_loss:2.32769483 val_bpb:{pre} eval_time:9771ms targets:47853341 bytes:151080000
-Serialized model: 135421514 bytes
-GPTQ:collected 67 Hessians in 3.1s
-train clock_s:599.1 steps_s:596.0 calibration_s:3.1 budget_s:600
-Code size (uncompressed): 219377 bytes
-Code size (compressed): 42190 bytes
-Serialized model quantized+pergroup: 15942131 bytes
-Total submission size quantized+pergroup: {total_bytes} bytes
-diagnostic quantized val_loss:2.34416937 val_bpb:1.25 eval_time:78945ms targets:47853341 bytes:151080000
-ttt batch:1/2 bpb:1.26 documents:64 doc_len:340-341 lane:0 phase:1/2
-"""
-TTT = """\
-quantized_ttt_phased val_loss:2.5 val_bpb:{ttt} eval_time:521127ms targets:47853341 bytes:151080000
-total_eval_time:{eval_s}s
-"""
-
-FULL = dict(budget="600.0", seed=42, device="NVIDIA H100 80GB HBM3", world_size=1, val_tokens=5, pre=1.2,
-            total_bytes=15_984_321, ttt=1.125, eval_s=521.1)
 
 # Stands for train_gpt.py: BPB falls with ITERATIONS and BETA2; every run is noted in the file RUNS.
 SCRIPT = """\
@@ -103,16 +68,15 @@ def bench(tmp_path, monkeypatch):
 
 # -- logs
 
-def test_a_log_is_read():
-    lines = (LOG + TTT).format(**FULL).splitlines()
-    lines.insert(1, "layer_loop:enabled step:2000 frac:0.350 encoder:[0, 1] decoder:[2]")
-    result = read_result(lines)
-    assert (result.device, result.torch) == ("1x NVIDIA H100 80GB HBM3", "2.11.0+cu130")
-    assert (result.steps, result.train_s, result.curve) == (4852, 596.0, [(500, 2.5734)])
+def test_a_log_is_read(tmp_path):
+    result = read_result(write_log(tmp_path, pre=1.2, quantized=1.25, ttt=1.125, loss=2.4).read_text().splitlines())
+    assert (result.device, result.torch) == ("8x NVIDIA H100 80GB HBM3", "2.11.0+cu130")
+    assert (result.steps, result.train_s) == (4852, 596.0)
+    assert result.curve == [(1, 9.0087), (500, 2.5734), (4500, 2.4)]
     assert (result.pre_bpb, result.quantized_bpb, result.ttt_bpb) == (1.2, 1.25, 1.125)
     assert result.final_bpb == 1.125
     assert (result.eval_s, result.total_bytes, result.params) == (521.127, 15_984_321, 35_945_761)
-    assert result.val_bytes == 151_080_000
+    assert result.val_bytes == BYTES
 
 
 def test_seconds_come_from_the_mean_steps_when_nothing_states_them():

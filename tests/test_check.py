@@ -28,12 +28,13 @@ def texts(items, level):
 def fake_smi(tmp_path, monkeypatch):
     """fake_smi(gpus=..., apps=..., throttled=...) puts an nvidia-smi on the PATH that answers with these rows."""
 
-    def install(gpus="0, GPU-a, NVIDIA H100 80GB HBM3, 81559, 81000, 580.1", apps="", throttled="Not Active"):
+    def install(gpus="0, GPU-a, NVIDIA H100 80GB HBM3, 81559, 81000, 580.1", apps="", throttled="Not Active", listed=""):
         folder = tmp_path / "bin"
         folder.mkdir(exist_ok=True)
         script = folder / "nvidia-smi"
         script.write_text(f"""#!/bin/sh
 case "$1" in
+    -L) echo "{listed}" ;;
     *compute-apps*) echo "{apps}" ;;
     *clocks_event*) echo "0, {throttled}" ;;
     *) echo "{gpus}" ;;
@@ -137,6 +138,51 @@ def test_somebody_else_on_the_gpu_is_an_error(one_h100, fake_smi):
     assert "not visible here" in texts(check.check_gpus(gpt.Config(), {}), "warning")
 
 
+FOUR = [{"index": str(i), "uuid": f"GPU-{letter}0{letter}0"} for i, letter in enumerate("abcd")]
+MIG_LIST = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-a0a0)
+GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-b0b0)
+  MIG 1g.10gb     Device  0: (UUID: MIG-17c9)
+  MIG 1g.10gb     Device  1: (UUID: MIG-2e55)"""
+
+
+@pytest.mark.parametrize(
+    ("text", "chosen"),
+    [
+        (None, "abcd"),
+        ("0,2", "ac"),
+        ("GPU-c0c0", "c"),
+        ("GPU-d, 1", "db"),
+        ("MIG-2e55", "b"),
+        ("MIG-17c9,MIG-2e55", "b"),
+        ("MIG-GPU-c0c0/1/0", "c"),
+        ("1,-1,2", "b"),
+        ("", ""),
+    ],
+)
+def test_gpus_are_named_by_number_uuid_or_slice(fake_smi, text, chosen):
+    fake_smi(listed=MIG_LIST)
+    assert [gpu["uuid"][4] for gpu in check.choose_visible(FOUR, text)] == list(chosen)
+
+
+def test_only_the_gpu_named_by_its_uuid_is_looked_at(one_h100, fake_smi):
+    rows = "0, GPU-a, NVIDIA H100 80GB HBM3, 81559, 9, 580.1\n1, GPU-b, NVIDIA H100 80GB HBM3, 81559, 81000, 580.1"
+    fake_smi(gpus=rows, apps="GPU-a, 77, python3, 40000")
+    items = list(check.check_gpus(gpt.Config(), {"CUDA_VISIBLE_DEVICES": "GPU-b"}))
+    assert not texts(items, "error") and "81,000 MiB free" in texts(items, "ok")
+
+
+def test_a_slice_of_a_gpu_is_no_record_machine_and_has_its_own_memory(one_h100, fake_smi, monkeypatch):
+    fake_smi(gpus="1, GPU-b0b0, NVIDIA H100 80GB HBM3, [N/A], [N/A], 580.1", listed=MIG_LIST,
+             apps="GPU-b0b0, 77, python3, 4000")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100 80GB HBM3 MIG 1g.10gb")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=9856 << 20))
+    items = list(check.check_gpus(gpt.Config(), {"CUDA_VISIBLE_DEVICES": "MIG-17c9"}))
+    found = levels(items)
+    assert found["gpu"] == found["gpu models"] == found["other runs"] == "warning"
+    assert "free are 9,856" in texts(items, "error")
+
+
 def test_a_throttled_gpu_is_a_warning(one_h100, fake_smi):
     fake_smi(throttled="Active")
     assert "GPU 0: hw_slowdown" in texts(check.check_gpus(gpt.Config(), {}), "warning")
@@ -164,6 +210,13 @@ def test_a_missing_kernel_is_an_error_unless_slow_runs_are_allowed(monkeypatch):
     assert not texts(check.check_kernels(gpt.Config(allow_slow=True), (9, 0)), "error")
     assert "FlashAttention-2" in texts(check.check_kernels(gpt.Config(), (8, 0)), "error")
     assert "COMPILE=0" in texts(check.check_kernels(gpt.Config(compile=False), (8, 0)), "error")
+
+
+def test_a_kernel_package_that_cannot_be_imported_is_an_error(monkeypatch):
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: name in ("triton", "flash_attn") or None)
+    monkeypatch.setattr(check, "version_of", check.pinned(check.REPO / "requirements-gpu.txt").get)
+    told = texts(check.check_kernels(gpt.Config(), (9, 0)), "error")
+    assert "nvidia-cutlass-dsl is installed, but `import cutlass` finds nothing" in told and "PYTHONPATH" in told
 
 
 def test_memory_is_compared_with_the_peak_of_a_log_of_such_a_model(monkeypatch):
@@ -314,6 +367,32 @@ def test_every_item_is_one_line_and_errors_give_exit_code_1(monkeypatch, capsys)
 def test_run_sh_refuses_wrong_usage_with_exit_code_2(repo, tmp_path, arguments, words):
     told = run_sh(fake_run(repo, tmp_path), *arguments, PYTHON="./python")
     assert told.returncode == 2 and words in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "companion"),
+    [("check", "check.py"), ("seeds", "report.py"), ("proxy", "demo.py"), ("demo", "demo.py"), ("test", "tests")],
+)
+def test_a_command_whose_companion_is_not_in_a_submission_is_refused_in_a_sentence(
+    repo, tmp_path, command, companion
+):
+    shutil.copy(repo / "run.sh", tmp_path)
+    told = run_sh(tmp_path, command, "42")
+    assert told.returncode == 2 and told.stdout == ""
+    assert told.stderr == (
+        f"error: ./run.sh {command} needs {companion}, which is in the repository, not here; run it there\n"
+    )
+
+
+@pytest.mark.parametrize("processes", ["three", "3", "0"])
+def test_one_gpu_refuses_numbers_of_processes_that_do_not_divide_a_step(repo, tmp_path, processes):
+    told = run_sh(fake_run(repo, tmp_path), "one-gpu", NPROC_PER_NODE=processes, PYTHON="./python")
+    assert told.returncode == 2 and told.stderr.startswith("error: ") and told.stderr.count("\n") == 1
+
+
+def test_one_gpu_says_the_budget_that_holds(repo, tmp_path):
+    told = run_sh(fake_run(repo, tmp_path), "one-gpu", NPROC_PER_NODE="2", MAX_WALLCLOCK_SECONDS="30", PYTHON="./python")
+    assert "one-gpu: 2 GPUs, 30 s of training" in told.stdout
 
 
 def test_run_sh_says_how_to_install_what_an_interpreter_lacks(repo, tmp_path):

@@ -428,14 +428,18 @@ def test_weights_that_are_not_finite_end_the_run_without_a_checkpoint(tmp_path, 
     assert "last good value: train_loss" in message and not list((tmp_path / "checkpoints").iterdir())
 
 
-def test_a_loss_that_is_not_finite_between_two_log_lines_ends_the_run(tmp_path, monkeypatch):
-    write_run_data(tmp_path / "data")
+def make_seventh_step_infinite(monkeypatch):
     train_rows, steps = gpt.train_rows, []
 
     def one_bad_step(*args, **kwargs):
         steps.append(train_rows(*args, **kwargs))
         return steps[-1] * (float("inf") if len(steps) == 7 else 1)
     monkeypatch.setattr(gpt, "train_rows", one_bad_step)
+
+
+def test_a_loss_that_is_not_finite_between_two_log_lines_ends_the_run(tmp_path, monkeypatch):
+    write_run_data(tmp_path / "data")
+    make_seventh_step_infinite(monkeypatch)
     message = check_failure(Finished(tmp_path, iterations=9, warmup_steps=0))
     assert "train_loss up to step 9 is inf" in message and "at step 5;" in message
 
@@ -443,12 +447,7 @@ def test_a_loss_that_is_not_finite_between_two_log_lines_ends_the_run(tmp_path, 
 def test_a_loss_that_is_not_finite_after_the_last_log_line_ends_the_run(tmp_path, monkeypatch):
     """A run that its clock stops ends between two log lines."""
     write_run_data(tmp_path / "data")
-    train_rows, steps = gpt.train_rows, []
-
-    def one_bad_step(*args, **kwargs):
-        steps.append(train_rows(*args, **kwargs))
-        return steps[-1] * (float("inf") if len(steps) == 7 else 1)
-    monkeypatch.setattr(gpt, "train_rows", one_bad_step)
+    make_seventh_step_infinite(monkeypatch)
     monkeypatch.setattr(gpt, "plan_step", lambda cfg, step, *rest: (step / cfg.iterations, step == 8))
     message = check_failure(Finished(tmp_path, iterations=100, warmup_steps=0))
     assert "train_loss up to step 8 is inf" in message and "at step 5;" in message

@@ -1,0 +1,179 @@
+"""benchmarks/rehearsal.py: its validation set is the record's in small, its table follows from logs, its faults bite."""
+import json
+import re
+import signal
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import train_gpt as gpt
+from helpers import tiny_config
+from log_samples import write_log
+from toy_data import write_run_data
+
+
+@pytest.fixture(scope="module")
+def rehearsal():
+    sys.path.insert(0, str(gpt.REPO / "benchmarks"))
+    try:
+        import rehearsal
+    finally:
+        sys.path.remove(str(gpt.REPO / "benchmarks"))
+    return rehearsal
+
+
+# --- validation ---------------------------------------------------------------------------------------------
+
+def test_the_validation_set_has_the_records_lengths_and_passes_every_check_of_a_run(rehearsal, tmp_path):
+    source, folder = write_run_data(tmp_path / "source"), tmp_path / "made"
+    notes = rehearsal.make_validation(folder, source, share=1000, train_shards=5)
+    cfg = tiny_config(data_path=str(folder), allow_unverified=False)
+    data, run = gpt.Dataset.open(cfg), gpt.Run(cfg)
+    assert gpt.check_tokenizer(cfg, data).parent == folder and len(data.train) == 5
+    for split in ("train", "val"):
+        assert data.check_values(cfg, run, split)
+    tokens, num_bytes = data.load_validation()
+    docs = gpt.find_documents(tokens)
+    assert sorted(docs.length) == rehearsal.stratified_lengths(1000).tolist()
+    assert notes == {"share": 1000, "documents": len(docs.start), "prefix_docs": 1} == rehearsal.notes_of(folder)
+    text = gpt.read_shard(source / "fineweb_val_000000.bin")
+    assert set(tokens.tolist()) == set(text.tolist())
+    assert not num_bytes[tokens == gpt.BOS].any() and num_bytes[tokens != gpt.BOS].all()
+
+
+@pytest.mark.parametrize("share", [2, 8, 50])
+def test_a_stratified_share_holds_its_part_of_the_targets(rehearsal, share):
+    part, whole = rehearsal.stratified_lengths(share), rehearsal.evaluation.record_lengths()
+    assert len(part) == len(whole) // share
+    assert rehearsal.record_targets(part) * share == pytest.approx(rehearsal.record_targets(whole), rel=0.01)
+
+
+def test_scaling_a_run_that_took_what_was_predicted_gives_what_is_predicted_for_all(rehearsal, tmp_path):
+    notes, part = {"share": 100}, rehearsal.stratified_lengths(100)
+    predicted_s = rehearsal.predicted_seconds(gpt.Config(), part, 10, 4)
+    run = SimpleNamespace(path=tmp_path / "log", world_size=4, ttt=SimpleNamespace(ms=1000 * predicted_s),
+                          phased={"total_docs": len(part), "prefix_docs": 10},
+                          setting=lambda name: getattr(gpt.Config(), name))
+    rows = dict(rehearsal.scale_evaluation(run, notes))
+    by_plan = [value for name, value in rows.items() if "on 4 GPUs, measured times" in name and "planned" in name]
+    assert by_plan == [rows["evaluation of all on 4 GPUs, predicted"]]
+    run.phased["total_docs"] += 1
+    with pytest.raises(rehearsal.RehearsalError, match="--data"):
+        list(rehearsal.scale_evaluation(run, notes))
+
+
+# --- table --------------------------------------------------------------------------------------------------
+
+def test_the_table_follows_from_the_logs(rehearsal, tmp_path, capsys):
+    eight = write_log(tmp_path / "logs", "eight")
+    one = write_log(tmp_path / "logs", "one", world_size=1)
+    one.write_text(one.read_text().replace("tok_per_s:8090000", "tok_per_s:1070000")
+                   .replace("tok_per_s:5460000", "tok_per_s:700000"))
+    (tmp_path / "gpu_busy.csv").write_text("training,0,90\ntraining,0,100\ntraining,1,80\nscoring,0,50\n")
+    assert rehearsal.main(["table", str(eight), "--against", str(one)]) == 0
+    rows = dict(re.fullmatch(r"\| (.*) \| (.*) \|", line).groups() for line in capsys.readouterr().out.splitlines())
+    assert rows["steps"] == "4,852"
+    assert rows["tokens/s, loops off / on"] == "8,090,000 / 5,460,000"
+    assert rows["tokens/s per GPU, loops off / on"] == "1,011,250 / 682,500"
+    assert rows["scaling efficiency against 1 GPU (one)"] == "94.5 % / 97.5 %"
+    assert rows["time: training"] == "596.0 s" and rows["time: calibration"] == "3.1 s"
+    assert rows["time: scoring with test-time training"] == "521.1 s"
+    assert rows["peak memory allocated per GPU, training"] == "41,737 MiB"
+    assert rows["GPU without a kernel in training, mean by GPU (2 samples)"] == "5 %, 20 %"
+    assert rows["time of the slowest rank at each barrier"] == "not in the log"
+
+
+def test_a_stage_is_known_by_the_line_that_begins_it(rehearsal, tmp_path):
+    text = rehearsal.runlog.SOURCE.sub("", write_log(tmp_path).read_text())
+    found = [rehearsal.stage_of(text[:end.end()]) for end in re.finditer("\n", text)]
+    reached = list(dict.fromkeys(found))
+    assert reached == [stage for stage in ["start", *rehearsal.BEGINS] if stage in reached]
+    assert {"training", "diagnostic before", "quantization", "end"} <= set(reached)
+
+
+# --- faults and nodes ---------------------------------------------------------------------------------------
+
+def test_an_outcome_that_breaks_a_promise_is_told(rehearsal, tmp_path):
+    fault, stage = rehearsal.FAULTS["killed"], rehearsal.STAGES["calibration"]
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "rehearsal.weights").write_bytes(b"broken")
+    launch = SimpleNamespace(process=SimpleNamespace(returncode=0), texts=lambda: ("", "it ended in stage training"))
+    problems = rehearsal.check_outcome(launch, fault, stage, 15.1, tmp_path, {})
+    assert [problem.split(":")[0].split(", ")[0] for problem in problems[:4]] == [
+        "ended after 15.1 s", "exit code 0", "no message names stage calibration", "no message names a rank"]
+    assert "rehearsal.weights: expected a file beginning with" in problems[4]
+    launch.process.returncode = None
+    assert rehearsal.check_outcome(launch, fault, stage, 75.0, tmp_path, {}) == ["still running after 75 s"]
+
+
+def test_losses_are_compared_line_by_line(rehearsal):
+    one = ["1/20 train_loss: 9.0", "diagnostic quantized val_loss:2.5 val_bpb:1.0"]
+    assert rehearsal.largest_difference(one, one) == 0
+    assert rehearsal.largest_difference(one, [one[0], one[1].replace("2.5", "2.25")]) == 0.25
+    assert rehearsal.largest_difference(one, one[::-1]) == rehearsal.largest_difference(one, one[:1]) == float("inf")
+    assert rehearsal.losses_of("\n".join(["any", *one])) == one
+
+
+@pytest.mark.two_process
+def test_a_killed_rank_ends_the_run_in_time_with_its_messages(rehearsal, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert rehearsal.main(["faults", "--processes", "2", "--only", "killed:training"]) == 0
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert "| killed in training |" in row and "as it should" in row
+    assert "in stage training" in row and "rank 1 was killed" in row
+
+
+@pytest.mark.slow
+@pytest.mark.two_process
+def test_every_fault_in_every_stage_is_met_as_promised(rehearsal, repo, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("PYTHONPATH", str(repo))
+    monkeypatch.setitem(rehearsal.FAULTS, "stopped", rehearsal.Fault(signal.SIGSTOP, 40.0))
+    script = str(repo / "tests" / "two_process_limit.py")
+    assert rehearsal.main(["faults", "--processes", "2", "--script", script]) == 0, capsys.readouterr().out
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 6 and all("as it should" in row for row in rows)
+    assert all("made no progress" in row for row in rows if "stopped" in row)
+
+
+@pytest.mark.slow
+@pytest.mark.two_process
+def test_two_rendezvous_members_compute_what_one_launch_does_and_write_once(rehearsal, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    small = ["--set", "ITERATIONS=3", "--set", "TTT_EVAL_SEQ_LEN=64", "--set", "TTT_CHUNK_SIZE=63"]
+    assert rehearsal.main(["nodes", "--processes", "2", *small]) == 0, capsys.readouterr()
+    assert "identical:1 largest_difference:0 files_written_once:1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["run"], "run needs --data"), (["faults", "--processes", "1"], "at least two processes"),
+    (["nodes", "--processes", "1"], "even number"), (["table", "no.txt"], "no.txt: expected a log file"),
+    (["faults", "--set", "iterations=3"], "expected NAME=VALUE"), (["faults", "--only", "killed"], "invalid choice")])
+def test_wrong_usage_gets_a_sentence_and_exit_code_two(rehearsal, capsys, arguments, message):
+    assert rehearsal.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_existing_folders_are_left_alone(rehearsal, tmp_path, capsys):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rehearsal.txt").write_text("a log")
+    for arguments in (["validation", str(tmp_path), "--source", str(tmp_path)], ["nodes", "--out", str(tmp_path)],
+                      ["run", "--data", str(tmp_path), "--out", str(tmp_path)]):
+        assert rehearsal.main(arguments) == 2 and "exists" in capsys.readouterr().err
+    assert (tmp_path / "logs" / "rehearsal.txt").read_text() == "a log"
+
+
+def test_a_manifest_of_any_other_folder_notes_nothing(rehearsal, tmp_path):
+    assert rehearsal.notes_of(tmp_path) == rehearsal.notes_of(None) == {}
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": {}}))
+    assert rehearsal.notes_of(tmp_path) == {}
+
+
+def test_toy_shards_are_a_data_folder_of_the_family(rehearsal, tmp_path):
+    folder = rehearsal.write_toy(tmp_path / "toy", documents=5, longest=60)
+    cfg = gpt.Config(data_path=str(folder), vocab_size=rehearsal.TOY_VOCAB)
+    data = gpt.Dataset.open(cfg)
+    assert data.manifest and gpt.check_tokenizer(cfg, data).parent == folder
+    assert len(gpt.find_documents(np.asarray(data.load_validation()[0])).start) == 5
