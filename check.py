@@ -92,13 +92,14 @@ def choose_visible(gpus: list[dict[str, str]], text: str | None) -> list[dict[st
     parents = mig_parents() if "MIG-" in text else {}
     found = []
     for name in (name.strip() for name in text.split(",")):
-        if name.startswith("MIG-GPU-"):                  # of older drivers: MIG-GPU-<uuid>/<instance>/<instance>
+        if name.startswith("MIG-GPU-"):                  # of older drivers: MIG-GPU-<uuid>/<gi>/<ci>
             uuid = name.removeprefix("MIG-").split("/")[0]
         elif name.startswith("MIG-"):
             uuid = next((gpu for mig, gpu in parents.items() if mig.startswith(name)), None)
         else:
             uuid = name if name.startswith("GPU-") else None
-        gpu = next((gpu for gpu in gpus if gpu["index"] == name or uuid and gpu["uuid"].startswith(uuid)), None)
+        fitting = (gpu for gpu in gpus if gpu["index"] == name or uuid and gpu["uuid"].startswith(uuid))
+        gpu = next(fitting, None)
         if gpu is None:
             break
         found += [gpu] if gpu not in found else []
@@ -228,7 +229,7 @@ def check_gpus(cfg, env: Mapping[str, str]) -> Iterator[Item]:
         + ("" if record else f"; record runs are 8x H100{fewer}"),
     )
     if slices:
-        yield Item("warning", "gpu models", f"{slices[0]}: a slice of a GPU, with a part of its speed and memory")
+        yield Item("warning", "gpu models", f"{slices[0]}: a slice, with a part of a GPU's speed and memory")
     if len(set(names)) > 1:
         yield Item("warning", "gpu models", f"{sorted(set(names))}: the slowest sets the pace")
     yield from check_kernels(cfg, torch.cuda.get_device_capability(0))
@@ -318,12 +319,12 @@ def check_kernels(cfg, capability: tuple[int, int]) -> Iterator[Item]:
             "attention",
             f"no FlashAttention-3 or -4; {sys.executable} -m pip install -r requirements-gpu.txt",
         )
-    elif unseen := [name for name, module in GPU_MODULES.items() if have.get(name) and not has_module(module)]:
+    elif unseen := [name for name, module in GPU_MODULES.items() if have[name] and not has_module(module)]:
         yield Item(
             bad,
             "attention",
-            f"{unseen[0]} is installed, but `import {GPU_MODULES[unseen[0]]}` finds nothing: .pth files are read in "
-            f"site-packages only, not on PYTHONPATH; {sys.executable} -m pip install -r requirements-gpu.txt",
+            f"{unseen[0]} is installed, but `import {GPU_MODULES[unseen[0]]}` finds nothing: .pth files are "
+            f"read in site-packages only, not on PYTHONPATH; {sys.executable} -m pip install -r requirements-gpu.txt",
         )
     elif have != wanted:
         yield Item(

@@ -1,16 +1,20 @@
 #!/usr/bin/env python3
-"""Rehearse the record run on the GPUs of one host: every measurement that a rehearsal owes, by one command each.
+"""Rehearse the record run on the GPUs of one host: each measurement that a rehearsal owes is one command.
 
-    python benchmarks/rehearsal.py validation DIR --source SHARDS   shards whose validation documents are as long as
-                                                                    the record's: a stratified eighth of them
-    python benchmarks/rehearsal.py run --data DIR [--against LOG]   the record run on all GPUs, then the table
-    python benchmarks/rehearsal.py table LOG [--data DIR] [--against LOG]       the table of a log
-    python benchmarks/rehearsal.py faults [--together]              a rank killed or stopped in three stages
-    python benchmarks/rehearsal.py nodes                            two rendezvous members against one launch
+    python benchmarks/rehearsal.py validation DIR --source SHARDS
+        shards whose validation documents are as long as the record's, a stratified eighth of them
+    python benchmarks/rehearsal.py run --data DIR [--against LOG]
+        the record run on all GPUs, then its table
+    python benchmarks/rehearsal.py table LOG [--data DIR] [--against LOG]
+        the table of a log
+    python benchmarks/rehearsal.py faults [--together]
+        a rank killed or stopped in three stages
+    python benchmarks/rehearsal.py nodes
+        two rendezvous members against one launch
 
-Each takes --processes (1, 2, 4 or 8; default: the GPUs, without one two processes on the CPU) and --set NAME=VALUE.
-`faults` and `nodes` run a small model, on a CPU too; their data are made unless --data names shards. Linux only:
-ranks are found in /proc. Exit codes: 0 done, 1 something did not hold, 2 wrong usage.
+Each takes --processes (1, 2, 4 or 8; default: the GPUs, without one two processes on the CPU) and
+--set NAME=VALUE. `faults` and `nodes` run a small model, on a CPU too; their data are made unless --data
+names shards. Linux only: ranks are found in /proc. Exit codes: 0 done, 1 something did not hold, 2 bad usage.
 """
 from __future__ import annotations
 
@@ -53,7 +57,7 @@ POLL_S = 0.02
 START_LIMIT_S = 900.0                    # for a stage to be reached; a first start compiles
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-# A line of the log that says that a stage has begun: the one by which faults are timed, and GPU samples counted.
+# A line of the log that says that a stage has begun: by it faults are timed and GPU samples counted.
 BEGINS = {
     "compilation": r"gptq:reserving |warmup_step: ",
     "training": r"1/\d+ train_loss: ",
@@ -95,8 +99,8 @@ def write_validation(folder: Path, tokens: np.ndarray, num_bytes: np.ndarray, to
         target = path.resolve()
         hashes[target] = hashes.get(target) or sha256(target)
         files[path.name] = {"values": gpt.read_shard_header(path), "sha256": hashes[target]}
-    manifest = {"files": files, "val": {"tokens": len(tokens), "sidecar_bytes": int(num_bytes.sum(dtype=np.int64))},
-                "tokenizer": dict(tokenizer), **notes}
+    totals = {"tokens": len(tokens), "sidecar_bytes": int(num_bytes.sum(dtype=np.int64))}
+    manifest = {"files": files, "val": totals, "tokenizer": dict(tokenizer), **notes}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
@@ -113,7 +117,8 @@ def write_toy(folder: Path, documents: int, longest: int) -> Path:
     words = ("".join(rng.choice(list("abcdefghijklmnop"), 5)) for _ in range(2000))
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=words, model_writer=tokenizer, model_type="bpe", vocab_size=TOY_VOCAB, pad_id=0,
-        bos_id=gpt.BOS, eos_id=2, unk_id=3, user_defined_symbols=[chr(0xE001 + k) for k in range(4)], minloglevel=2)
+        bos_id=gpt.BOS, eos_id=2, unk_id=3, user_defined_symbols=[chr(0xE001 + k) for k in range(4)],
+        minloglevel=2)
     (folder / "toy.model").write_bytes(tokenizer.getvalue())
     phrases = rng.integers(8, TOY_VOCAB, (4, 50))
 
@@ -129,7 +134,7 @@ def write_toy(folder: Path, documents: int, longest: int) -> Path:
 
 
 def stratified_lengths(share: int) -> np.ndarray:
-    """Lengths of every `share`-th of the record's documents in the order of their lengths, from the middle."""
+    """Lengths of every `share`-th of the record's documents in the order of length, from the middle."""
     return evaluation.record_lengths()[share // 2::share]
 
 
@@ -138,8 +143,9 @@ def record_targets(lengths: np.ndarray) -> int:
 
 
 def make_validation(folder: Path, source: Path, share: int, train_shards: int) -> dict[str, int]:
-    """Write a data folder: the record's document lengths, filled with the text of the source's validation split over
-    and over, and the source's training shards, repeated, as links. Returns what the manifest notes."""
+    """Write a data folder: the record's document lengths, filled with the text of the source's validation
+    split over and over, and the source's training shards, repeated, as links. Returns the manifest's notes.
+    """
     data = gpt.Dataset.open(gpt.Config(data_path=str(source), allow_unverified=True))
     manifest = data.manifest or {}
     vocab_size = manifest.get("tokenizer", {}).get("vocab_size", gpt.Config().vocab_size)
@@ -160,7 +166,8 @@ def make_validation(folder: Path, source: Path, share: int, train_shards: int) -
     tokens, num_bytes = np.resize(text, count), np.resize(text_bytes, count)
     borders = np.append(docs.start, count - 1)
     tokens[borders], num_bytes[borders] = gpt.BOS, 0
-    notes = {"share": share, "documents": len(docs.start), "prefix_docs": gpt.Config().phased_ttt_prefix_docs // share}
+    prefix_docs = gpt.Config().phased_ttt_prefix_docs // share
+    notes = {"share": share, "documents": len(docs.start), "prefix_docs": prefix_docs}
     write_validation(folder, tokens, num_bytes, describe_tokenizer(tokenizer, vocab_size), rehearsal=notes,
                      **({"merges": merges} if merges else {}))
     return notes
@@ -185,7 +192,7 @@ def environment(settings: Mapping[str, object]) -> dict[str, str]:
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """End a launcher that leads a process group; it is asked first, for torchrun's workers have groups of their own."""
+    """End a launcher that leads a process group. It is asked first: torchrun's workers are outside."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is None:
             os.killpg(process.pid, number)
@@ -201,14 +208,15 @@ def children(parent: int) -> Iterator[int]:
 
 
 class Launch:
-    """A run in a folder of its own, its output in files there. Use as a context manager: nothing outlives it."""
+    """A run in a folder of its own, its output in files there; as a context manager nothing outlives it."""
 
-    def __init__(self, folder: Path, command: Sequence[str], settings: Mapping[str, object], name: str = "") -> None:
+    def __init__(self, folder: Path, command: Sequence[str], settings: Mapping[str, object],
+                 name: str = "") -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.out, self.err = folder / f"stdout{name}.txt", folder / f"stderr{name}.txt"
         with open(self.out, "w") as out, open(self.err, "w") as err:
-            self.process = subprocess.Popen(command, cwd=folder, env=environment(settings), stdout=out, stderr=err,
-                                            start_new_session=True)
+            self.process = subprocess.Popen(command, cwd=folder, env=environment(settings), stdout=out,
+                                            stderr=err, start_new_session=True)
 
     def __enter__(self) -> "Launch":
         return self
@@ -265,7 +273,7 @@ def small_settings(data: Path) -> dict[str, object]:
 # --- (a) the run and its table ------------------------------------------------------------------------------
 
 class BusySampler:
-    """Once a second the share of time in which a kernel ran on each GPU, with the stage that the log has reached.
+    """Once a second the share of time in which a kernel ran on each GPU, with the stage that is reached.
 
     A collective that waits for another rank is a kernel too: idle time shows where ranks do not wait inside
     collectives, as in test-time training, and between kernels.
@@ -287,7 +295,8 @@ class BusySampler:
         with open(self.save, "w", encoding="utf-8") as file:
             for line in self.smi.stdout:
                 cells = [cell.strip() for cell in line.split(",")]
-                if len(cells) == 2 and all(cell.isdigit() for cell in cells) and int(cells[0]) < self.processes:
+                is_sample = len(cells) == 2 and all(cell.isdigit() for cell in cells)
+                if is_sample and int(cells[0]) < self.processes:
                     text = self.log.read_text(errors="replace") if self.log.exists() else ""
                     file.write(f"{stage_of(text)},{cells[0]},{cells[1]}\n")
                     file.flush()
@@ -348,7 +357,8 @@ def measurements(run: runlog.Run, against: runlog.Run | None) -> Iterator[tuple[
     if against is not None:
         single = [speed and speed / (against.world_size or 1) for speed in against.tok_per_s]
         efficiency = [a and b and 100 * a / ranks / b for a, b in zip(speeds, single)]
-        yield f"scaling efficiency against {against.world_size} GPU ({against.name})", pair(efficiency, "{:.1f} %")
+        name = f"scaling efficiency against {against.world_size} GPU ({against.name})"
+        yield name, pair(efficiency, "{:.1f} %")
     for stage, seconds in run.stages():
         yield f"time: {stage}", f"{seconds:,.1f} s"
     if run.peak_mib:
@@ -373,28 +383,30 @@ def scale_evaluation(run: runlog.Run, notes: Mapping[str, int]) -> Iterator[tupl
     """From the documents that were scored to all of the record's, beside what the prediction says of both."""
     if not notes or run.ttt is None or run.world_size is None:
         return
-    shapes = {name: int(run.setting(name)) for name in ("ttt_batch_size", "ttt_eval_seq_len", "ttt_chunk_size",
-                                                        "global_ttt_chunk_tokens")}
+    shapes = {name: int(run.setting(name)) for name in (
+        "ttt_batch_size", "ttt_eval_seq_len", "ttt_chunk_size", "global_ttt_chunk_tokens")}
     cfg, ranks = dataclasses.replace(gpt.Config(), **shapes), run.world_size
     part, whole = stratified_lengths(notes["share"]), evaluation.record_lengths()
     if run.phased["total_docs"] != len(part):
-        raise RehearsalError(f"{run.path}: scored {run.phased['total_docs']:,} documents, the folder's manifest says "
-                             f"{len(part):,}; name the folder that the run read with --data")
+        raise RehearsalError(f"{run.path}: scored {run.phased['total_docs']:,} documents, the folder's "
+                             f"manifest says {len(part):,}; name the folder that the run read with --data")
     prefix = cfg.phased_ttt_prefix_docs
     measured_s, of_part = run.ttt.ms / 1000, predicted_seconds(cfg, part, run.phased["prefix_docs"], ranks)
     of_whole = predicted_seconds(cfg, whole, prefix, ranks)
     ratio = record_targets(whole) / record_targets(part)
     yield "documents and targets scored, of the record's", (
         f"{len(part):,} of {len(whole):,}, {record_targets(part):,} of {record_targets(whole):,}")
-    yield f"evaluation of these on {ranks} GPUs, measured / predicted", f"{measured_s:.1f} s / {of_part:.1f} s"
-    yield f"evaluation of all on {ranks} GPUs, measured times {ratio:.3f} (targets)", f"{measured_s * ratio:.1f} s"
-    yield (f"evaluation of all on {ranks} GPUs, measured times {of_whole / of_part:.3f} (planned steps)",
-           f"{measured_s * of_whole / of_part:.1f} s")
-    yield f"evaluation of all on {ranks} GPUs, predicted", f"{of_whole:.1f} s"
+    of_all = f"evaluation of all on {ranks} GPUs"
+    by_plan = of_whole / of_part
+    yield (f"evaluation of these on {ranks} GPUs, measured / predicted",
+           f"{measured_s:.1f} s / {of_part:.1f} s")
+    yield f"{of_all}, measured times {ratio:.3f} (targets)", f"{measured_s * ratio:.1f} s"
+    yield f"{of_all}, measured times {by_plan:.3f} (planned steps)", f"{measured_s * by_plan:.1f} s"
+    yield f"{of_all}, predicted", f"{of_whole:.1f} s"
     if ranks != gpt.LANES:
         of_eight = predicted_seconds(cfg, whole, prefix, gpt.LANES)
-        yield (f"evaluation of all on {gpt.LANES} GPUs, measured times {of_eight / of_part:.3f} (planned steps) / "
-               "predicted", f"{measured_s * of_eight / of_part:.1f} s / {of_eight:.1f} s")
+        yield (f"evaluation of all on {gpt.LANES} GPUs, measured times {of_eight / of_part:.3f} "
+               "(planned steps) / predicted", f"{measured_s * of_eight / of_part:.1f} s / {of_eight:.1f} s")
 
 
 def as_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -403,8 +415,8 @@ def as_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def describe(log: Path, data: Path | None, against: Path | None, busy: Path) -> str:
     run = read_log(log)
-    rows = [*measurements(run, read_log(against) if against else None), *scale_evaluation(run, notes_of(data)),
-            *busy_rows(busy)]
+    other = read_log(against) if against else None
+    rows = [*measurements(run, other), *scale_evaluation(run, notes_of(data)), *busy_rows(busy)]
     return as_table(("measured", run.name), rows)
 
 
@@ -431,7 +443,8 @@ def run_command(options: argparse.Namespace) -> int:
             code = process.wait()
         finally:
             end_group(process)
-    print(f"rehearsal processes:{options.processes} exit_code:{code} wall_s:{time.monotonic() - start:.0f} log:{log}")
+    wall_s = time.monotonic() - start
+    print(f"rehearsal processes:{options.processes} exit_code:{code} wall_s:{wall_s:.0f} log:{log}")
     if log.exists():
         text = describe(log, options.data, options.against, busy)
         (out / "table.md").write_text(text + "\n", encoding="utf-8")
@@ -454,8 +467,10 @@ def validation_command(options: argparse.Namespace) -> int:
           f"scale:{record_targets(whole) / record_targets(part):.4f} train_shards:{options.train_shards}")
     of_part = predicted_seconds(cfg, part, notes["prefix_docs"], ranks)
     of_whole = predicted_seconds(cfg, whole, cfg.phased_ttt_prefix_docs, ranks)
-    print(f"predicted processes:{ranks} these_s:{of_part:.1f} all_s:{of_whole:.1f} ratio:{of_whole / of_part:.4f}")
-    print(f"use it with DATA_PATH={options.folder} PHASED_TTT_PREFIX_DOCS={notes['prefix_docs']}, as `run` does")
+    print(f"predicted processes:{ranks} these_s:{of_part:.1f} all_s:{of_whole:.1f} "
+          f"ratio:{of_whole / of_part:.4f}")
+    print(f"use it with DATA_PATH={options.folder} PHASED_TTT_PREFIX_DOCS={notes['prefix_docs']}, as `run` "
+          "does")
     return 0
 
 
@@ -488,8 +503,8 @@ class Outcome(NamedTuple):
 
 
 def make_base(options: argparse.Namespace, out: Path, data: Path) -> int:
-    """An undisturbed run whose checkpoint and artifact the evaluation cases go on from; returns the calibration
-    batches that keep a rank busy for CALIBRATION_S."""
+    """An undisturbed run whose checkpoint and artifact the evaluation cases go on from. Returns the
+    calibration batches that keep a rank busy for CALIBRATION_S."""
     settings = small_settings(data) | {"TTT_ENABLED": 0} | options.set
     with Launch(out / "base", launch_command(options.processes, options.script), settings) as base:
         code = base.process.wait(START_LIMIT_S)
@@ -538,7 +553,8 @@ def run_case(options: argparse.Namespace, out: Path, data: Path, case: str, batc
     with Launch(folder, launch_command(options.processes, options.script), settings) as launch:
         if not launch.wait_for(BEGINS[stage.name]):
             text = "\n".join(text[-600:] for text in launch.texts())
-            return Outcome(case, 0.0, launch.process.returncode, text, [f"stage {stage.name} was not reached"])
+            return Outcome(case, 0.0, launch.process.returncode, text,
+                           [f"stage {stage.name} was not reached"])
         time.sleep(0.3)                                   # the line stands just before the stage's first work
         ranks, victim = launch.ranks(), options.processes - 1
         start = time.monotonic()
@@ -550,8 +566,8 @@ def run_case(options: argparse.Namespace, out: Path, data: Path, case: str, batc
         problems = check_outcome(launch, fault, stage, ended_s, folder, settings)
         if victim not in ranks:
             problems.append(f"rank {victim} had ended before the fault; the stage is too short here")
-        left = [rank for rank, pid in ranks.items() if launch.process.returncode is not None and is_alive(pid)]
-        if left:
+        left = [rank for rank, pid in ranks.items() if is_alive(pid)]
+        if left and launch.process.returncode is not None:
             problems.append(f"ranks {left} outlived the launch")
     told = [line for line in launch.texts()[1].splitlines()
             if re.match(r"error: |interrupted by |RuntimeError: ", line)]
@@ -598,9 +614,10 @@ def faults_command(options: argparse.Namespace) -> int:
         with ThreadPoolExecutor(len(cases) if options.together else 1) as pool:
             outcomes = list(pool.map(lambda case: run_case(options, out, data, case, batches), cases))
     rows = [(outcome.case.replace(":", " in "), f"{outcome.ended_s:.1f} s", f"{outcome.exit_code}",
-             "; ".join(outcome.problems) or "as it should", outcome.last_words.replace("|", "/").replace("\n", " "))
-            for outcome in outcomes]
-    print(as_table(("last rank", f"all {options.processes} ended after", "exit code", "result", "last words"), rows))
+             "; ".join(outcome.problems) or "as it should",
+             outcome.last_words.replace("|", "/").replace("\n", " ")) for outcome in outcomes]
+    head = ("last rank", f"all {options.processes} ended after", "exit code", "result", "last words")
+    print(as_table(head, rows))
     return 1 if any(outcome.problems for outcome in outcomes) else 0
 
 
@@ -633,7 +650,9 @@ def largest_difference(one: Sequence[str], two: Sequence[str]) -> float:
     """Of the losses in two lists of log lines; infinite when the lines are not of the same kind."""
     numbers = [[float(re.search(r"loss: ?(\S+)", line)[1]) for line in lines] for lines in (one, two)]
     heads = [[re.split(r"(?:train|val)_loss", line)[0] for line in lines] for lines in (one, two)]
-    return max((abs(a - b) for a, b in zip(*numbers)), default=float("inf")) if heads[0] == heads[1] else float("inf")
+    if heads[0] != heads[1]:
+        return float("inf")
+    return max((abs(a - b) for a, b in zip(*numbers)), default=float("inf"))
 
 
 def nodes_command(options: argparse.Namespace) -> int:
@@ -649,9 +668,10 @@ def nodes_command(options: argparse.Namespace) -> int:
         with contextlib.ExitStack() as stack:
             members = []
             for number in range(2):
-                mine = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[number * half:(number + 1) * half])}
-                members.append(stack.enter_context(Launch(
-                    out / "two", command, settings | (mine if torch.cuda.is_available() else {}), f"_{number}")))
+                mine = dict(settings)
+                if torch.cuda.is_available():
+                    mine["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[number * half:(number + 1) * half])
+                members.append(stack.enter_context(Launch(out / "two", command, mine, f"_{number}")))
             codes += [member.process.wait(START_LIMIT_S) for member in members]
         outputs = [one.texts()[0], "".join(member.texts()[0] for member in members)]
         if any(codes):
@@ -665,8 +685,10 @@ def nodes_command(options: argparse.Namespace) -> int:
         files = [files_below(out / name) for name in ("one", "two")]
         if files[0] != files[1]:
             problems.append(f"files differ: {files[0]} and {files[1]}")
-        artifacts = [sha256(out / name / "checkpoints" / "rehearsal.artifact")[:16] for name in ("one", "two")]
-    rows = [("processes", f"{options.processes}", f"2 x {half}"), ("loss lines", *(f"{len(x)}" for x in found)),
+        artifacts = [sha256(out / name / "checkpoints" / "rehearsal.artifact")[:16]
+                     for name in ("one", "two")]
+    rows = [("processes", f"{options.processes}", f"2 x {half}"),
+            ("loss lines", *(f"{len(x)}" for x in found)),
             ("last training loss", *([x for x in lines if "train_loss" in x][-1] for lines in found)),
             ("final score", *(lines[-1].replace("|", "/") for lines in found)),
             ("artifact SHA-256", *artifacts), ("files", *(f"{len(x)}" for x in files))]
@@ -689,7 +711,8 @@ def setting(text: str) -> tuple[str, str]:
 
 def make_parser() -> argparse.ArgumentParser:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(name: str, run, text: str, processes: int) -> argparse.ArgumentParser:
@@ -703,9 +726,11 @@ def make_parser() -> argparse.ArgumentParser:
 
     validation = add("validation", validation_command, "write shards with the record's document lengths", 8)
     validation.add_argument("folder", type=Path, metavar="DIR")
-    validation.add_argument("--source", type=Path, required=True, metavar="SHARDS", help="folder the text comes from")
+    validation.add_argument("--source", type=Path, required=True, metavar="SHARDS",
+                            help="folder the text comes from")
     validation.add_argument("--share", type=int, default=8, help="one document of so many (default 8)")
-    validation.add_argument("--train-shards", type=int, default=8, help="links to the source's shards (default 8)")
+    validation.add_argument("--train-shards", type=int, default=8,
+                            help="links to the source's shards (default 8)")
     run = add("run", run_command, "the record run, then its table", max(1, gpus))
     run.add_argument("--train-seconds", type=float, help="MAX_WALLCLOCK_SECONDS; default: the record's")
     run.add_argument("--reserve-seconds", type=float, help="GPTQ_RESERVE_SECONDS; default: the record's")

@@ -1,4 +1,4 @@
-"""train_gpt.py with less patience for a rank that makes no progress; run by launch.py from test_rehearsal.py."""
+"""train_gpt.py with less patience for a rank that makes no progress; test_rehearsal.py launches it."""
 import os
 import sys
 
