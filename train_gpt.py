@@ -4839,6 +4839,7 @@ class SlotAdapters(NamedTuple):
     scale: float
 
 
+@torch.no_grad()
 def kernel_weights(model: GPT, into: KernelWeights | None = None) -> KernelWeights:
     """The model's weights as the kernels read them; the cast of Ops. Small fp32 ones are the model's own."""
     dtype = model.compute_dtype
