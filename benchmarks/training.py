@@ -467,7 +467,8 @@ def main() -> int:
         for path in paths:
             found[path] = start_path(path, settings | extra, work, options, only_start=False)
             if options.startup:
-                warm[path] = start_path(path, settings | extra, work, options, only_start=True)
+                again = extra | {"RUN_ID": "benchmark_warm"}
+                warm[path] = start_path(path, settings | again, work, options, only_start=True)
             lines = describe_machine(found.values(), settings, options.steps)
             for name, facts in found.items():
                 lines += ["", *describe_path(name, facts, warm.get(name), cfg.train_batch_tokens)]
