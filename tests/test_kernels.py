@@ -216,7 +216,7 @@ def test_a_cast_is_renewed_in_its_own_memory():
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(2)
-        assert gpt.kernel_weights(model, cast) is cast
+    assert gpt.kernel_weights(model, cast) is cast         # with gradients on, as where the base has been adapted
     fresh = gpt.kernel_weights(model)
     for t, new, address in zip(tensors, [*fresh[:-1], *(t for layer in fresh.layers for t in layer)], addresses):
         assert t.data_ptr() == address and torch.equal(t, new)
