@@ -246,7 +246,7 @@ def main() -> None:
         predict(cfg, table, documents_of(record_lengths()), cfg.phased_ttt_prefix_docs, gpt.LANES)
         return
     with gpt.Run.start(dataclasses.replace(cfg, run_id=cfg.run_id or "evaluation_benchmark")) as run:
-        model = gpt.GPT(cfg, run.compute_dtype, gpt.choose_ops(run)).to(run.device)
+        model = gpt.build_model(cfg, run)
         table = measure(cfg, run, model)
         if run.rank == 0:
             print("STEP_MS = {")

@@ -29,7 +29,7 @@ def main() -> None:
     with gpt.Run.start(plain) as run:
         data = gpt.Dataset.open(plain)
         tokens, byte_counts = data.load_validation()
-        model = gpt.GPT(plain, run.compute_dtype, gpt.choose_ops(run)).to(run.device)
+        model = gpt.build_model(plain, run)
         checkpoint = gpt.checkpoint_path(run).with_name(f"{cfg.run_id}.weights")
         streams, _ = gpt.read_container(checkpoint, gpt.CHECKPOINT_MAGIC, plain)
         model.load_state_dict(gpt.unpack_tensors(streams["weights"]))

@@ -230,7 +230,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         run.log = lambda line, **where: (lines.append(line), plain_log(line, **where))
         data = gpt.Dataset.open(cfg)
         torch.manual_seed(cfg.seed)
-        model = gpt.GPT(cfg, run.compute_dtype, gpt.choose_ops(run)).to(run.device)
+        model = gpt.build_model(cfg, run)
         report.add(backends=[line for line in lines if " backend:" in line])
         optimizer = gpt.Optimizer(cfg, run, model)
         report.attempt("warm-up", gpt.warm_up, cfg, run, data, model, optimizer)
