@@ -35,7 +35,8 @@ CALIBRATION_S = 3.2  # of one H100 for 16 batches, measured in warm-up: logs/h10
 GPU_FIELDS = ("index", "uuid", "name", "memory.total", "memory.free", "driver_version")
 GPU_MODULES = {"flash-attn-4": "flash_attn", "nvidia-cutlass-dsl": "cutlass", "quack-kernels": "quack"}
 UNSEEN_MIB = 2048  # memory in use beyond this belongs to somebody
-THROTTLE_FLAGS = ("hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "sw_power_cap")
+# Not sw_power_cap: every H100 that works at full load reports it.
+THROTTLE_FLAGS = ("hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown")
 THROTTLE_NAMES = ("clocks_event_reasons", "clocks_throttle_reasons")  # newer and older drivers
 
 
@@ -241,8 +242,8 @@ def check_gpus(cfg, env: Mapping[str, str]) -> Iterator[Item]:
         )
         return
     yield Item("ok", "driver", f"{gpus[0]['driver_version']}, torch built for CUDA {torch.version.cuda}")
-    yield check_throttling()
     uuids = {gpu["uuid"] for gpu in gpus}
+    yield check_throttling(uuids)
     others = [
         f"process {pid} ({name.rsplit('/', 1)[-1]}, {memory} MiB)"
         for uuid, pid, name, memory, *_ in apps
@@ -269,11 +270,14 @@ def check_gpus(cfg, env: Mapping[str, str]) -> Iterator[Item]:
     yield from check_memory(cfg, [value for value in free if not math.isnan(value)])
 
 
-def check_throttling() -> Item:
+def check_throttling(uuids: set[str]) -> Item:
+    """Of the GPUs of this run; others of the machine may be at work."""
     for name in THROTTLE_NAMES:
-        rows = {flag: ask_smi(f"--query-gpu=index,{name}.{flag}") for flag in THROTTLE_FLAGS}
+        rows = {flag: ask_smi(f"--query-gpu=uuid,index,{name}.{flag}") for flag in THROTTLE_FLAGS}
         if any(rows.values()):
-            active = [f"GPU {row[0]}: {flag}" for flag in rows for row in rows[flag] if row[-1] == "Active"]
+            active = []
+            for flag, gpus in rows.items():
+                active += [f"GPU {index}: {flag}" for uuid, index, value in gpus if uuid in uuids and value == "Active"]
             if active:
                 return Item(
                     "warning",

@@ -36,7 +36,8 @@ def fake_smi(tmp_path, monkeypatch):
 case "$1" in
     -L) echo "{listed}" ;;
     *compute-apps*) echo "{apps}" ;;
-    *clocks_event*) echo "0, {throttled}" ;;
+    *sw_power_cap*) echo "GPU-a, 0, Active" ;;
+    *clocks_event*) echo "GPU-a, 0, {throttled}"; echo "GPU-other, 1, Active" ;;
     *) echo "{gpus}" ;;
 esac
 """)
@@ -185,17 +186,19 @@ def test_a_slice_of_a_gpu_is_no_record_machine_and_has_its_own_memory(one_h100, 
 
 def test_a_throttled_gpu_is_a_warning(one_h100, fake_smi):
     fake_smi(throttled="Active")
-    assert "GPU 0: hw_slowdown" in texts(check.check_gpus(gpt.Config(), {}), "warning")
+    warnings = texts(check.check_gpus(gpt.Config(), {}), "warning")
+    assert "GPU 0: hw_slowdown" in warnings and "GPU 1" not in warnings        # others may be at work
+    assert "power_cap" not in warnings                     # every GPU at full load reports it
 
 
 def test_older_drivers_are_asked_by_their_names(monkeypatch):
     def older(query):
-        return [["0", "Active"]] if query.endswith("clocks_throttle_reasons.hw_slowdown") else []
+        return [["GPU-a", "0", "Active"]] if query.endswith("clocks_throttle_reasons.hw_slowdown") else []
 
     monkeypatch.setattr(check, "ask_smi", older)
-    assert "GPU 0: hw_slowdown" in check.check_throttling().text
+    assert "GPU 0: hw_slowdown" in check.check_throttling({"GPU-a"}).text
     monkeypatch.setattr(check, "ask_smi", lambda query: [])
-    assert "not known" in check.check_throttling().text
+    assert "not known" in check.check_throttling({"GPU-a"}).text
 
 
 @pytest.mark.parametrize("processes", ["3", "8"])
