@@ -456,7 +456,7 @@ def main() -> int:
     import train_gpt as gpt
     settings = dict(TINY) if options.tiny else {}
     for name in gpt.Config.__dataclass_fields__:
-        if name.upper() in os.environ:
+        if name.upper() in os.environ and name != "data_path":         # it makes its own
             settings[name.upper()] = os.environ[name.upper()]
     cfg = gpt.Config.from_env(settings)
     with tempfile.TemporaryDirectory() as folder:
