@@ -3,11 +3,9 @@
 
     python launch.py PROCESSES SCRIPT [ARGUMENTS]
 
-Sets the variables that torchrun sets (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR,
-MASTER_PORT). Unlike
-torchrun it adds nothing to what the script says and keeps its exit code: 0 when every rank succeeded, 130 or
-143 after
-SIGINT or SIGTERM, else the largest code of a rank that ended by itself. `torchrun` works too.
+Sets the variables that torchrun sets (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+Unlike torchrun it adds nothing to what the script says and keeps its exit code: 0 when every rank succeeded, 130
+or 143 after SIGINT or SIGTERM, else the largest code of a rank that ended by itself. `torchrun` works too.
 """
 from __future__ import annotations
 

@@ -32,9 +32,8 @@ COMPANIONS = ("run.sh", "launch.py", "lossless_caps.py", "caseops_encoder.py", "
               "README.md")
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 0, "pb": 0,
                  "dict_size": 1 << 20}]
-# Latin-1 makes every byte one character, so that the payload needs no base64. __file__ stays that of the
-# packed script;
-# the program's own file name exists in linecache only, and its time None says that there is no file to
+# Latin-1 makes every byte one character, so that the payload needs no base64. __file__ stays that of the packed
+# script; the program's own file name exists in linecache only, and its time None says that there is no file to
 # compare with.
 LOADER = """#coding:latin1
 import linecache,lzma
@@ -47,15 +46,11 @@ ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\0": "\\0"}
 
 
 # --- minify: spans to drop come from the syntax tree, the rest is copied token by token. Unlike ast.unparse,
-# whose
-# output depends on Python's version, this gives the same text everywhere.
+# whose output depends on Python's version, this gives the same text everywhere.
 
 class _Spans(ast.NodeVisitor):
-    """Spans (start, end, replacement) of what the program does not need to run: docstrings, hints, twins; C
-    source is
-    shortened. A twin is the plain definition of a C routine, kept for readers and tests; its name says so.
-    Hints stay
-    where they are read: class fields, and arguments of decorated functions (custom operators, kernels)."""
+    """Spans (start, end, replacement) of what the program does not need to run: docstrings and hints; C source is
+    shortened. Hints stay where they are read: class fields, and arguments of decorated functions (kernels)."""
 
     def __init__(self, source: str) -> None:
         self.source, self.spans = source, []
@@ -92,7 +87,7 @@ class _Spans(ast.NodeVisitor):
         self._visit_definition(node, in_function=False)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        if not node.decorator_list and not _is_twin(node.name):
+        if not node.decorator_list:
             self._drop_hints(node)
         self._visit_definition(node, in_function=True)
 
@@ -102,9 +97,6 @@ class _Spans(ast.NodeVisitor):
         self.generic_visit(node)
 
     def _visit_definition(self, node: ast.ClassDef | ast.FunctionDef, in_function: bool) -> None:
-        if _is_twin(node.name):
-            self.drop(self.start(node), self.end(node))
-            return
         outside, self._in_function = self._in_function, in_function
         self.generic_visit(node)
         self._in_function = outside
@@ -126,10 +118,6 @@ C_QUOTE = 'r"""'
 # Operators that two neighbours must not become.
 LONG_OPERATORS = {"**", "//", "<<", ">>", "->", ":=", "==", "!=", "<=", ">=", "+=", "-=", "*=", "/=", "%=",
                   "&=", "|=", "^=", "@=", "..."}
-
-
-def _is_twin(name: str) -> bool:
-    return name.lower().lstrip("_").startswith("twin")
 
 
 def strip_c(source: str) -> str:

@@ -31,10 +31,6 @@ class Pair(NamedTuple):
     second: str = "a\\0b"
 
 
-def twin_add(a: int, b: int) -> int:
-    return a + b
-
-
 def add(a: int, b: int) -> int:
     \"\"\"Dropped.\"\"\"
     total: int = a + b        # a comment
@@ -56,10 +52,10 @@ def test_any_bytes_survive_as_a_literal(data, tmp_path):
     assert subprocess.run([sys.executable, str(script)], capture_output=True).stdout == data
 
 
-def test_minified_script_keeps_fields_and_drops_docstrings_hints_and_twins():
+def test_minified_script_keeps_fields_and_drops_docstrings_and_hints():
     small = pack.minify(SCRIPT)
     assert "Kept" in small and "first:int" in small and "int f(void)" in small
-    assert not any(word in small for word in ("Dropped", "comment", "twin_add", "total:int", "b:int"))
+    assert not any(word in small for word in ("Dropped", "comment", "total:int", "b:int"))
     assert len(small) < len(SCRIPT)
 
 
@@ -85,12 +81,9 @@ def test_packed_script_is_latin_1_and_parses(payload):
     assert b"\0" not in packed and b"\r" not in packed
 
 
-def test_training_script_keeps_its_size_limit_and_loses_its_twins(repo):
+def test_training_script_keeps_its_size_limit(repo):
     source = (repo / "train_gpt.py").read_text(encoding="utf-8")
-    assert len(pack.pack_script(source)) <= 66_000        # the block kernels alone take 10,000
-    names = {node.name for node in ast.walk(ast.parse(pack.minify(source)))
-             if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    assert "encode_codes" in names and not {"twin_codes", "twin_words", "twin_ngram_hints"} & names
+    assert len(pack.pack_script(source)) <= 64_000        # the block kernels alone take 10,000
 
 
 def test_run_counts_the_packed_script(repo, capsys):
@@ -102,8 +95,7 @@ def test_run_counts_the_packed_script(repo, capsys):
 # Minifying
 
 class WithoutDropped(ast.NodeTransformer):
-    """A syntax tree without docstrings, twins and hints in functions; of C source only what is not a
-    blank."""
+    """A syntax tree without docstrings and hints in functions; of C source only what is not a blank."""
 
     def visit_FunctionDef(self, node):
         if not node.decorator_list:
@@ -119,7 +111,6 @@ class WithoutDropped(ast.NodeTransformer):
 
     def visit_definitions(self, node):
         self.generic_visit(node)
-        node.body = [child for child in node.body if not pack._is_twin(getattr(child, "name", ""))]
         if not isinstance(node, ast.Module) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
         return node
@@ -163,10 +154,6 @@ def f(a: int, /, *args: "str", b: dict[str, int] = {"é": 1}, **more: float) -> 
         y: int = 2
     return lambda *a, **k: (a, k), text, a \\
         + 1
-
-
-def twin_f() -> int:
-    return 1
 
 
 print(f(1)[1:], A())
