@@ -1177,9 +1177,12 @@ def remove_own_value(y_BTHK: Tensor, v_BTGK: Tensor, n_BTD: Tensor, xsa_alpha: T
     return (y * gate.view(B, T, G, H // G, 1)).reshape(B, T, H * K).to(n_BTD.dtype)
 
 
+LEAKY_SLOPE = 0.3
+
+
 def leaky_square(z: Tensor) -> Tensor:
-    """The MLP's activation φ(z) = leaky_relu(z, 0.3)²."""
-    return F.leaky_relu(z, 0.3).square()
+    """The MLP's activation φ(z) = leaky_relu(z, LEAKY_SLOPE)²."""
+    return F.leaky_relu(z, LEAKY_SLOPE).square()
 
 
 def attention(n_BTD: Tensor, w: LayerWeights, packing: Packing, adapters: LayerAdapters,
@@ -4547,28 +4550,30 @@ def _own_value_backward_kernel(dgated_ptr, y_ptr, v_ptr, v_stride, n_ptr, alpha_
                       mask=(col < WINDOW)[None])
 
 
-# leaky_square: φ(u) = 0.09 u² + 0.91 relu(u)². Only φ is kept for the backward, not u: φ' = 0.18 u + 1.82
-# relu(u) is 2 √φ for positive u and -0.6 √φ for negative, and the sign of u goes into the last bit of φ's
-# mantissa (SIGN_BIT, counted in the bits of an fp32), which φ is rounded to spare. Saves a write of (N, F).
+# leaky_square: φ(u) = s² u² + (1 - s²) relu(u)², s = LEAKY_SLOPE. Only φ is kept for the backward, not u: φ'
+# is 2 √φ for positive u and -2 s √φ for negative, and the sign of u goes into the last bit of φ's mantissa
+# (SIGN_BIT, counted in the bits of an fp32), which φ is rounded to spare. Saves a write of (N, F).
 @jit
-def _leaky_square_forward_kernel(u_ptr, act_ptr, count, SIGN_BIT: tl.constexpr, BLOCK: tl.constexpr):
+def _leaky_square_forward_kernel(u_ptr, act_ptr, count, SLOPE: tl.constexpr, SIGN_BIT: tl.constexpr,
+                                 BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     u = tl.load(u_ptr + at, mask=at < count, other=0.0).to(tl.float32)
     positive = tl.maximum(u, 0.0)
-    bits = (0.09 * u * u + 0.91 * positive * positive).to(tl.int32, bitcast=True)
+    act = SLOPE * SLOPE * u * u + (1 - SLOPE * SLOPE) * positive * positive
+    bits = act.to(tl.int32, bitcast=True)
     sign = tl.where(u < 0, SIGN_BIT, 0)
     bits = ((bits + (SIGN_BIT - sign)) & (-2 * SIGN_BIT)) | sign     # the nearest value with that last bit
     tl.store(act_ptr + at, bits.to(tl.float32, bitcast=True).to(act_ptr.dtype.element_ty), mask=at < count)
 
 
 @jit
-def _leaky_square_backward_kernel(act_ptr, dact_ptr, du_ptr, count, SIGN_BIT: tl.constexpr,
-                                  BLOCK: tl.constexpr):
+def _leaky_square_backward_kernel(act_ptr, dact_ptr, du_ptr, count, SLOPE: tl.constexpr,
+                                  SIGN_BIT: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     act = tl.load(act_ptr + at, mask=at < count, other=0.0).to(tl.float32)
     dact = tl.load(dact_ptr + at, mask=at < count, other=0.0).to(tl.float32)
     is_negative = (act.to(tl.int32, bitcast=True) & SIGN_BIT) != 0
-    du = dact * tl.sqrt(act) * tl.where(is_negative, -0.6, 2.0)
+    du = dact * tl.sqrt(act) * tl.where(is_negative, -2 * SLOPE, 2.0)
     tl.store(du_ptr + at, du.to(du_ptr.dtype.element_ty), mask=at < count)
 
 
@@ -4921,15 +4926,16 @@ def sign_bit(dtype: torch.dtype) -> int:
 def up_product(n: Tensor, w_up: Tensor) -> Tensor:
     act = n @ w_up.T
     grid = triton.cdiv(act.numel(), FLAT_TILE["BLOCK"]),
-    _leaky_square_forward_kernel[grid](act, act, act.numel(), SIGN_BIT=sign_bit(act.dtype), **FLAT_TILE)
+    _leaky_square_forward_kernel[grid](act, act, act.numel(), SLOPE=LEAKY_SLOPE,
+                                       SIGN_BIT=sign_bit(act.dtype), **FLAT_TILE)
     return act
 
 
 def down_product_backward(dout: Tensor, w_down: Tensor, act: Tensor) -> Tensor:
     dact = dout @ w_down
     grid = triton.cdiv(act.numel(), FLAT_TILE["BLOCK"]),
-    _leaky_square_backward_kernel[grid](act, dact, dact, act.numel(), SIGN_BIT=sign_bit(act.dtype),
-                                        **FLAT_TILE)
+    _leaky_square_backward_kernel[grid](act, dact, dact, act.numel(), SLOPE=LEAKY_SLOPE,
+                                        SIGN_BIT=sign_bit(act.dtype), **FLAT_TILE)
     return dact
 
 
@@ -4947,12 +4953,13 @@ def quack_products() -> Products:
     from quack.gemm_config import GemmConfig
     tiles = GemmConfig(tile_m=128, tile_n=160, pingpong=True, cluster_m=2, cluster_n=1,
                        is_dynamic_persistent=False, device_capacity=9)
+    slope, square = LEAKY_SLOPE, LEAKY_SLOPE ** 2
 
     # As in _leaky_square_forward_kernel and _leaky_square_backward_kernel.
     @gemm_epilogue()
     def with_activation(acc):
         positive = cute.arch.fmax(acc, Float32(0.0))
-        act = 0.09 * (acc * acc) + 0.91 * (positive * positive)
+        act = square * (acc * acc) + (1 - square) * (positive * positive)
         sign = (Int32(bitcast(acc.ir_value(), T.i32())) >> 15) & 0x10000
         bits = Int32(bitcast(act.ir_value(), T.i32())) + (0x10000 - sign)
         return {"D": Float32(bitcast(((bits & -0x20000) | sign).ir_value(), T.f32()))}
@@ -4960,7 +4967,7 @@ def quack_products() -> Products:
     @gemm_epilogue()
     def times_slope(acc, c):
         sign = (Int32(bitcast(c.ir_value(), T.i32())) >> 16) & 1
-        return {"D": acc * cute.math.sqrt(c, fastmath=True) * (2.0 - 2.6 * sign.to(Float32))}
+        return {"D": acc * cute.math.sqrt(c, fastmath=True) * (2.0 - 2.0 * (1.0 + slope) * sign.to(Float32))}
 
     def up(n: Tensor, w_up: Tensor) -> Tensor:
         act = n.new_empty(len(n), len(w_up))
