@@ -2622,8 +2622,8 @@ CHECKPOINT_MAGIC, ARTIFACT_MAGIC = b"GOLFWGHT", b"GOLFCODE"
 RUN_FIELDS = tuple("run_id data_path tokenizer_path compile block_kernels cuda_graphs allow_ prequant_only "
                    "quantize_only ttt_eval_only audit checkpoint_dir skip_check quiet fused_ce_enabled".split())
 SCORING_FIELDS = ("val_batch_tokens", "eval_", "ttt_", "phased_ttt_", "global_ttt_", "ngram_", "token_")
-QUANTIZATION_FIELDS = ("matrix_bits", "embed_bits", "gptq_calibration", "attn_clip", "mlp_clip", "embed_clip",
-                       "fill_", "rdo_", "compressor", "awq_", "lqer_")
+QUANTIZATION_FIELDS = (*(name for spec in TENSOR_GROUPS.values() for name in (spec.bits, spec.clip_sigmas)),
+                       "gptq_calibration", "fill_", "rdo_", "compressor", "awq_", "lqer_")
 
 
 class ArtifactError(ValueError):
