@@ -1177,9 +1177,12 @@ def remove_own_value(y_BTHK: Tensor, v_BTGK: Tensor, n_BTD: Tensor, xsa_alpha: T
     return (y * gate.view(B, T, G, H // G, 1)).reshape(B, T, H * K).to(n_BTD.dtype)
 
 
+LEAKY_SLOPE = 0.3
+
+
 def leaky_square(z: Tensor) -> Tensor:
-    """The MLP's activation φ(z) = leaky_relu(z, 0.3)²."""
-    return F.leaky_relu(z, 0.3).square()
+    """The MLP's activation φ(z) = leaky_relu(z, LEAKY_SLOPE)²."""
+    return F.leaky_relu(z, LEAKY_SLOPE).square()
 
 
 def attention(n_BTD: Tensor, w: LayerWeights, packing: Packing, adapters: LayerAdapters,
@@ -2619,8 +2622,8 @@ CHECKPOINT_MAGIC, ARTIFACT_MAGIC = b"GOLFWGHT", b"GOLFCODE"
 RUN_FIELDS = tuple("run_id data_path tokenizer_path compile block_kernels cuda_graphs allow_ prequant_only "
                    "quantize_only ttt_eval_only audit checkpoint_dir skip_check quiet fused_ce_enabled".split())
 SCORING_FIELDS = ("val_batch_tokens", "eval_", "ttt_", "phased_ttt_", "global_ttt_", "ngram_", "token_")
-QUANTIZATION_FIELDS = ("matrix_bits", "embed_bits", "gptq_calibration", "attn_clip", "mlp_clip", "embed_clip",
-                       "fill_", "rdo_", "compressor", "awq_", "lqer_")
+QUANTIZATION_FIELDS = (*(name for spec in TENSOR_GROUPS.values() for name in (spec.bits, spec.clip_sigmas)),
+                       "gptq_calibration", "fill_", "rdo_", "compressor", "awq_", "lqer_")
 
 
 class ArtifactError(ValueError):
@@ -4251,9 +4254,9 @@ def choose_attention(run: Run) -> tuple[Attend, AttentionKernel]:
 
 
 # --- 16 Triton kernels --------------------------------------------------------------------------------------
-# The whole model forward and backward, without autograd, and trellis rounding. Streams are flattened to (N,
-# D). First the kernels, each under the plain function that it replaces; then what calls them, in the order of
-# a forward pass.
+# The whole model forward and backward, without autograd, and trellis rounding. Streams are flattened: (N, D).
+# First the kernels, each under the plain function that it replaces; then what calls them, in the order of a
+# forward pass.
 #
 # What this saves is passes over memory: a layer's small functions read and write a stream of N*D values about
 # 80 times when compiled one by one and about 40 times here. Sums over tokens (gradients of gains, scales and
@@ -4422,8 +4425,8 @@ def _prepare_qk_forward_kernel(qkv_ptr, table_ptr, gain_ptr, q_ptr, k_ptr, v_ptr
 @jit
 def _prepare_qk_backward_kernel(qkv_ptr, dq_ptr, dk_ptr, dv_ptr, dv_own_ptr, table_ptr, gain_ptr, dqkv_ptr,
                                 dgain_ptr, N, T, POSITIONS, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
-                                HALF: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, REPEAT: tl.constexpr,
-                                SUMS: tl.constexpr, EPS: tl.constexpr):
+                                HALF: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+                                REPEAT: tl.constexpr, SUMS: tl.constexpr, EPS: tl.constexpr):
     head = tl.program_id(1)
     channel = tl.arange(0, K)
     group = (head - H) % G
@@ -4468,8 +4471,7 @@ def _prepare_qk_backward_kernel(qkv_ptr, dq_ptr, dk_ptr, dv_ptr, dv_own_ptr, tab
 
 
 # remove_own_value: with unit = v / |v| and t = tanh(alpha), y' = y - t * <y, unit> * unit, times the gate
-# sigmoid(gate_scale * <window of n, weight>). One pass each way for all heads; nothing is kept but its
-# inputs.
+# sigmoid(gate_scale * <window of n, weight>). One pass each way for all heads keeps nothing but its inputs.
 @jit
 def _own_value_forward_kernel(y_ptr, v_ptr, v_stride, n_ptr, alpha_ptr, attn_gate_ptr, gated_ptr, gate_scale,
                               N, D: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
@@ -4499,7 +4501,8 @@ def _own_value_forward_kernel(y_ptr, v_ptr, v_stride, n_ptr, alpha_ptr, attn_gat
 def _own_value_backward_kernel(dgated_ptr, y_ptr, v_ptr, v_stride, n_ptr, alpha_ptr, attn_gate_ptr, dy_ptr,
                                dv_ptr, dgate_ptr, dalpha_ptr, dattn_gate_ptr, gate_scale, N, D: tl.constexpr,
                                H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr,
-                               BLOCK_W: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, SUMS: tl.constexpr):
+                               BLOCK_W: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+                               SUMS: tl.constexpr):
     channel, col = tl.arange(0, K), tl.arange(0, BLOCK_W)
     group = tl.program_id(1)
     heads = tl.arange(0, H // G)
@@ -4547,28 +4550,30 @@ def _own_value_backward_kernel(dgated_ptr, y_ptr, v_ptr, v_stride, n_ptr, alpha_
                       mask=(col < WINDOW)[None])
 
 
-# leaky_square: φ(u) = 0.09 u² + 0.91 relu(u)². Only φ is kept for the backward, not u: φ' = 0.18 u + 1.82
-# relu(u) is 2 √φ for positive u and -0.6 √φ for negative, and the sign of u goes into the last bit of φ's
-# mantissa (SIGN_BIT, counted in the bits of an fp32), which φ is rounded to spare. Saves a write of (N, F).
+# leaky_square: φ(u) = s² u² + (1 - s²) relu(u)², s = LEAKY_SLOPE. Only φ is kept for the backward, not u: φ'
+# is 2 √φ for positive u and -2 s √φ for negative, and the sign of u goes into the last bit of φ's mantissa
+# (SIGN_BIT, counted in the bits of an fp32), which φ is rounded to spare. Saves a write of (N, F).
 @jit
-def _leaky_square_forward_kernel(u_ptr, act_ptr, count, SIGN_BIT: tl.constexpr, BLOCK: tl.constexpr):
+def _leaky_square_forward_kernel(u_ptr, act_ptr, count, SLOPE: tl.constexpr, SIGN_BIT: tl.constexpr,
+                                 BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     u = tl.load(u_ptr + at, mask=at < count, other=0.0).to(tl.float32)
     positive = tl.maximum(u, 0.0)
-    bits = (0.09 * u * u + 0.91 * positive * positive).to(tl.int32, bitcast=True)
+    act = SLOPE * SLOPE * u * u + (1 - SLOPE * SLOPE) * positive * positive
+    bits = act.to(tl.int32, bitcast=True)
     sign = tl.where(u < 0, SIGN_BIT, 0)
     bits = ((bits + (SIGN_BIT - sign)) & (-2 * SIGN_BIT)) | sign     # the nearest value with that last bit
     tl.store(act_ptr + at, bits.to(tl.float32, bitcast=True).to(act_ptr.dtype.element_ty), mask=at < count)
 
 
 @jit
-def _leaky_square_backward_kernel(act_ptr, dact_ptr, du_ptr, count, SIGN_BIT: tl.constexpr,
-                                  BLOCK: tl.constexpr):
+def _leaky_square_backward_kernel(act_ptr, dact_ptr, du_ptr, count, SLOPE: tl.constexpr,
+                                  SIGN_BIT: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     act = tl.load(act_ptr + at, mask=at < count, other=0.0).to(tl.float32)
     dact = tl.load(dact_ptr + at, mask=at < count, other=0.0).to(tl.float32)
     is_negative = (act.to(tl.int32, bitcast=True) & SIGN_BIT) != 0
-    du = dact * tl.sqrt(act) * tl.where(is_negative, -0.6, 2.0)
+    du = dact * tl.sqrt(act) * tl.where(is_negative, -2 * SLOPE, 2.0)
     tl.store(du_ptr + at, du.to(du_ptr.dtype.element_ty), mask=at < count)
 
 
@@ -4640,8 +4645,7 @@ def _finish_forward_kernel(lane0_ptr, lane1_ptr, out_ptr, rstd_ptr, N, D: tl.con
 
 
 # embed: e' = e[token] + lambda * sigmoid(<window of e, w>) * e[token before], normed; nothing is added to BOS
-# or to the first token of a row. The backward adds each token's gradient to the rows of both embeddings in
-# memory.
+# or to the first token of a row. The backward adds each token's gradient to both embeddings' rows in memory.
 @jit
 def _embed_forward_kernel(tokens_ptr, emb_ptr, smear_w_ptr, smear_lambda_ptr, x0_ptr, rstd_ptr, N, T,
                           BOS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
@@ -4749,8 +4753,7 @@ def _softcap_ce_kernel(logits_ptr, targets_ptr, hints_ptr, caps_ptr, nll_ptr, lo
         grad = grad * (1 / total) - tl.where(cols == target, 1.0, 0.0)      # d nll / d capped
         slope = 1 - tanh * tanh                                             # d capped / d logits
         if SUMS:
-            # Read again, from the cache: kept in registers since the first time they halve the programs that
-            # fit.
+            # Read again, from the cache: kept in registers they halve the programs that fit.
             if PARTIAL:
                 logits = tl.load(logits_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
             else:
@@ -4878,8 +4881,8 @@ def kernel_weights(model: GPT, into: KernelWeights | None = None) -> KernelWeigh
 
 def kernel_layers(banks: Mapping[str, Tensor]) -> list[KernelLayer]:
     views = {name: banks[name].detach().unbind() for name in KernelLayer._fields}
-    return [KernelLayer(**{name: bank[layer] for name, bank in views.items()}) for layer
-            in range(len(banks["qkv"]))]
+    return [KernelLayer(**{name: bank[layer] for name, bank in views.items()})
+            for layer in range(len(banks["qkv"]))]
 
 
 def kernel_gradients(model: GPT) -> tuple[dict[str, Tensor], KernelWeights]:
@@ -4921,15 +4924,16 @@ def sign_bit(dtype: torch.dtype) -> int:
 def up_product(n: Tensor, w_up: Tensor) -> Tensor:
     act = n @ w_up.T
     grid = triton.cdiv(act.numel(), FLAT_TILE["BLOCK"]),
-    _leaky_square_forward_kernel[grid](act, act, act.numel(), SIGN_BIT=sign_bit(act.dtype), **FLAT_TILE)
+    _leaky_square_forward_kernel[grid](act, act, act.numel(), SLOPE=LEAKY_SLOPE,
+                                       SIGN_BIT=sign_bit(act.dtype), **FLAT_TILE)
     return act
 
 
 def down_product_backward(dout: Tensor, w_down: Tensor, act: Tensor) -> Tensor:
     dact = dout @ w_down
     grid = triton.cdiv(act.numel(), FLAT_TILE["BLOCK"]),
-    _leaky_square_backward_kernel[grid](act, dact, dact, act.numel(), SIGN_BIT=sign_bit(act.dtype),
-                                        **FLAT_TILE)
+    _leaky_square_backward_kernel[grid](act, dact, dact, act.numel(), SLOPE=LEAKY_SLOPE,
+                                        SIGN_BIT=sign_bit(act.dtype), **FLAT_TILE)
     return dact
 
 
@@ -4947,12 +4951,13 @@ def quack_products() -> Products:
     from quack.gemm_config import GemmConfig
     tiles = GemmConfig(tile_m=128, tile_n=160, pingpong=True, cluster_m=2, cluster_n=1,
                        is_dynamic_persistent=False, device_capacity=9)
+    slope, square = LEAKY_SLOPE, LEAKY_SLOPE ** 2
 
     # As in _leaky_square_forward_kernel and _leaky_square_backward_kernel.
     @gemm_epilogue()
     def with_activation(acc):
         positive = cute.arch.fmax(acc, Float32(0.0))
-        act = 0.09 * (acc * acc) + 0.91 * (positive * positive)
+        act = square * (acc * acc) + (1 - square) * (positive * positive)
         sign = (Int32(bitcast(acc.ir_value(), T.i32())) >> 15) & 0x10000
         bits = Int32(bitcast(act.ir_value(), T.i32())) + (0x10000 - sign)
         return {"D": Float32(bitcast(((bits & -0x20000) | sign).ir_value(), T.f32()))}
@@ -4960,7 +4965,7 @@ def quack_products() -> Products:
     @gemm_epilogue()
     def times_slope(acc, c):
         sign = (Int32(bitcast(c.ir_value(), T.i32())) >> 16) & 1
-        return {"D": acc * cute.math.sqrt(c, fastmath=True) * (2.0 - 2.6 * sign.to(Float32))}
+        return {"D": acc * cute.math.sqrt(c, fastmath=True) * (2.0 - 2.0 * (1.0 + slope) * sign.to(Float32))}
 
     def up(n: Tensor, w_up: Tensor) -> Tensor:
         act = n.new_empty(len(n), len(w_up))
@@ -4990,7 +4995,8 @@ def row_grid(tile: Mapping[str, int], N: int) -> tuple[int]:
     return triton.cdiv(N, tile["ROWS"]),
 
 
-def walking_grid(tile: Mapping[str, int], N: int, heads: int = 1, programs: int = PROGRAMS) -> tuple[int, int]:
+def walking_grid(tile: Mapping[str, int], N: int, heads: int = 1,
+                 programs: int = PROGRAMS) -> tuple[int, int]:
     """A bounded number of programs, each of which walks over rows in equal strides, for each of `heads`."""
     return min(triton.cdiv(N, tile["ROWS"]), max(programs // heads, 132)), heads
 
@@ -5017,9 +5023,10 @@ def mix_and_norm_forward(w: KernelWeights, layer: KernelLayer, x: Tensor, x0: Te
     kept = x if keep == "none" else torch.empty_like(x)
     row = skip_row or 0
     _mix_norm_forward_kernel[row_grid(NORM_TILE, N)](
-        x, x if x0 is None else x0, x if skip is None else skip, layer.resid_mix, w.skip_weights[row],
-        w.skip_gates[row], layer.ln_scale, kept, n, rstd, N, D=D, BLOCK_D=triton.next_power_of_2(D),
-        MIX=x0 is not None, SKIP=skip is not None, KEEP=keep, EPS=RMS_EPS, **NORM_TILE)
+        x, x if x0 is None else x0, x if skip is None else skip,
+        layer.resid_mix, w.skip_weights[row], w.skip_gates[row], layer.ln_scale, kept, n, rstd, N,
+        D=D, BLOCK_D=triton.next_power_of_2(D), MIX=x0 is not None, SKIP=skip is not None, KEEP=keep,
+        EPS=RMS_EPS, **NORM_TILE)
     return kept, NormState(x, x0, skip, skip_row, n, rstd)
 
 
@@ -5057,14 +5064,16 @@ def mix_and_norm_backward(w: KernelWeights, layer: KernelLayer, s: NormState, dn
     has_scale = residual is not None and residual.scale is not None
 
     def given(x: Tensor | None) -> Tensor:
-        return dn if x is None else x                     # in the place of tensors that the flags leave unread
+        return dn if x is None else x                    # in the place of tensors that the flags leave unread
 
     added = (dn, dn, dn, dn) if sums is None else sums.of_row(row)
     _mix_norm_backward_kernel[walking_grid(NORM_BACKWARD_TILE, N)](
-        dn, s.n, s.rstd, layer.ln_scale, residual.dout if residual else dn,
-        residual.scale if has_scale else dn, given(extra), given(dgate), layer.attn_gate, s.x, given(s.x0),
-        given(s.skip), layer.resid_mix, w.skip_weights[row], w.skip_gates[row], dx, added[0], given(dskip),
-        *added[1:], N, D=D, BLOCK_D=triton.next_power_of_2(D), HEADS=H, WINDOW=window, MIX=s.x0 is not None,
+        dn, s.n, s.rstd, layer.ln_scale,
+        residual.dout if residual else dn, residual.scale if has_scale else dn, given(extra), given(dgate),
+        layer.attn_gate, s.x, given(s.x0), given(s.skip),
+        layer.resid_mix, w.skip_weights[row], w.skip_gates[row],
+        dx, added[0], given(dskip), *added[1:], N,
+        D=D, BLOCK_D=triton.next_power_of_2(D), HEADS=H, WINDOW=window, MIX=s.x0 is not None,
         RES=residual.kind if residual else "none", EXTRA=extra is not None, GATE=dgate is not None,
         SKIP=s.skip is not None, SKIP_IS_X=skip_is_x, ADDS_X0=sums is not None and sums.adds_x0,
         SUMS=sums is not None, **NORM_BACKWARD_TILE)
@@ -5125,48 +5134,49 @@ def attention_forward(layer: KernelLayer, n: Tensor, at: Layout, adapters: SlotA
             target = qkv.view(-1, at.T, qkv.shape[1])[..., columns]
             target.baddbmm_(low[..., part], adapters.B[kind].transpose(1, 2), alpha=adapters.scale)
     repeats = at.attention.repeats_kv
-    q = torch.empty(N, H, K, dtype=n.dtype, device=n.device)
-    k = torch.empty(N, H if repeats else G, K, dtype=n.dtype, device=n.device)
+    q, k = n.new_empty(N, H, K), n.new_empty(N, H if repeats else G, K)
     own_v = qkv[:, (H + G) * K:]
     v = torch.empty_like(k) if repeats else own_v.view(N, G, K)
     # v is read where it lies unless it is to be repeated
     heads = H + 2 * G if repeats else H + G
     _prepare_qk_forward_kernel[(triton.cdiv(N, HEAD_TILE["ROWS"]), heads)](
-        qkv, at.rope, layer.q_gain, q, k, v, N, at.T, at.rope.shape[1], H=H, G=G, K=K, HALF=at.rope.shape[-1],
-        REPEAT=H // G if repeats else 1, EPS=RMS_EPS, **HEAD_TILE)
+        qkv, at.rope, layer.q_gain, q, k, v, N, at.T, at.rope.shape[1],
+        H=H, G=G, K=K, HALF=at.rope.shape[-1], REPEAT=H // G if repeats else 1, EPS=RMS_EPS, **HEAD_TILE)
     y, state = at.attention.forward(q, k, v, at.cu_seqlens, at.max_seqlen)
     own = pick(y, places), pick(own_v, places), pick(n, places)
     gated, window = torch.empty_like(own[2]), layer.attn_gate.shape[1]
     _own_value_forward_kernel[row_grid(OWN_TILE, len(gated))](
-        own[0], own[1], own[1].stride(0), own[2], layer.xsa_alpha, layer.attn_gate, gated, at.gate_scale,
-        len(gated), D=D, H=H, G=G, K=K, WINDOW=window, BLOCK_W=triton.next_power_of_2(window), **OWN_TILE)
+        own[0], own[1], own[1].stride(0), own[2],
+        layer.xsa_alpha, layer.attn_gate, gated, at.gate_scale, len(gated),
+        D=D, H=H, G=G, K=K, WINDOW=window, BLOCK_W=triton.next_power_of_2(window), **OWN_TILE)
     return AttentionState(n, qkv, q, k, v, y, state, low, places, own, gated)
 
 
-def attention_backward(layer: KernelLayer, s: AttentionState, dgated: Tensor, at: Layout, grad: KernelLayer
-                       | None, is_first: bool, adapters: SlotAdapters | None, adapter_grads: SlotAdapters
-                       | None, dlow: Tensor | None) -> tuple[Tensor, Tensor]:
+def attention_backward(layer: KernelLayer, s: AttentionState, dgated: Tensor, at: Layout,
+                       grad: KernelLayer | None, is_first: bool, adapters: SlotAdapters | None,
+                       adapter_grads: SlotAdapters | None, dlow: Tensor | None) -> tuple[Tensor, Tensor]:
     """(gradient of n but for the gate's share, gradient of the gate's logits (N, H) fp32). dlow holds the
     part of the output's adapter and receives the others."""
     (N, D), M = s.n.shape, len(dgated)
     H, G, K = head_sizes(layer)
     (y, own_v, n), window = s.own, layer.attn_gate.shape[1]
     dy, dgate = torch.empty_like(dgated), torch.empty(M, H, device=n.device)
-    dv_own = torch.empty(M, G * K, dtype=n.dtype, device=n.device)
+    dv_own = n.new_empty(M, G * K)
     has_sums = grad is not None
     _own_value_backward_kernel[walking_grid(OWN_BACKWARD_TILE, M, G)](
         dgated, y, own_v, own_v.stride(0), n, layer.xsa_alpha, layer.attn_gate, dy, dv_own, dgate,
-        grad.xsa_alpha if has_sums else dgate, grad.attn_gate if has_sums else dgate, at.gate_scale, M, D=D,
-        H=H, G=G, K=K, WINDOW=window, BLOCK_W=triton.next_power_of_2(window), SUMS=has_sums,
+        grad.xsa_alpha if has_sums else dgate, grad.attn_gate if has_sums else dgate, at.gate_scale, M,
+        D=D, H=H, G=G, K=K, WINDOW=window, BLOCK_W=triton.next_power_of_2(window), SUMS=has_sums,
         **OWN_BACKWARD_TILE)
     dy, dv_own, dgate = (spread(x, s.places, N) for x in (dy, dv_own, dgate))
     dq, dk, dv = at.attention.backward(dy.view(N, H, K), s.q, s.k, s.v, s.y, s.state, at.cu_seqlens,
                                        at.max_seqlen)
     dqkv = torch.empty_like(s.qkv)
     _prepare_qk_backward_kernel[walking_grid(HEAD_BACKWARD_TILE, N, H + 2 * G, HEAD_PROGRAMS)](
-        s.qkv, dq, dk, dv, dv_own, at.rope, layer.q_gain, dqkv, grad.q_gain if has_sums else dgate, N, at.T,
-        at.rope.shape[1], H=H, G=G, K=K, HALF=at.rope.shape[-1], REPEAT=s.k.shape[1] // G, SUMS=has_sums,
-        EPS=RMS_EPS, **HEAD_BACKWARD_TILE)
+        s.qkv, dq, dk, dv, dv_own, at.rope, layer.q_gain,
+        dqkv, grad.q_gain if has_sums else dgate, N, at.T, at.rope.shape[1],
+        H=H, G=G, K=K, HALF=at.rope.shape[-1], REPEAT=s.k.shape[1] // G, SUMS=has_sums, EPS=RMS_EPS,
+        **HEAD_BACKWARD_TILE)
     if has_sums:
         add_product(grad.qkv, dqkv, s.n, is_first)
     dn = dqkv @ layer.qkv
@@ -5259,8 +5269,8 @@ def mlp_backward(layer: KernelLayer, block: BlockState, dout: Tensor, at: Layout
     dn = dup @ layer.w_up
     if block.mlp_adapter is not None:
         dlow = torch.empty_like(s.low)
-        output_adapter_backward(dout, block.mlp_adapter, layer.mlp_scale, adapters.scale, adapter_grads.mlp_B,
-                                dlow)
+        output_adapter_backward(dout, block.mlp_adapter, layer.mlp_scale, adapters.scale,
+                                adapter_grads.mlp_B, dlow)
         torch.bmm(dlow.transpose(1, 2), s.n.view(-1, at.T, dn.shape[1]), out=adapter_grads.mlp_A)
         dn.view(-1, at.T, dn.shape[1]).baddbmm_(dlow, adapters.mlp_A)
     return dn
@@ -5297,9 +5307,9 @@ def serial_forward(w: KernelWeights, layer: KernelLayer, x: Tensor, x0: Tensor, 
     return z, BlockState(attn_norm, attn, mlp_norm, mlp, attn_adapter, mlp_adapter)
 
 
-def attention_side_backward(layer: KernelLayer, s: BlockState, dattn: Tensor, at: Layout, grad: KernelLayer
-                            | None, is_first: bool, adapters: SlotAdapters | None, adapter_grads: SlotAdapters
-                            | None) -> tuple[Tensor, Tensor]:
+def attention_side_backward(layer: KernelLayer, s: BlockState, dattn: Tensor, at: Layout,
+                            grad: KernelLayer | None, is_first: bool, adapters: SlotAdapters | None,
+                            adapter_grads: SlotAdapters | None) -> tuple[Tensor, Tensor]:
     """attention_backward from the gradient of the sub-layer's (scaled) output."""
     if grad is not None:
         add_product(grad.wo, dattn, s.attn.gated, is_first)
@@ -5307,12 +5317,12 @@ def attention_side_backward(layer: KernelLayer, s: BlockState, dattn: Tensor, at
     if s.attn_adapter is not None:
         room = dlow[..., output_part(adapters)]
         dlow_o = room if s.attn.places is None else torch.empty_like(s.attn_adapter.low)
-        output_adapter_backward(dattn, s.attn_adapter, layer.attn_scale, adapters.scale, adapter_grads.B["o"],
-                                dlow_o)
+        output_adapter_backward(dattn, s.attn_adapter, layer.attn_scale, adapters.scale,
+                                adapter_grads.B["o"], dlow_o)
         if s.attn.places is not None:
             room.copy_(spread(dlow_o.flatten(0, 1), s.attn.places, len(s.attn.n)).view_as(room))
-    return attention_backward(layer, s.attn, dattn @ layer.wo, at, grad, is_first, adapters, adapter_grads,
-                              dlow)
+    return attention_backward(layer, s.attn, dattn @ layer.wo, at, grad, is_first,
+                              adapters, adapter_grads, dlow)
 
 
 class Backward(NamedTuple):
@@ -5362,13 +5372,13 @@ def parallel_forward(w: KernelWeights, layer: KernelLayer, lane0: Tensor, lane1:
     grid = triton.cdiv(out0.numel(), FLAT_TILE["BLOCK"]),
     _lanes_forward_kernel[grid](lane0, lane1, attn_out, mlp_out, layer.lane_resid, layer.lane_post, out0,
                                 out1, out0.numel(), **FLAT_TILE)
-    return out0, out1, BlockState(attn_norm, attn, mlp_norm, mlp, attn_adapter, mlp_adapter, lane0, attn_out,
-                                  mlp_out)
+    return out0, out1, BlockState(attn_norm, attn, mlp_norm, mlp, attn_adapter, mlp_adapter,
+                                  lane0, attn_out, mlp_out)
 
 
 def parallel_backward(b: Backward, index: int, s: BlockState, dout0: Tensor, dout1: Tensor, parts_lanes: bool,
                       extra: Tensor | None, is_first: bool, adds_dx0: bool,
-                      adapters: SlotAdapters | None = None, adapter_grads: SlotAdapters | None = None,
+                      adapters: SlotAdapters | None = None, adapter_grads: SlotAdapters | None = None
                       ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients (of lane 0, of lane 1, of the skip); where the block parts_lanes, both lanes were one stream:
     (their sum plus `extra`, None, of the skip). dout0 and dout1 have the rows of the block's result."""
@@ -5417,11 +5427,11 @@ def forward_pass(model: GPT, w: KernelWeights, tokens_N: Tensor, at: Layout, loo
     places (M,), as many in each row, only those positions of the result, (M, D)."""
     N, D = len(tokens_N), w.tok_emb.shape[1]
     block_d = triton.next_power_of_2(D)
-    x0 = torch.empty(N, D, dtype=w.tok_emb.dtype, device=w.tok_emb.device)
+    x0 = w.tok_emb.new_empty(N, D)
     rstd0, rstd = torch.empty(2, N, device=x0.device)
-    _embed_forward_kernel[row_grid(NORM_TILE, N)](tokens_N, w.tok_emb, w.smear_w, w.smear_lambda, x0, rstd0,
-                                                  N, at.T, BOS=BOS, D=D, BLOCK_D=block_d,
-                                                  WINDOW=len(w.smear_w), EPS=RMS_EPS, **NORM_TILE)
+    _embed_forward_kernel[row_grid(NORM_TILE, N)](
+        tokens_N, w.tok_emb, w.smear_w, w.smear_lambda, x0, rstd0, N, at.T,
+        BOS=BOS, D=D, BLOCK_D=block_d, WINDOW=len(w.smear_w), EPS=RMS_EPS, **NORM_TILE)
     lane0, lane1 = x0, None
     blocks, kept = [], {}
     plan = execution_plan(model.cfg, looping)
@@ -5455,11 +5465,10 @@ def backward_pass(model: GPT, w: KernelWeights, tape: Tape, dhidden: Tensor, at:
     plan = execution_plan(model.cfg, looping)
     N, D = tape.x0.shape
     b = Backward(w, at, grads, torch.empty_like(tape.x0))
-    # finish is a norm too, of half the sum of the lanes; each lane gets half its gradient, one stream all of
-    # it.
+    # finish is a norm too, of half the sum of the lanes: half its gradient for each lane, all for one stream.
     unit_layer = w.layers[0]._replace(ln_scale=torch.ones((), device=dhidden.device))
-    d0, _ = mix_and_norm_backward(w, unit_layer, NormState(tape.lane0, None, None, None, tape.hidden,
-                                                           tape.rstd), dhidden, None)
+    last_norm = NormState(tape.lane0, None, None, None, tape.hidden, tape.rstd)
+    d0, _ = mix_and_norm_backward(w, unit_layer, last_norm, dhidden, None)
     d0 = d1 = d0.mul_(0.5) if plan[-1].is_parallel else spread(d0, tape.places, N)
     # gradients of kept outputs, until their block is reached
     waiting: dict[int, Tensor] = {}
@@ -5480,18 +5489,17 @@ def backward_pass(model: GPT, w: KernelWeights, tape: Tape, dhidden: Tensor, at:
             waiting[run.skip_from] = dskip
     if grads is not None:
         _embed_backward_kernel[walking_grid(NORM_TILE, N)](
-            tape.tokens, w.tok_emb, w.smear_w, w.smear_lambda, tape.x0, tape.rstd0, b.dx0, d0, grads.tok_emb,
-            grads.smear_w, grads.smear_lambda, N, at.T, BOS=BOS, D=D, BLOCK_D=triton.next_power_of_2(D),
-            WINDOW=len(w.smear_w), **NORM_TILE)
+            tape.tokens, w.tok_emb, w.smear_w, w.smear_lambda, tape.x0, tape.rstd0, b.dx0, d0,
+            grads.tok_emb, grads.smear_w, grads.smear_lambda, N, at.T,
+            BOS=BOS, D=D, BLOCK_D=triton.next_power_of_2(D), WINDOW=len(w.smear_w), **NORM_TILE)
 
 
 # softcap_loss, score_tokens, row_gradients.
 
-def softcap_ce(logits: Tensor, targets: Tensor, caps: Tensor, *, hints: Tensor | None = None, dlogits: Tensor
-               | None = None, scale: float = 1.0, row_scale: Tensor | None = None, has_sums: bool = False,
-               approximate: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """(nll of targets, log-probability of hints, d nll / d caps (N, 2)) of raw logits (N, V), fp32, in one
-    pass.
+def softcap_ce(logits: Tensor, targets: Tensor, caps: Tensor, *, hints: Tensor | None = None,
+               dlogits: Tensor | None = None, scale: float = 1.0, row_scale: Tensor | None = None,
+               has_sums: bool = False, approximate: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """(nll of targets, log-probability of hints, d nll / d caps (N, 2)) of raw logits (N, V), fp32.
 
     dlogits  receives the gradient of the nll times `scale` or row_scale (N,); may be the logits themselves.
     approximate  takes the GPU's own tanh, whose error of 2**-11 is a quarter of the rounding of bf16 logits.
@@ -5503,9 +5511,9 @@ def softcap_ce(logits: Tensor, targets: Tensor, caps: Tensor, *, hints: Tensor |
     dcaps = torch.empty(N, 2, device=logits.device) if has_sums else nll
     block = triton.next_power_of_2(V)
     _softcap_ce_kernel[(N,)](
-        logits, targets, targets if hints is None else hints, caps, nll, log_hint, dcaps, logits
-        if dlogits is None else dlogits, nll if row_scale is None else row_scale, V, BLOCK=block,
-        PARTIAL=block != V, HINTS=hints is not None, GRAD=dlogits is not None, SUMS=has_sums,
+        logits, targets, targets if hints is None else hints, caps, nll, log_hint, dcaps,
+        logits if dlogits is None else dlogits, nll if row_scale is None else row_scale, V,
+        BLOCK=block, PARTIAL=block != V, HINTS=hints is not None, GRAD=dlogits is not None, SUMS=has_sums,
         ROW_SCALE=row_scale is not None, SCALE=scale, APPROXIMATE=approximate, num_warps=CE_WARPS)
     return nll, log_hint, dcaps
 
@@ -5587,9 +5595,9 @@ class Kernels(NamedTuple):
         del logits
         backward_pass(model, w, tape, dhidden, at, looping, views)
         grads["softcap_pos"], grads["softcap_neg"] = (dcaps.double().T @ weights.double()).float().unbind()
-        widths = [model.wq.shape[1], model.wk.shape[1], model.wv.shape[1]]
-        grads["wq"], grads["wk"], grads["wv"] = (part.contiguous() for part in grads.pop("qkv").split(widths,
-                                                                                                      1))
+        names = "wq", "wk", "wv"
+        parts = grads.pop("qkv").split([getattr(model, name).shape[1] for name in names], 1)
+        grads |= {name: part.contiguous() for name, part in zip(names, parts)}
         for name, scale in (("wo", "attn_scale"), ("w_down", "mlp_scale")):
             grads[scale] = (grads[name] * getattr(model, name)).sum(-1)
             grads[name] *= getattr(model, scale)[:, :, None]
@@ -5677,8 +5685,8 @@ if triton is not None:
         for i in range(N - 1, -1, -1):
             bit = tl.load(took_ptr + i) >> at & 1
             at = _trellis_source(at, bit)
-            tl.store(codes_ptr + i, _trellis_point(tl.load(x_ptr + i), (2 * bit + (at & 1)).to(tl.float32),
-                                                   limit))
+            residue = (2 * bit + (at & 1)).to(tl.float32)
+            tl.store(codes_ptr + i, _trellis_point(tl.load(x_ptr + i), residue, limit))
 
     @triton.jit
     def _trellis_source(state, bit):                 # the state whose next_state(., bit) this is
@@ -5729,8 +5737,8 @@ def adapter_adamw(params: Tensor, low: Tensor, exp_avg_sq: Tensor, grads: Tensor
                   unbias: Tensor, lr: float, weight_decay: float, beta2: float, eps: float) -> None:
     """plain_adapter_adamw; on a GPU by one kernel, which does not touch the rows that do not learn."""
     if not params.is_cuda or triton is None:
-        return plain_adapter_adamw(params, low, exp_avg_sq, grads, learns, unbias, lr, weight_decay, beta2,
-                                   eps)
+        return plain_adapter_adamw(params, low, exp_avg_sq, grads, learns, unbias,
+                                   lr, weight_decay, beta2, eps)
     launch_adapter_adamw(params, low, exp_avg_sq, grads, learns, unbias, lr, weight_decay, beta2, eps)
 
 
@@ -5738,8 +5746,9 @@ def launch_adapter_adamw(params: Tensor, low: Tensor, exp_avg_sq: Tensor, grads:
                          unbias: Tensor, lr: float, weight_decay: float, beta2: float, eps: float) -> None:
     rows, P = params.shape
     _adapter_adamw_kernel[(triton.cdiv(P, ADAMW_BLOCK), rows)](
-        params, low, exp_avg_sq, grads.contiguous(), learns.contiguous(), unbias, P, lr, 1 - lr
-        * weight_decay, beta2, eps, HAS_LOW=low.data_ptr() != params.data_ptr(), BLOCK=ADAMW_BLOCK)
+        params, low, exp_avg_sq, grads.contiguous(), learns.contiguous(), unbias, P,
+        lr, 1 - lr * weight_decay, beta2, eps,
+        HAS_LOW=low.data_ptr() != params.data_ptr(), BLOCK=ADAMW_BLOCK)
 
 
 # --- 17 compilation -----------------------------------------------------------------------------------------

@@ -152,6 +152,13 @@ def fitted():
     return cfg, run, model, stats, gpt.fit_artifact(cfg, run, model, stats, 10**9)
 
 
+def test_every_setting_of_a_tensor_group_shapes_the_artifact_and_no_checkpoint():
+    cfg = tiny_config()
+    settings = {name for spec in gpt.TENSOR_GROUPS.values() for name in (spec.bits, spec.clip_sigmas)}
+    assert settings <= gpt.shaping_settings(gpt.ARTIFACT_MAGIC, cfg).keys()
+    assert not settings & gpt.shaping_settings(gpt.CHECKPOINT_MAGIC, cfg).keys()
+
+
 def test_an_artifact_that_fits_keeps_the_configured_clip_sigmas(fitted):
     cfg, run, model, stats, data = fitted
     streams = gpt.encode_model(cfg, *gpt.quantize(cfg, run, model, stats))
