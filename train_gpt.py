@@ -2451,7 +2451,7 @@ MAX_SYMBOLS = 1 << 27                  # a header may not ask for more, nor for 
 
 def _run_coder(routine: str, buffer: np.ndarray, decode: bool, values: np.ndarray,
                *options: int | np.ndarray | None) -> int:
-    """Run code_codes or code_words of CODER_C: `values` to bytes in `buffer`, or back.
+    """Run code_codes or code_words of C_SOURCE: `values` to bytes in `buffer`, or back.
     Returns the length of the stream, which may exceed the buffer, or -1 for codes off the trellis."""
     if not values.size:
         return 0
@@ -2459,12 +2459,7 @@ def _run_coder(routine: str, buffer: np.ndarray, decode: bool, values: np.ndarra
     code = int.from_bytes(buffer[:8].tobytes().ljust(8, b"\0"), "big")
     coder = np.array([*(x.ctypes.data for x in (*tables, buffer)), buffer.size, decode, 8 * decode, 0, 0,
                       0, 2 ** 64 - 1, code], np.uint64)
-    # None becomes a null pointer by itself
-    arguments = [ctypes.c_void_p(x.ctypes.data) if isinstance(x, np.ndarray) else
-                 x if x is None else ctypes.c_int64(x) for x in (coder, values, *values.shape, *options)]
-    function = getattr(compile_c(CODER_C), routine)
-    function.restype = ctypes.c_int64
-    return function(*arguments)
+    return call_c(routine, coder, values, *values.shape, *options)
 
 
 def _encode(routine: str, values: np.ndarray, *options: int | np.ndarray | None) -> bytes:
@@ -3093,18 +3088,9 @@ class NgramTable:
 
     def __init__(self, tokens: np.ndarray, num_targets: int, context: int, threshold: float) -> None:
         """Room for num_targets targets of the stream tokens (N,) uint16; MemoryError when there is none."""
-        self.tokens, self.num_targets = np.ascontiguousarray(tokens, np.uint16), num_targets
-        self.library = compile_c(NGRAM_C)
-        self.library.ngram_open.restype = ctypes.c_void_p
-        self.state = ctypes.c_void_p(self.library.ngram_open(
-            ctypes.c_void_p(self.tokens.ctypes.data), ctypes.c_int64(num_targets), ctypes.c_int(context),
-            ctypes.c_float(threshold)))
-        self._require_memory(bool(self.state))
-
-    def _require_memory(self, is_enough: bool) -> None:
-        if not is_enough:
-            raise MemoryError(f"no memory for n-grams of {self.num_targets:,} targets; "
-                              f"free about {self.num_targets * 27 >> 20} MiB")
+        capacity = 1 << max(1023, 3 * num_targets // 2).bit_length()      # more than n-grams there can be
+        self.table, self.tokens = np.zeros((capacity, 4), np.uint32), np.ascontiguousarray(tokens, np.uint16)
+        self.context, self.threshold = context, threshold
 
     def feed(self, order: np.ndarray, doc_start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Look up and count the targets `order`; target i is token i + 1. A context that would begin before
@@ -3112,13 +3098,9 @@ class NgramTable:
         in; returns hinted tokens int32, -1 where closed, and confidences fp32, 0 where new."""
         order, doc_start = (np.ascontiguousarray(x, np.int64) for x in (order, doc_start))
         hint, confidence = np.empty(len(order), np.int32), np.empty(len(order), np.float32)
-        arrays = (ctypes.c_void_p(x.ctypes.data) for x in (order, doc_start, hint, confidence))
-        self._require_memory(not self.library.ngram_feed(self.state, ctypes.c_int64(len(order)), *arrays))
+        call_c("ngram_feed", self.table, len(self.table), self.tokens, self.context,
+               ctypes.c_float(self.threshold), len(order), order, doc_start, hint, confidence)
         return hint, confidence
-
-    def close(self) -> None:
-        self.library.ngram_close(self.state)
-        self.state = None
 
 
 def tilt(nll: Tensor, log_q_hint: Tensor, is_hit: Tensor, boost: Tensor) -> Tensor:
@@ -3355,7 +3337,6 @@ class HintFeed:
                 doc_start = np.repeat(self.docs.start[part.doc], part.size)
                 self.file.write(table.feed(targets_in_order(part), doc_start)[0].tobytes())
                 self.file.flush()
-            table.close()
         except BaseException as error:                                  # for the thread that waits
             self.error = error
         self.made_s = time.perf_counter() - start
@@ -4052,8 +4033,8 @@ def log_start(cfg: Config, run: Run, data: Dataset, tokenizer: Path, model: GPT)
 
 def check_ready(cfg: Config, run: Run, model: GPT) -> None:
     """Try now whatever the run needs after training: compiler, and room for what it leaves."""
-    for source in () if cfg.prequant_only else (CODER_C, NGRAM_C):
-        compile_c(source)
+    if not cfg.prequant_only:
+        compile_c(C_SOURCE)
     if run.rank != 0:
         return
     folder, needed = Path(cfg.checkpoint_dir), SIZE_LIMIT + 4 * sum(p.numel() for p in model.parameters())
@@ -4075,8 +4056,7 @@ def build_model(cfg: Config, run: Run) -> GPT:
     with ThreadPoolExecutor() as pool:
         model = pool.submit(GPT, cfg, run.compute_dtype)
         if not cfg.prequant_only:
-            for source in (CODER_C, NGRAM_C):
-                pool.submit(compile_c, source)            # an error is raised again by check_ready
+            pool.submit(compile_c, C_SOURCE)              # an error is raised again by check_ready
         ops = choose_ops(run)                             # imports the kernel libraries
     model = model.result()
     model.ops = ops
@@ -5917,7 +5897,15 @@ def compile_c(source: str) -> ctypes.CDLL:
         raise RunError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
 
 
-CODER_C = r"""
+def call_c(function: str, *arguments: Any) -> int:
+    """Call a function of C_SOURCE: arrays go as pointers to their data, None as a null pointer, ints as i64."""
+    routine = getattr(compile_c(C_SOURCE), function)
+    routine.restype = ctypes.c_int64
+    return routine(*(ctypes.c_void_p(x.ctypes.data) if isinstance(x, np.ndarray) else
+                     ctypes.c_int64(x) if isinstance(x, int) else x for x in arguments))
+
+
+C_SOURCE = r"""
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -6329,151 +6317,74 @@ i64 code_words(const Coder *coder, u16 *x, i64 n, i64 stride) {
     free(counters);
     return finish(&c);
 }
-"""
 
+// --- n-gram hints ---
 
-NGRAM_C = r"""
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-// A context is kept as the position that first showed it, and compared token by token; hashes only find it.
+// An n-gram: `length` tokens, compared one by one with those where it was seen; hashes only find it. Those
+// of `context` tokens are contexts. Those one longer count a token after its context, for contexts that were
+// followed by more than one token.
 typedef struct {
-    uint32_t seen_at;           // 0: empty
-    uint32_t total, best;       // tokens that followed; those equal to `top`
-    uint16_t top;
-} Entry;
+    u32 begin, length;      // where it was seen, a context before its top token; length 0: empty
+    u32 total, best;        // times it was counted; of a context, times its top token followed
+} Ngram;
 
-// Counts per (context, token) exist only for contexts that were followed by more than one token.
-typedef struct {
-    uint64_t key;
-    uint32_t count;             // 0: empty
-} Count;
-
-typedef struct {
-    const uint16_t *tokens;
-    Entry *table;
-    Count *counts;
-    uint64_t capacity, num_counts, used;        // sizes of both tables, powers of two; counts in use
-    int context;
-    float threshold;
-} Ngrams;
-
-static uint64_t mix(uint64_t h, uint64_t x) {
+static inline u64 mix(u64 h, u64 x) {
     h = (h ^ x) * 0xd6e8feb86659fd93u;
     return h ^ h >> 32;
 }
 
-// The count of a key, new ones zero; NULL when memory ran out.
-static uint32_t *find_count(Ngrams *g, uint64_t key) {
-    if (2 * (g->used + 1) > g->num_counts) {        // at most half full: grow fourfold
-        Count *old = g->counts, *end = old + g->num_counts;
-        g->counts = calloc(4 * g->num_counts, sizeof(Count));
-        if (!g->counts) {
-            g->counts = old;
-            return NULL;
-        }
-        g->num_counts *= 4;
-        g->used = 0;
-        for (Count *count = old; count < end; count++)
-            if (count->count)
-                *find_count(g, count->key) = count->count;
-        free(old);
+// The place of tokens[begin...] in the table, taken now when they are new.
+static inline Ngram *find(Ngram *table, i64 capacity, u64 hash, const u16 *tokens, i64 begin, u32 length) {
+    for (;; hash++) {
+        Ngram *g = table + (hash & (capacity - 1));
+        if (!g->length)
+            *g = (Ngram){begin, length, 0, 0};
+        if (g->length == length && !memcmp(tokens + g->begin, tokens + begin, 2 * length))
+            return g;
     }
-    uint64_t mask = g->num_counts - 1, at = mix(0, key) & mask;
-    while (g->counts[at].count && g->counts[at].key != key)
-        at = (at + 1) & mask;
-    if (!g->counts[at].count) {
-        g->counts[at].key = key;
-        g->used++;
-    }
-    return &g->counts[at].count;
 }
 
-// Token y followed the context of entry number `at`. Returns 0 when memory ran out.
-static int count_token(Ngrams *g, uint64_t at, uint16_t y) {
-    Entry *e = g->table + at;
-    uint32_t *count = &e->best;
-    if (e->total != e->best || y != e->top) {
-        if (e->total == e->best) {                  // the first token that deviates
-            if (!(count = find_count(g, at << 16 | e->top)))
-                return 0;
-            *count = e->best;
-        }
-        if (!(count = find_count(g, at << 16 | y)))
-            return 0;
-    }
-    e->total++;
-    if (++*count > e->best) {
-        e->top = y;
-        e->best = *count;
-    }
-    return 1;
-}
-
-void ngram_close(Ngrams *g) {
-    if (!g)
-        return;
-    free(g->table);
-    free(g->counts);
-    free(g);
-}
-
-// An empty table with room for num_targets; NULL when memory ran out. The tokens must outlive it.
-Ngrams *ngram_open(const uint16_t *tokens, int64_t num_targets, int context, float threshold) {
-    Ngrams *g = malloc(sizeof(Ngrams));
-    uint64_t capacity = 1024;
-    while (3 * capacity < 4 * (uint64_t)num_targets)
-        capacity *= 2;
-    if (!g)
-        return NULL;
-    *g = (Ngrams){tokens, calloc(capacity, sizeof(Entry)), calloc(1024, sizeof(Count)), capacity, 1024, 0,
-                  context, threshold};
-    if (g->table && g->counts)
-        return g;
-    ngram_close(g);
-    return NULL;
-}
-
-// Looks up, then counts n targets in order. Returns 0, or 1 when memory ran out.
-int ngram_feed(Ngrams *g, int64_t n, const int64_t *order, const int64_t *doc_start,
-               int32_t *hint, float *confidence) {
-    enum { AHEAD = 16 };                            // look-ups begun early, for the table lies in slow memory
-    const uint16_t *tokens = g->tokens;
-    const int context = g->context;
-    Entry *table = g->table;
-    uint64_t mask = g->capacity - 1, hashes[2 * AHEAD];
-    for (int64_t k = -AHEAD; k < n; k++) {
-        int64_t ahead = k + AHEAD < n ? order[k + AHEAD] : -1;
+// Looks up, then counts n targets in order. The table's capacity is a power of two.
+void ngram_feed(Ngram *table, i64 capacity, const u16 *tokens, i64 context, float threshold,
+                i64 n, const i64 *order, const i64 *doc_start, i32 *hint, float *confidence) {
+    enum { AHEAD = 16 };                    // look-ups begun early, for the table lies in slow memory
+    u64 hashes[2 * AHEAD];
+    for (i64 k = -AHEAD; k < n; k++) {
+        i64 ahead = k + AHEAD < n ? order[k + AHEAD] : -1;
         if (ahead >= 0 && ahead + 1 - context >= doc_start[k + AHEAD]) {
-            uint64_t h = 0;
+            u64 h = 0;
             for (int i = 0; i < context; i++)
                 h = mix(h, tokens[ahead - i]);
-            hashes[(k + AHEAD) % (2 * AHEAD)] = h & mask;
-            __builtin_prefetch(&table[h & mask]);
+            hashes[(k + AHEAD) % (2 * AHEAD)] = h;
+            __builtin_prefetch(table + (h & (capacity - 1)));
         }
         if (k < 0)
             continue;
-        int64_t i = order[k], begin = i + 1 - context;
+        i64 begin = order[k] + 1 - context;
         hint[k] = -1;
         confidence[k] = 0;
         if (begin < doc_start[k])
             continue;
-        uint64_t at = hashes[k % (2 * AHEAD)];
-        while (table[at].seen_at && memcmp(tokens + table[at].seen_at - context, tokens + begin, 2 * context))
-            at = (at + 1) & mask;
-        Entry *e = &table[at];
-        if (!e->seen_at) {
-            *e = (Entry){(uint32_t)(i + 1), 1, 1, tokens[i + 1]};
-            continue;
+        u64 hash = hashes[k % (2 * AHEAD)];
+        Ngram *g = find(table, capacity, hash, tokens, begin, context);
+        u16 top = tokens[g->begin + context], token = tokens[begin + context];
+        if (g->total) {
+            confidence[k] = (float)g->best / (float)g->total;
+            if (confidence[k] >= threshold)
+                hint[k] = top;
         }
-        confidence[k] = (float)e->best / (float)e->total;
-        if (confidence[k] >= g->threshold)
-            hint[k] = e->top;
-        if (!count_token(g, at, tokens[i + 1]))
-            return 1;
+        u32 count = g->best + 1;
+        if (token != top || g->best < g->total) {
+            if (g->best == g->total)        // the first token that deviates
+                find(table, capacity, mix(hash, top), tokens, g->begin, context + 1)->total = g->best;
+            count = ++find(table, capacity, mix(hash, token), tokens, begin, context + 1)->total;
+        }
+        g->total++;
+        if (count > g->best) {
+            g->best = count;
+            g->begin = begin;
+        }
     }
-    return 0;
 }
 """
 
