@@ -1895,22 +1895,14 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
 # Calibration statistics, GPTQ, protected column groups, low-rank correction: fp32 matrices to int8 codes.
 
 class TensorGroup(NamedTuple):
-    """How one parameter is quantized and stored: a bank of one matrix per layer, or a single matrix.
-
-    bits, clip_sigmas  names of the settings that hold them.
-    tap           input of the matrices, as the model's taps call it; its statistics weigh rounding errors.
-    coding_turn   streams are coded in this order, so the longest jobs come first.
-    halved_axis   axis of the codes (matrices, rows, cols) that is cut into two streams, for no thread shall
-                  work twice as long as the others; None: one stream.
-    regress       the coder predicts codes from those to their left, where they are correlated.
-    """
-    bits: str
+    """How one parameter is quantized and stored."""
+    bits: str                # name of the setting that holds them, as for clip_sigmas
     clip_sigmas: str
-    tap: str
-    coding_turn: int
-    halved_axis: int | None = None
-    is_bank: bool = True
-    regress: bool = False
+    tap: str                 # the model's name of the matrices' input, whose statistics weigh rounding errors
+    coding_turn: int         # streams are coded in this order, so the longest jobs come first
+    halved_axis: int | None = None     # of the codes (matrices, rows, cols): two streams, for balanced threads
+    is_bank: bool = True     # one matrix per layer, not a single one
+    regress: bool = False    # the coder predicts codes from those to their left, where they are correlated
 
     def members(self, cfg: Config) -> int:
         return cfg.num_layers if self.is_bank else 1
@@ -2077,30 +2069,28 @@ def gptq(W: Tensor, H: Tensor, scale: Tensor, max_code: int, high: Tensor | None
         raise ValueError("gptq: the damped Hessian is not positive definite; the calibration activations are "
                          "not finite or the batches are too few")
     U = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
-    # Column-major work copy (M, cols, rows): every step below touches whole columns.
-    live = W.masked_fill(dead[:, None], 0.0)
-    work = live.mT.gather(1, order[:, :, None].expand(M, cols, rows)).contiguous()
+    # Column-major copies (M, cols, rows) in this order: every step below touches whole columns.
+    columns = order[:, :, None].expand(M, cols, rows)
+    work = W.masked_fill(dead[:, None], 0.0).mT.gather(1, columns)
     codes = torch.empty_like(work)
     steps = scale.float()[:, None].expand(M, cols, rows)
     limits = torch.full((cols,), float(max_code), device=W.device)
     if high is not None:
         steps = torch.where(high[:, None], scale_high.float()[:, None], steps)
         limits = torch.where(high, float(max_high), limits)
+    steps, limits = steps.gather(1, columns), limits[order]
     for start in range(0, cols, GPTQ_BLOCK):
         end = min(start + GPTQ_BLOCK, cols)
         block = work[:, start:end].clone()
         errors = torch.empty_like(block)
         for j in range(end - start):
-            column = order[:, start + j]                  # (M,) original column index in each matrix
-            step = steps[torch.arange(M, device=W.device), column]
-            limit = limits[column][:, None]
+            step, limit = steps[:, start + j], limits[:, start + j, None]
             q = round_column(block[:, j] / step.clamp_min(SCALE_FLOOR), limit, trellis)
             codes[:, start + j] = q
             errors[:, j] = (block[:, j] - q * step) / U[:, start + j, start + j, None]
             block[:, j:] -= U[:, start + j, start + j:end, None] * errors[:, j, None]
         work[:, end:] -= U[:, start:end, end:].mT @ errors
-    inverse = order.argsort(-1)
-    return codes.gather(1, inverse[:, :, None].expand_as(codes)).mT.to(torch.int8).contiguous()
+    return torch.empty_like(codes).scatter_(1, columns, codes).mT.to(torch.int8).contiguous()
 
 
 STEP_FACTORS = 0.3, 2.0      # coarser steps save fewer bits than they promise; README, negative results
@@ -2126,14 +2116,6 @@ def balance_steps(matrices: Mapping[str, Matrix], share: float) -> dict[str, Mat
     factors = np.where(has_gradient, np.exp(share * (mean - log_cost) / 2).clip(*STEP_FACTORS), 1.0)
     return {name: m._replace(clip_sigmas=m.clip_sigmas * factor)
             for (name, m), factor in zip(matrices.items(), factors.tolist())}
-
-
-def row_steps(m: Matrix, max_code: int, trellis: bool, columns: Tensor | slice = slice(None)) -> Tensor:
-    """row_scale; for the trellis half of it, but not so fine that int8 fails to reach these columns."""
-    if not trellis:
-        return row_scale(m.W, m.clip_sigmas, max_code)
-    finest = (m.W[:, columns].abs().amax(-1) / 127).half()
-    return torch.maximum(row_scale(m.W, m.clip_sigmas, 2 * max_code), finest)
 
 
 def select_protected(matrices: Mapping[str, Matrix], group_size: int, top_k: int,
@@ -2205,23 +2187,44 @@ def dequantize(q: Quantized) -> Tensor:
 def quantize_matrices(cfg: Config, run: Run, matrices: Mapping[str, Matrix]) -> dict[str, Quantized]:
     """Quantize matrices: protect groups, round with GPTQ, correct the worst; the same result on every rank.
     Matrices of one shape are rounded together. Ranks take the shapes in turn and exchange the codes."""
-    if cfg.rdo_lambda:
+    trellis, group_size = cfg.rdo_lambda > 0, cfg.awq_lite_group_size
+    if trellis:
         matrices = balance_steps(matrices, cfg.rdo_lambda)
-    protected = {}
-    if cfg.awq_lite_enabled:
-        protected = select_protected(matrices, cfg.awq_lite_group_size, cfg.awq_lite_group_top_k,
-                                     cfg.awq_lite_bits)
+    top_k = cfg.awq_lite_group_top_k if cfg.awq_lite_enabled else 0
+    protected = select_protected(matrices, group_size, top_k, cfg.awq_lite_bits)
     batches: dict[tuple, list[str]] = {}
     for name, m in matrices.items():
         batches.setdefault((m.W.shape, m.bits, tuple(protected.get(name, ()))), []).append(name)
+
+    def row_steps(m: Matrix, bits: int, columns: Tensor | slice) -> Tensor:
+        """row_scale; for the trellis half of it, but not so fine that int8 fails to reach these columns."""
+        if not trellis:
+            return row_scale(m.W, m.clip_sigmas, code_limit(bits))
+        finest = (m.W[:, columns].abs().amax(-1) / 127).half()
+        return torch.maximum(row_scale(m.W, m.clip_sigmas, 2 * code_limit(bits)), finest)
+
     done: dict[str, Quantized] = {}
     rounded = []
-    for index, ((_, _, starts), names) in enumerate(batches.items()):
+    for index, (((rows, cols), bits, starts), names) in enumerate(batches.items()):
         batch = [matrices[name] for name in names]
-        parts = quantize_batch(cfg, batch, starts, is_mine=index % run.world_size == run.rank)
-        rounded.append(parts[0])
-        for name, codes, scale, scale_high in zip(names, *parts):
-            done[name] = Quantized(codes, scale, starts, cfg.awq_lite_group_size if starts else 0, scale_high)
+        device = batch[0].W.device
+        scales = torch.stack([row_steps(m, bits, slice(None)) for m in batch])
+        high = highs = None
+        if starts:
+            high = torch.zeros(cols, dtype=torch.bool, device=device)
+            for start in starts:
+                high[start:start + group_size] = True
+            highs = torch.stack([row_steps(m, cfg.awq_lite_bits, high) for m in batch])
+        # The trellis' steps are balanced: only int8 is a limit.
+        limit, limit_high = (127 if trellis else code_limit(n) for n in (bits, cfg.awq_lite_bits))
+        codes = torch.empty(len(batch), rows, cols, dtype=torch.int8, device=device)
+        if index % run.world_size == run.rank:
+            W, H = torch.stack([m.W for m in batch]), torch.stack([m.H for m in batch])
+            codes.copy_(gptq(W, H, scales, limit, high, highs, limit_high, trellis))
+        rounded.append(codes)
+        for k, name in enumerate(names):
+            protection = (starts, group_size, highs[k]) if starts else ()
+            done[name] = Quantized(codes[k], scales[k], *protection)
     for index, codes in enumerate(rounded):
         run.broadcast(codes, index % run.world_size)
     if cfg.lqer_enabled:
@@ -2229,36 +2232,12 @@ def quantize_matrices(cfg: Config, run: Run, matrices: Mapping[str, Matrix]) -> 
     return {name: done[name] for name in matrices}
 
 
-def quantize_batch(cfg: Config, batch: Sequence[Matrix], starts: Sequence[int],
-                   is_mine: bool) -> tuple[Tensor, Tensor, Tensor | list[None]]:
-    """(codes (M, rows, cols) int8, scales (M, rows), scales of the protected columns or Nones) of M matrices
-    of one shape, bits and protection. Codes are left empty where another rank rounds this batch."""
-    trellis = cfg.rdo_lambda > 0
-    max_code, max_high = code_limit(batch[0].bits), code_limit(cfg.awq_lite_bits)
-    W = torch.stack([m.W for m in batch])
-    scales = torch.stack([row_steps(m, max_code, trellis) for m in batch])
-    high = highs = None
-    if starts:
-        high = torch.zeros(W.shape[2], dtype=torch.bool, device=W.device)
-        for start in starts:
-            high[start:start + cfg.awq_lite_group_size] = True
-        highs = torch.stack([row_steps(m, max_high, trellis, high) for m in batch])
-    if trellis:                                           # steps are balanced: only int8 is a limit
-        max_code = max_high = 127
-    codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
-    if is_mine:
-        H = torch.stack([m.H for m in batch])
-        codes.copy_(gptq(W, H, scales, max_code, high, highs, max_high, trellis))
-    return codes, scales, [None] * len(batch) if highs is None else highs
-
-
 def correct_worst(cfg: Config, matrices: Mapping[str, Matrix],
                   done: Mapping[str, Quantized]) -> dict[str, Quantized]:
     """The lqer_top_k matrices with the largest quantization errors, each with a correction [LQER]."""
     residuals = {name: m.W - dequantize(done[name]) for name, m in matrices.items()}
-    norms = {name: float(E.norm()) for name, E in residuals.items()}
     corrected = {}
-    for name in sorted(norms, key=lambda name: -norms[name])[:cfg.lqer_top_k]:
+    for name in sorted(residuals, key=lambda name: -residuals[name].norm().item())[:cfg.lqer_top_k]:
         A, B = top_components(residuals[name], cfg.lqer_rank)
         corrected[name] = done[name]._replace(
             factors=pack_factors(A, B, cfg.lqer_asym_group, cfg.lqer_asym_enabled))
@@ -2357,14 +2336,13 @@ def pass_through(model: GPT) -> dict[str, Tensor]:
     """Every parameter that is not quantized, as fp16; raises ArtifactError when a value does not fit that."""
     passed = {}
     for name, p in model.named_parameters():
-        if name in TENSOR_GROUPS:
-            continue
-        passed[name] = p.detach().half()
-        lost = ~passed[name].isfinite()
-        if lost.any():
-            value = float(p.detach()[lost][0])
-            raise ArtifactError(f"{name} is stored as fp16: expected magnitudes below 65,520, found {value:g}"
-                                "; the run has diverged (lower SCALAR_LR), or the model must scale it down")
+        if name not in TENSOR_GROUPS:
+            passed[name] = p.detach().half()
+            lost = p.detach()[~passed[name].isfinite()]
+            if len(lost):
+                raise ArtifactError(f"{name} is stored as fp16: expected magnitudes below 65,520, found "
+                                    f"{lost[0]:g}; the run has diverged (lower SCALAR_LR), or the model must "
+                                    "scale it down")
     return passed
 
 
@@ -2372,9 +2350,9 @@ def pass_through(model: GPT) -> dict[str, Tensor]:
 def sort_hidden_units(model: GPT) -> None:
     """Order each layer's MLP units by the deviation of their w_up row: same function, row scales nearly free.
 
-    Raises ValueError when there is no such order (weights that are not finite), or when sorting w_up and
-    w_down alone would change the function: their shapes disagree, or another parameter of the layers has an
-    axis as long as the hidden one. The length tells only where no side of an attention matrix has it too.
+    ValueError for weights that are not finite, and where sorting w_up and w_down alone would change the
+    function: their shapes disagree, or another parameter of the layers has an axis as long as the hidden one
+    (told by its length, where no side of an attention matrix has that too).
     """
     named = dict(model.named_parameters())
     up, down = named.pop("w_up"), named.pop("w_down")
@@ -2509,8 +2487,8 @@ def _pack(kind: int, option: int, shape: tuple, payload: bytes, content: np.ndar
     return body + struct.pack("<I", zlib.crc32(body))
 
 
-def _unpack(stream: bytes, kind: int) -> tuple[bytes, int, tuple, np.ndarray, int]:
-    """Check all that can be checked before decoding; return head, option, shape, payload, checksum."""
+def _unpack(stream: bytes, kind: int) -> tuple[int, tuple, np.ndarray]:
+    """Check all that can be checked before decoding; return option, shape, payload."""
     if len(stream) < STREAM_HEADER.size + 8 or stream[:4] != STREAM_MAGIC:
         raise ValueError(f"expected a {STREAM_MAGIC.decode()} stream, found {len(stream)} bytes starting "
                          f"{bytes(stream[:4])!r}")
@@ -2525,7 +2503,14 @@ def _unpack(stream: bytes, kind: int) -> tuple[bytes, int, tuple, np.ndarray, in
     is_too_wide = kind == CODES and option & REGRESS and not can_regress(shape)
     if symbols > min(MAX_SYMBOLS, 32768 * len(payload)) or is_too_wide:
         raise ValueError(f"stream of {len(stream)} bytes cannot hold shape {shape}: its header is damaged")
-    return stream[:STREAM_HEADER.size], option, tuple(shape), payload, int.from_bytes(stream[-8:-4], "little")
+    return option, tuple(shape), payload
+
+
+def _check_content(stream: bytes, content: np.ndarray) -> None:
+    head, checksum = stream[:STREAM_HEADER.size], int.from_bytes(stream[-8:-4], "little")
+    if zlib.crc32(content.tobytes(), zlib.crc32(head)) != checksum:
+        raise ValueError(f"stream of {len(stream)} bytes decodes to other values than were written: damaged, "
+                         "or words with another base")
 
 
 def can_regress(shape: tuple) -> bool:
@@ -2554,12 +2539,11 @@ def encode_codes(codes: np.ndarray, *, regress: bool = False, trellis: bool = Fa
 
 def decode_codes(stream: bytes) -> np.ndarray:
     """Invert encode_codes. Raises ValueError on a truncated, damaged or foreign stream."""
-    head, option, shape, payload, checksum = _unpack(stream, CODES)
+    option, shape, payload = _unpack(stream, CODES)
     codes = np.zeros(shape, np.int8)
     alike = np.zeros((shape[0] * shape[1], 2), np.int32) if option & REGRESS else None    # not read
     _run_coder("code_codes", payload, True, codes, int(option & TRELLIS > 0), alike)
-    if zlib.crc32(codes.tobytes(), zlib.crc32(head)) != checksum:
-        raise ValueError(f"stream of {len(stream)} bytes decodes to other codes than were written: damaged")
+    _check_content(stream, codes)
     return codes
 
 
@@ -2579,27 +2563,25 @@ def encode_words(words: np.ndarray, *, stride: int = 1, base: np.ndarray | None 
     if stride < 1 or base is not None and len(base) != len(words):
         raise ValueError(f"expected stride >= 1 and a base of {len(words)} words, found stride {stride}, "
                          f"base {base}")
-    values = ordered(words) - (0 if base is None else ordered(base))
-    differences = np.diff(values, prepend=values.dtype.type(0))
-    plain, delta = (_encode("code_words", v.astype(np.uint16), stride) for v in (values, differences))
+    values = ordered(words) if base is None else ordered(words) - ordered(base)
+    plain, delta = (_encode("code_words", v, stride) for v in (values, np.diff(values, prepend=np.uint16(0))))
     is_difference = len(delta) < len(plain)
     return _pack(WORDS, int(is_difference), (1, len(words), stride), delta if is_difference else plain, words)
 
 
 def decode_words(stream: bytes, *, base: np.ndarray | None = None) -> np.ndarray:
     """Invert encode_words, `base` as given there. ValueError on a truncated, damaged or foreign one."""
-    head, is_difference, (_, length, stride), payload, checksum = _unpack(stream, WORDS)
+    is_difference, (_, length, stride), payload = _unpack(stream, WORDS)
     values = np.zeros(length, np.uint16)
     _run_coder("code_words", payload, True, values, stride)
     if is_difference:
         values = np.cumsum(values, dtype=np.uint16)
     if base is not None and len(base) != length:
         raise ValueError(f"stream holds {length} words, but base has {len(base)}")
-    values = values + (np.uint16(0) if base is None else ordered(base))
+    if base is not None:
+        values = values + ordered(base)
     words = np.where(values >> 15, values & 0x7FFF, ~values).astype(np.uint16)     # the inverse of ordered()
-    if zlib.crc32(words.tobytes(), zlib.crc32(head)) != checksum:
-        raise ValueError(f"stream of {len(stream)} bytes decodes to other words than were written: damaged, "
-                         "or another base")
+    _check_content(stream, words)
     return words
 
 
@@ -2608,7 +2590,7 @@ def decode_words(stream: bytes, *, base: np.ndarray | None = None) -> np.ndarray
 # control: steps that make it fit, and the size report.
 
 FORMAT_VERSION = 4
-CHECKPOINT_MAGIC, ARTIFACT_MAGIC = b"GOLFWGHT", b"GOLFCODE"
+CHECKPOINT_MAGIC, ARTIFACT_MAGIC = b"GOLFFP32", b"GOLFCODE"
 # Settings that do not shape what a file holds: how and where a run goes, scoring, and for a checkpoint
 # quantization. Every other setting does, so that a new one is compared unless it is listed here.
 RUN_FIELDS = tuple("run_id data_path tokenizer_path compile block_kernels cuda_graphs allow_ prequant_only "
@@ -2687,44 +2669,20 @@ def read_container(path: Path, magic: bytes, cfg: Config, run: Run | None = None
     if differing:
         changes = ", ".join(f"{name.upper()}={made.get(name)} (now {now.get(name)})" for name in differing)
         raise ArtifactError(f"{path}: made with other settings: {changes}; set them as they were")
-    _check_origin(path, header["origin"], run)
-    streams = {}
-    at = 16 + header_bytes
-    for name, length in header["streams"]:
-        streams[name] = data[at:at + length]
-        at += length
-    return streams, header["notes"]
-
-
-def _check_origin(path: Path, made: Mapping[str, str], run: Run | None) -> None:
-    now = run.origin if run else {}
-    differing = [name for name in made if name in now and made[name] != now[name]]
+    made, now = header["origin"], run.origin if run else {}
+    differing = [name for name in made if made[name] != now.get(name, made[name])]
     if "tokenizer" in differing:
         raise ArtifactError(f"{path}: made with a tokenizer of SHA-256 {made['tokenizer'][:16]}..., now "
                             f"{now['tokenizer'][:16]}...; set TOKENIZER_PATH and DATA_PATH as they were")
     if "code" in differing:
         run.log(f"artifact warning file:{path.name} made_with_code:{made['code'][:16]} "
                 f"code:{now['code'][:16]}")
-
-
-def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """Names, dtypes, shapes and raw little-endian values in one byte string; unpack_tensors inverts it."""
-    index = json.dumps([[name, str(t.dtype).removeprefix("torch."), list(t.shape)]
-                        for name, t in tensors.items()])
-    parts = [np.array([len(index)], "<u4").tobytes(), index.encode()]
-    return b"".join(parts + [t.detach().cpu().contiguous().numpy().tobytes() for t in tensors.values()])
-
-
-def unpack_tensors(data: bytes) -> dict[str, Tensor]:
-    length = int(np.frombuffer(data[:4], "<u4")[0])
-    tensors = {}
-    offset = 4 + length
-    for name, dtype, shape in json.loads(data[4:4 + length]):
-        count = math.prod(shape)
-        values = np.frombuffer(data, np.dtype(dtype), count, offset)
-        tensors[name] = torch.from_numpy(values.copy()).reshape(shape)
-        offset += values.nbytes
-    return tensors
+    streams = {}
+    at = 16 + header_bytes
+    for name, length in header["streams"]:
+        streams[name] = data[at:at + length]
+        at += length
+    return streams, header["notes"]
 
 
 def _in_threads(work: Callable, items: Sequence) -> list:
@@ -2744,8 +2702,8 @@ def artifact_path(run: Run) -> Path:
 def write_checkpoint(cfg: Config, run: Run, model: GPT) -> None:
     """Save the averaged fp32 weights (rank 0)."""
     if run.rank == 0:
-        tensors = pack_tensors(dict(model.named_parameters()))
-        data = build_container(CHECKPOINT_MAGIC, cfg, {"weights": tensors}, origin=run.origin)
+        streams = {name: p.detach().cpu().numpy().tobytes() for name, p in model.named_parameters()}
+        data = build_container(CHECKPOINT_MAGIC, cfg, streams, origin=run.origin)
         save(run, checkpoint_path(run), data)
         run.log(f"Serialized model: {len(data)} bytes")
     run.barrier()
@@ -2753,7 +2711,8 @@ def write_checkpoint(cfg: Config, run: Run, model: GPT) -> None:
 
 def read_checkpoint(cfg: Config, run: Run, model: GPT) -> None:
     streams, _ = read_container(checkpoint_path(run), CHECKPOINT_MAGIC, cfg, run)
-    model.load_state_dict(unpack_tensors(streams["weights"]))
+    model.load_state_dict({name: torch.frombuffer(bytearray(streams[name]), dtype=p.dtype).view_as(p)
+                           for name, p in model.named_parameters()})
 
 
 # --- 10b layout ---
@@ -2882,7 +2841,12 @@ SMALLEST_SIGMA_FACTOR = 0.5                      # below, real weights would beg
 
 def write_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration) -> str:
     """Quantize, encode, make it fit; rank 0 writes and reports it. Returns its SHA-256 on every rank."""
-    code_bytes = int(run.agree([report_code_size(run) if run.rank == 0 else 0])[0])
+    code = shipped_code()
+    reason = ' reason:"no pack.py beside the script"' if "lzma" in code.form else ""
+    run.log(f"artifact code_form:{code.form}{reason}")
+    run.log(f"Code size (uncompressed): {code.source_bytes} bytes")
+    run.log(f"Code size (compressed): {code.num_bytes} bytes")
+    code_bytes = int(run.agree([code.num_bytes])[0])
     data, digest = fit_artifact(cfg, run, model, stats, SIZE_LIMIT - code_bytes - CODE_MARGIN), ""
     if run.rank == 0:
         path, digest = artifact_path(run), hashlib.sha256(data).hexdigest()
@@ -2922,16 +2886,6 @@ def shipped_code() -> ShippedCode:
     else:
         form, data = "lzma_of_source", lzma.compress(source, preset=9 | lzma.PRESET_EXTREME)
     return ShippedCode(form, len(data), hashlib.sha256(data).hexdigest(), len(source))
-
-
-def report_code_size(run: Run) -> int:
-    """Bytes of the script that ships, logged."""
-    code = shipped_code()
-    reason = ' reason:"no pack.py beside the script"' if "lzma" in code.form else ""
-    run.log(f"artifact code_form:{code.form}{reason}")
-    run.log(f"Code size (uncompressed): {code.source_bytes} bytes")
-    run.log(f"Code size (compressed): {code.num_bytes} bytes")
-    return code.num_bytes
 
 
 def fit_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration, limit: int) -> bytes:

@@ -115,8 +115,8 @@ BROKEN_RULES: dict[str, dict[str, Mutation]] = {
             RULES + "together_stay_within")},
     "the code counts with the bytes of the packed script": {
         "packed_size_halved": Mutation(
-            "    return code.num_bytes\n",
-            "    return code.num_bytes // 2\n",
+            "return ShippedCode(form, len(data),",
+            "return ShippedCode(form, len(data) // 2,",
             "tests/test_pack.py -k counts_the_packed")},
     "every target counts once": {
         "coverage_check_removed": Mutation(
