@@ -3042,7 +3042,7 @@ class NgramTable:
 
     def __init__(self, tokens: np.ndarray, num_targets: int, context: int, threshold: float) -> None:
         """Room for num_targets targets of the stream tokens (N,) uint16; MemoryError when there is none."""
-        capacity = 1 << max(1023, 3 * num_targets // 2).bit_length()      # more than n-grams there can be
+        capacity = 3 * num_targets // 2 + 1024                # more than n-grams there can be
         self.table, self.tokens = np.zeros((capacity, 4), np.uint32), np.ascontiguousarray(tokens, np.uint16)
         self.context, self.threshold = context, threshold
 
@@ -6287,10 +6287,15 @@ static inline u64 mix(u64 h, u64 x) {
     return h ^ h >> 32;
 }
 
+// Where to begin to look for a hash.
+static inline i64 slot(u64 hash, i64 capacity) {
+    return (unsigned __int128)hash * capacity >> 64;
+}
+
 // The place of tokens[begin...] in the table, taken now when they are new.
 static inline Ngram *find(Ngram *table, i64 capacity, u64 hash, const u16 *tokens, i64 begin, u32 length) {
-    for (;; hash++) {
-        Ngram *g = table + (hash & (capacity - 1));
+    for (i64 at = slot(hash, capacity);; at = at + 1 < capacity ? at + 1 : 0) {
+        Ngram *g = table + at;
         if (!g->length)
             *g = (Ngram){begin, length, 0, 0};
         if (g->length == length && !memcmp(tokens + g->begin, tokens + begin, 2 * length))
@@ -6298,7 +6303,7 @@ static inline Ngram *find(Ngram *table, i64 capacity, u64 hash, const u16 *token
     }
 }
 
-// Looks up, then counts n targets in order. The table's capacity is a power of two.
+// Looks up, then counts n targets in order. The table has room for more n-grams than 1.5 per target.
 void ngram_feed(Ngram *table, i64 capacity, const u16 *tokens, i64 context, float threshold,
                 i64 n, const i64 *order, const i64 *doc_start, i32 *hint, float *confidence) {
     enum { AHEAD = 16 };                    // look-ups begun early, for the table lies in slow memory
@@ -6310,7 +6315,7 @@ void ngram_feed(Ngram *table, i64 capacity, const u16 *tokens, i64 context, floa
             for (int i = 0; i < context; i++)
                 h = mix(h, tokens[ahead - i]);
             hashes[(k + AHEAD) % (2 * AHEAD)] = h;
-            __builtin_prefetch(table + (h & (capacity - 1)));
+            __builtin_prefetch(table + slot(h, capacity));
         }
         if (k < 0)
             continue;
