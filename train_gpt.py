@@ -1898,22 +1898,14 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
 # Calibration statistics, GPTQ, protected column groups, low-rank correction: fp32 matrices to int8 codes.
 
 class TensorGroup(NamedTuple):
-    """How one parameter is quantized and stored: a bank of one matrix per layer, or a single matrix.
-
-    bits, clip_sigmas  names of the settings that hold them.
-    tap           input of the matrices, as the model's taps call it; its statistics weigh rounding errors.
-    coding_turn   streams are coded in this order, so the longest jobs come first.
-    halved_axis   axis of the codes (matrices, rows, cols) that is cut into two streams, for no thread shall
-                  work twice as long as the others; None: one stream.
-    regress       the coder predicts codes from those to their left, where they are correlated.
-    """
-    bits: str
+    """How one parameter is quantized and stored."""
+    bits: str                # name of the setting that holds them, as for clip_sigmas
     clip_sigmas: str
-    tap: str
-    coding_turn: int
-    halved_axis: int | None = None
-    is_bank: bool = True
-    regress: bool = False
+    tap: str                 # the model's name of the matrices' input, whose statistics weigh rounding errors
+    coding_turn: int         # streams are coded in this order, so the longest jobs come first
+    halved_axis: int | None = None     # of the codes (matrices, rows, cols): two streams, for balanced threads
+    is_bank: bool = True     # one matrix per layer, not a single one
+    regress: bool = False    # the coder predicts codes from those to their left, where they are correlated
 
     def members(self, cfg: Config) -> int:
         return cfg.num_layers if self.is_bank else 1
@@ -2080,30 +2072,28 @@ def gptq(W: Tensor, H: Tensor, scale: Tensor, max_code: int, high: Tensor | None
         raise ValueError("gptq: the damped Hessian is not positive definite; the calibration activations are "
                          "not finite or the batches are too few")
     U = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
-    # Column-major work copy (M, cols, rows): every step below touches whole columns.
-    live = W.masked_fill(dead[:, None], 0.0)
-    work = live.mT.gather(1, order[:, :, None].expand(M, cols, rows)).contiguous()
+    # Column-major copies (M, cols, rows) in this order: every step below touches whole columns.
+    columns = order[:, :, None].expand(M, cols, rows)
+    work = W.masked_fill(dead[:, None], 0.0).mT.gather(1, columns)
     codes = torch.empty_like(work)
     steps = scale.float()[:, None].expand(M, cols, rows)
     limits = torch.full((cols,), float(max_code), device=W.device)
     if high is not None:
         steps = torch.where(high[:, None], scale_high.float()[:, None], steps)
         limits = torch.where(high, float(max_high), limits)
+    steps, limits = steps.gather(1, columns), limits[order]
     for start in range(0, cols, GPTQ_BLOCK):
         end = min(start + GPTQ_BLOCK, cols)
         block = work[:, start:end].clone()
         errors = torch.empty_like(block)
         for j in range(end - start):
-            column = order[:, start + j]                  # (M,) original column index in each matrix
-            step = steps[torch.arange(M, device=W.device), column]
-            limit = limits[column][:, None]
+            step, limit = steps[:, start + j], limits[:, start + j, None]
             q = round_column(block[:, j] / step.clamp_min(SCALE_FLOOR), limit, trellis)
             codes[:, start + j] = q
             errors[:, j] = (block[:, j] - q * step) / U[:, start + j, start + j, None]
             block[:, j:] -= U[:, start + j, start + j:end, None] * errors[:, j, None]
         work[:, end:] -= U[:, start:end, end:].mT @ errors
-    inverse = order.argsort(-1)
-    return codes.gather(1, inverse[:, :, None].expand_as(codes)).mT.to(torch.int8).contiguous()
+    return torch.empty_like(codes).scatter_(1, columns, codes).mT.to(torch.int8).contiguous()
 
 
 STEP_FACTORS = 0.3, 2.0      # coarser steps save fewer bits than they promise; README, negative results
@@ -2129,14 +2119,6 @@ def balance_steps(matrices: Mapping[str, Matrix], share: float) -> dict[str, Mat
     factors = np.where(has_gradient, np.exp(share * (mean - log_cost) / 2).clip(*STEP_FACTORS), 1.0)
     return {name: m._replace(clip_sigmas=m.clip_sigmas * factor)
             for (name, m), factor in zip(matrices.items(), factors.tolist())}
-
-
-def row_steps(m: Matrix, max_code: int, trellis: bool, columns: Tensor | slice = slice(None)) -> Tensor:
-    """row_scale; for the trellis half of it, but not so fine that int8 fails to reach these columns."""
-    if not trellis:
-        return row_scale(m.W, m.clip_sigmas, max_code)
-    finest = (m.W[:, columns].abs().amax(-1) / 127).half()
-    return torch.maximum(row_scale(m.W, m.clip_sigmas, 2 * max_code), finest)
 
 
 def select_protected(matrices: Mapping[str, Matrix], group_size: int, top_k: int,
@@ -2208,23 +2190,44 @@ def dequantize(q: Quantized) -> Tensor:
 def quantize_matrices(cfg: Config, run: Run, matrices: Mapping[str, Matrix]) -> dict[str, Quantized]:
     """Quantize matrices: protect groups, round with GPTQ, correct the worst; the same result on every rank.
     Matrices of one shape are rounded together. Ranks take the shapes in turn and exchange the codes."""
-    if cfg.rdo_lambda:
+    trellis, group_size = cfg.rdo_lambda > 0, cfg.awq_lite_group_size
+    if trellis:
         matrices = balance_steps(matrices, cfg.rdo_lambda)
-    protected = {}
-    if cfg.awq_lite_enabled:
-        protected = select_protected(matrices, cfg.awq_lite_group_size, cfg.awq_lite_group_top_k,
-                                     cfg.awq_lite_bits)
+    top_k = cfg.awq_lite_group_top_k if cfg.awq_lite_enabled else 0
+    protected = select_protected(matrices, group_size, top_k, cfg.awq_lite_bits)
     batches: dict[tuple, list[str]] = {}
     for name, m in matrices.items():
         batches.setdefault((m.W.shape, m.bits, tuple(protected.get(name, ()))), []).append(name)
+
+    def row_steps(m: Matrix, bits: int, columns: Tensor | slice) -> Tensor:
+        """row_scale; for the trellis half of it, but not so fine that int8 fails to reach these columns."""
+        if not trellis:
+            return row_scale(m.W, m.clip_sigmas, code_limit(bits))
+        finest = (m.W[:, columns].abs().amax(-1) / 127).half()
+        return torch.maximum(row_scale(m.W, m.clip_sigmas, 2 * code_limit(bits)), finest)
+
     done: dict[str, Quantized] = {}
     rounded = []
-    for index, ((_, _, starts), names) in enumerate(batches.items()):
+    for index, (((rows, cols), bits, starts), names) in enumerate(batches.items()):
         batch = [matrices[name] for name in names]
-        parts = quantize_batch(cfg, batch, starts, is_mine=index % run.world_size == run.rank)
-        rounded.append(parts[0])
-        for name, codes, scale, scale_high in zip(names, *parts):
-            done[name] = Quantized(codes, scale, starts, cfg.awq_lite_group_size if starts else 0, scale_high)
+        device = batch[0].W.device
+        scales = torch.stack([row_steps(m, bits, slice(None)) for m in batch])
+        high = highs = None
+        if starts:
+            high = torch.zeros(cols, dtype=torch.bool, device=device)
+            for start in starts:
+                high[start:start + group_size] = True
+            highs = torch.stack([row_steps(m, cfg.awq_lite_bits, high) for m in batch])
+        # The trellis' steps are balanced: only int8 is a limit.
+        limit, limit_high = (127 if trellis else code_limit(n) for n in (bits, cfg.awq_lite_bits))
+        codes = torch.empty(len(batch), rows, cols, dtype=torch.int8, device=device)
+        if index % run.world_size == run.rank:
+            W, H = torch.stack([m.W for m in batch]), torch.stack([m.H for m in batch])
+            codes.copy_(gptq(W, H, scales, limit, high, highs, limit_high, trellis))
+        rounded.append(codes)
+        for k, name in enumerate(names):
+            protection = (starts, group_size, highs[k]) if starts else ()
+            done[name] = Quantized(codes[k], scales[k], *protection)
     for index, codes in enumerate(rounded):
         run.broadcast(codes, index % run.world_size)
     if cfg.lqer_enabled:
@@ -2232,36 +2235,12 @@ def quantize_matrices(cfg: Config, run: Run, matrices: Mapping[str, Matrix]) -> 
     return {name: done[name] for name in matrices}
 
 
-def quantize_batch(cfg: Config, batch: Sequence[Matrix], starts: Sequence[int],
-                   is_mine: bool) -> tuple[Tensor, Tensor, Tensor | list[None]]:
-    """(codes (M, rows, cols) int8, scales (M, rows), scales of the protected columns or Nones) of M matrices
-    of one shape, bits and protection. Codes are left empty where another rank rounds this batch."""
-    trellis = cfg.rdo_lambda > 0
-    max_code, max_high = code_limit(batch[0].bits), code_limit(cfg.awq_lite_bits)
-    W = torch.stack([m.W for m in batch])
-    scales = torch.stack([row_steps(m, max_code, trellis) for m in batch])
-    high = highs = None
-    if starts:
-        high = torch.zeros(W.shape[2], dtype=torch.bool, device=W.device)
-        for start in starts:
-            high[start:start + cfg.awq_lite_group_size] = True
-        highs = torch.stack([row_steps(m, max_high, trellis, high) for m in batch])
-    if trellis:                                           # steps are balanced: only int8 is a limit
-        max_code = max_high = 127
-    codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
-    if is_mine:
-        H = torch.stack([m.H for m in batch])
-        codes.copy_(gptq(W, H, scales, max_code, high, highs, max_high, trellis))
-    return codes, scales, [None] * len(batch) if highs is None else highs
-
-
 def correct_worst(cfg: Config, matrices: Mapping[str, Matrix],
                   done: Mapping[str, Quantized]) -> dict[str, Quantized]:
     """The lqer_top_k matrices with the largest quantization errors, each with a correction [LQER]."""
     residuals = {name: m.W - dequantize(done[name]) for name, m in matrices.items()}
-    norms = {name: float(E.norm()) for name, E in residuals.items()}
     corrected = {}
-    for name in sorted(norms, key=lambda name: -norms[name])[:cfg.lqer_top_k]:
+    for name in sorted(residuals, key=lambda name: -residuals[name].norm().item())[:cfg.lqer_top_k]:
         A, B = top_components(residuals[name], cfg.lqer_rank)
         corrected[name] = done[name]._replace(
             factors=pack_factors(A, B, cfg.lqer_asym_group, cfg.lqer_asym_enabled))
@@ -2360,14 +2339,13 @@ def pass_through(model: GPT) -> dict[str, Tensor]:
     """Every parameter that is not quantized, as fp16; raises ArtifactError when a value does not fit that."""
     passed = {}
     for name, p in model.named_parameters():
-        if name in TENSOR_GROUPS:
-            continue
-        passed[name] = p.detach().half()
-        lost = ~passed[name].isfinite()
-        if lost.any():
-            value = float(p.detach()[lost][0])
-            raise ArtifactError(f"{name} is stored as fp16: expected magnitudes below 65,520, found {value:g}"
-                                "; the run has diverged (lower SCALAR_LR), or the model must scale it down")
+        if name not in TENSOR_GROUPS:
+            passed[name] = p.detach().half()
+            lost = p.detach()[~passed[name].isfinite()]
+            if len(lost):
+                raise ArtifactError(f"{name} is stored as fp16: expected magnitudes below 65,520, found "
+                                    f"{lost[0]:g}; the run has diverged (lower SCALAR_LR), or the model must "
+                                    "scale it down")
     return passed
 
 
@@ -2375,9 +2353,9 @@ def pass_through(model: GPT) -> dict[str, Tensor]:
 def sort_hidden_units(model: GPT) -> None:
     """Order each layer's MLP units by the deviation of their w_up row: same function, row scales nearly free.
 
-    Raises ValueError when there is no such order (weights that are not finite), or when sorting w_up and
-    w_down alone would change the function: their shapes disagree, or another parameter of the layers has an
-    axis as long as the hidden one. The length tells only where no side of an attention matrix has it too.
+    ValueError for weights that are not finite, and where sorting w_up and w_down alone would change the
+    function: their shapes disagree, or another parameter of the layers has an axis as long as the hidden one
+    (told by its length, where no side of an attention matrix has that too).
     """
     named = dict(model.named_parameters())
     up, down = named.pop("w_up"), named.pop("w_down")
@@ -2454,7 +2432,7 @@ MAX_SYMBOLS = 1 << 27                  # a header may not ask for more, nor for 
 
 def _run_coder(routine: str, buffer: np.ndarray, decode: bool, values: np.ndarray,
                *options: int | np.ndarray | None) -> int:
-    """Run code_codes or code_words of CODER_C: `values` to bytes in `buffer`, or back.
+    """Run code_codes or code_words of C_SOURCE: `values` to bytes in `buffer`, or back.
     Returns the length of the stream, which may exceed the buffer, or -1 for codes off the trellis."""
     if not values.size:
         return 0
@@ -2462,12 +2440,7 @@ def _run_coder(routine: str, buffer: np.ndarray, decode: bool, values: np.ndarra
     code = int.from_bytes(buffer[:8].tobytes().ljust(8, b"\0"), "big")
     coder = np.array([*(x.ctypes.data for x in (*tables, buffer)), buffer.size, decode, 8 * decode, 0, 0,
                       0, 2 ** 64 - 1, code], np.uint64)
-    # None becomes a null pointer by itself
-    arguments = [ctypes.c_void_p(x.ctypes.data) if isinstance(x, np.ndarray) else
-                 x if x is None else ctypes.c_int64(x) for x in (coder, values, *values.shape, *options)]
-    function = getattr(compile_c(CODER_C), routine)
-    function.restype = ctypes.c_int64
-    return function(*arguments)
+    return call_c(routine, coder, values, *values.shape, *options)
 
 
 def _encode(routine: str, values: np.ndarray, *options: int | np.ndarray | None) -> bytes:
@@ -2517,8 +2490,8 @@ def _pack(kind: int, option: int, shape: tuple, payload: bytes, content: np.ndar
     return body + struct.pack("<I", zlib.crc32(body))
 
 
-def _unpack(stream: bytes, kind: int) -> tuple[bytes, int, tuple, np.ndarray, int]:
-    """Check all that can be checked before decoding; return head, option, shape, payload, checksum."""
+def _unpack(stream: bytes, kind: int) -> tuple[int, tuple, np.ndarray]:
+    """Check all that can be checked before decoding; return option, shape, payload."""
     if len(stream) < STREAM_HEADER.size + 8 or stream[:4] != STREAM_MAGIC:
         raise ValueError(f"expected a {STREAM_MAGIC.decode()} stream, found {len(stream)} bytes starting "
                          f"{bytes(stream[:4])!r}")
@@ -2533,7 +2506,14 @@ def _unpack(stream: bytes, kind: int) -> tuple[bytes, int, tuple, np.ndarray, in
     is_too_wide = kind == CODES and option & REGRESS and not can_regress(shape)
     if symbols > min(MAX_SYMBOLS, 32768 * len(payload)) or is_too_wide:
         raise ValueError(f"stream of {len(stream)} bytes cannot hold shape {shape}: its header is damaged")
-    return stream[:STREAM_HEADER.size], option, tuple(shape), payload, int.from_bytes(stream[-8:-4], "little")
+    return option, tuple(shape), payload
+
+
+def _check_content(stream: bytes, content: np.ndarray) -> None:
+    head, checksum = stream[:STREAM_HEADER.size], int.from_bytes(stream[-8:-4], "little")
+    if zlib.crc32(content.tobytes(), zlib.crc32(head)) != checksum:
+        raise ValueError(f"stream of {len(stream)} bytes decodes to other values than were written: damaged, "
+                         "or words with another base")
 
 
 def can_regress(shape: tuple) -> bool:
@@ -2562,12 +2542,11 @@ def encode_codes(codes: np.ndarray, *, regress: bool = False, trellis: bool = Fa
 
 def decode_codes(stream: bytes) -> np.ndarray:
     """Invert encode_codes. Raises ValueError on a truncated, damaged or foreign stream."""
-    head, option, shape, payload, checksum = _unpack(stream, CODES)
+    option, shape, payload = _unpack(stream, CODES)
     codes = np.zeros(shape, np.int8)
     alike = np.zeros((shape[0] * shape[1], 2), np.int32) if option & REGRESS else None    # not read
     _run_coder("code_codes", payload, True, codes, int(option & TRELLIS > 0), alike)
-    if zlib.crc32(codes.tobytes(), zlib.crc32(head)) != checksum:
-        raise ValueError(f"stream of {len(stream)} bytes decodes to other codes than were written: damaged")
+    _check_content(stream, codes)
     return codes
 
 
@@ -2587,27 +2566,25 @@ def encode_words(words: np.ndarray, *, stride: int = 1, base: np.ndarray | None 
     if stride < 1 or base is not None and len(base) != len(words):
         raise ValueError(f"expected stride >= 1 and a base of {len(words)} words, found stride {stride}, "
                          f"base {base}")
-    values = ordered(words) - (0 if base is None else ordered(base))
-    differences = np.diff(values, prepend=values.dtype.type(0))
-    plain, delta = (_encode("code_words", v.astype(np.uint16), stride) for v in (values, differences))
+    values = ordered(words) if base is None else ordered(words) - ordered(base)
+    plain, delta = (_encode("code_words", v, stride) for v in (values, np.diff(values, prepend=np.uint16(0))))
     is_difference = len(delta) < len(plain)
     return _pack(WORDS, int(is_difference), (1, len(words), stride), delta if is_difference else plain, words)
 
 
 def decode_words(stream: bytes, *, base: np.ndarray | None = None) -> np.ndarray:
     """Invert encode_words, `base` as given there. ValueError on a truncated, damaged or foreign one."""
-    head, is_difference, (_, length, stride), payload, checksum = _unpack(stream, WORDS)
+    is_difference, (_, length, stride), payload = _unpack(stream, WORDS)
     values = np.zeros(length, np.uint16)
     _run_coder("code_words", payload, True, values, stride)
     if is_difference:
         values = np.cumsum(values, dtype=np.uint16)
     if base is not None and len(base) != length:
         raise ValueError(f"stream holds {length} words, but base has {len(base)}")
-    values = values + (np.uint16(0) if base is None else ordered(base))
+    if base is not None:
+        values = values + ordered(base)
     words = np.where(values >> 15, values & 0x7FFF, ~values).astype(np.uint16)     # the inverse of ordered()
-    if zlib.crc32(words.tobytes(), zlib.crc32(head)) != checksum:
-        raise ValueError(f"stream of {len(stream)} bytes decodes to other words than were written: damaged, "
-                         "or another base")
+    _check_content(stream, words)
     return words
 
 
@@ -2616,7 +2593,7 @@ def decode_words(stream: bytes, *, base: np.ndarray | None = None) -> np.ndarray
 # control: steps that make it fit, and the size report.
 
 FORMAT_VERSION = 4
-CHECKPOINT_MAGIC, ARTIFACT_MAGIC = b"GOLFWGHT", b"GOLFCODE"
+CHECKPOINT_MAGIC, ARTIFACT_MAGIC = b"GOLFFP32", b"GOLFCODE"
 # Settings that do not shape what a file holds: how and where a run goes, scoring, and for a checkpoint
 # quantization. Every other setting does, so that a new one is compared unless it is listed here.
 RUN_FIELDS = tuple("run_id data_path tokenizer_path compile block_kernels cuda_graphs allow_ prequant_only "
@@ -2695,44 +2672,20 @@ def read_container(path: Path, magic: bytes, cfg: Config, run: Run | None = None
     if differing:
         changes = ", ".join(f"{name.upper()}={made.get(name)} (now {now.get(name)})" for name in differing)
         raise ArtifactError(f"{path}: made with other settings: {changes}; set them as they were")
-    _check_origin(path, header["origin"], run)
-    streams = {}
-    at = 16 + header_bytes
-    for name, length in header["streams"]:
-        streams[name] = data[at:at + length]
-        at += length
-    return streams, header["notes"]
-
-
-def _check_origin(path: Path, made: Mapping[str, str], run: Run | None) -> None:
-    now = run.origin if run else {}
-    differing = [name for name in made if name in now and made[name] != now[name]]
+    made, now = header["origin"], run.origin if run else {}
+    differing = [name for name in made if made[name] != now.get(name, made[name])]
     if "tokenizer" in differing:
         raise ArtifactError(f"{path}: made with a tokenizer of SHA-256 {made['tokenizer'][:16]}..., now "
                             f"{now['tokenizer'][:16]}...; set TOKENIZER_PATH and DATA_PATH as they were")
     if "code" in differing:
         run.log(f"artifact warning file:{path.name} made_with_code:{made['code'][:16]} "
                 f"code:{now['code'][:16]}")
-
-
-def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """Names, dtypes, shapes and raw little-endian values in one byte string; unpack_tensors inverts it."""
-    index = json.dumps([[name, str(t.dtype).removeprefix("torch."), list(t.shape)]
-                        for name, t in tensors.items()])
-    parts = [np.array([len(index)], "<u4").tobytes(), index.encode()]
-    return b"".join(parts + [t.detach().cpu().contiguous().numpy().tobytes() for t in tensors.values()])
-
-
-def unpack_tensors(data: bytes) -> dict[str, Tensor]:
-    length = int(np.frombuffer(data[:4], "<u4")[0])
-    tensors = {}
-    offset = 4 + length
-    for name, dtype, shape in json.loads(data[4:4 + length]):
-        count = math.prod(shape)
-        values = np.frombuffer(data, np.dtype(dtype), count, offset)
-        tensors[name] = torch.from_numpy(values.copy()).reshape(shape)
-        offset += values.nbytes
-    return tensors
+    streams = {}
+    at = 16 + header_bytes
+    for name, length in header["streams"]:
+        streams[name] = data[at:at + length]
+        at += length
+    return streams, header["notes"]
 
 
 def _in_threads(work: Callable, items: Sequence) -> list:
@@ -2752,8 +2705,8 @@ def artifact_path(run: Run) -> Path:
 def write_checkpoint(cfg: Config, run: Run, model: GPT) -> None:
     """Save the averaged fp32 weights (rank 0)."""
     if run.rank == 0:
-        tensors = pack_tensors(dict(model.named_parameters()))
-        data = build_container(CHECKPOINT_MAGIC, cfg, {"weights": tensors}, origin=run.origin)
+        streams = {name: p.detach().cpu().numpy().tobytes() for name, p in model.named_parameters()}
+        data = build_container(CHECKPOINT_MAGIC, cfg, streams, origin=run.origin)
         save(run, checkpoint_path(run), data)
         run.log(f"Serialized model: {len(data)} bytes")
     run.barrier()
@@ -2761,7 +2714,8 @@ def write_checkpoint(cfg: Config, run: Run, model: GPT) -> None:
 
 def read_checkpoint(cfg: Config, run: Run, model: GPT) -> None:
     streams, _ = read_container(checkpoint_path(run), CHECKPOINT_MAGIC, cfg, run)
-    model.load_state_dict(unpack_tensors(streams["weights"]))
+    model.load_state_dict({name: torch.frombuffer(bytearray(streams[name]), dtype=p.dtype).view_as(p)
+                           for name, p in model.named_parameters()})
 
 
 # --- 10b layout ---
@@ -2890,7 +2844,12 @@ SMALLEST_SIGMA_FACTOR = 0.5                      # below, real weights would beg
 
 def write_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration) -> str:
     """Quantize, encode, make it fit; rank 0 writes and reports it. Returns its SHA-256 on every rank."""
-    code_bytes = int(run.agree([report_code_size(run) if run.rank == 0 else 0])[0])
+    code = shipped_code()
+    reason = ' reason:"no pack.py beside the script"' if "lzma" in code.form else ""
+    run.log(f"artifact code_form:{code.form}{reason}")
+    run.log(f"Code size (uncompressed): {code.source_bytes} bytes")
+    run.log(f"Code size (compressed): {code.num_bytes} bytes")
+    code_bytes = int(run.agree([code.num_bytes])[0])
     data, digest = fit_artifact(cfg, run, model, stats, SIZE_LIMIT - code_bytes - CODE_MARGIN), ""
     if run.rank == 0:
         path, digest = artifact_path(run), hashlib.sha256(data).hexdigest()
@@ -2930,16 +2889,6 @@ def shipped_code() -> ShippedCode:
     else:
         form, data = "lzma_of_source", lzma.compress(source, preset=9 | lzma.PRESET_EXTREME)
     return ShippedCode(form, len(data), hashlib.sha256(data).hexdigest(), len(source))
-
-
-def report_code_size(run: Run) -> int:
-    """Bytes of the script that ships, logged."""
-    code = shipped_code()
-    reason = ' reason:"no pack.py beside the script"' if "lzma" in code.form else ""
-    run.log(f"artifact code_form:{code.form}{reason}")
-    run.log(f"Code size (uncompressed): {code.source_bytes} bytes")
-    run.log(f"Code size (compressed): {code.num_bytes} bytes")
-    return code.num_bytes
 
 
 def fit_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration, limit: int) -> bytes:
@@ -3096,18 +3045,9 @@ class NgramTable:
 
     def __init__(self, tokens: np.ndarray, num_targets: int, context: int, threshold: float) -> None:
         """Room for num_targets targets of the stream tokens (N,) uint16; MemoryError when there is none."""
-        self.tokens, self.num_targets = np.ascontiguousarray(tokens, np.uint16), num_targets
-        self.library = compile_c(NGRAM_C)
-        self.library.ngram_open.restype = ctypes.c_void_p
-        self.state = ctypes.c_void_p(self.library.ngram_open(
-            ctypes.c_void_p(self.tokens.ctypes.data), ctypes.c_int64(num_targets), ctypes.c_int(context),
-            ctypes.c_float(threshold)))
-        self._require_memory(bool(self.state))
-
-    def _require_memory(self, is_enough: bool) -> None:
-        if not is_enough:
-            raise MemoryError(f"no memory for n-grams of {self.num_targets:,} targets; "
-                              f"free about {self.num_targets * 27 >> 20} MiB")
+        capacity = 3 * num_targets // 2 + 1024                # more than n-grams there can be
+        self.table, self.tokens = np.zeros((capacity, 4), np.uint32), np.ascontiguousarray(tokens, np.uint16)
+        self.context, self.threshold = context, threshold
 
     def feed(self, order: np.ndarray, doc_start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Look up and count the targets `order`; target i is token i + 1. A context that would begin before
@@ -3115,13 +3055,9 @@ class NgramTable:
         in; returns hinted tokens int32, -1 where closed, and confidences fp32, 0 where new."""
         order, doc_start = (np.ascontiguousarray(x, np.int64) for x in (order, doc_start))
         hint, confidence = np.empty(len(order), np.int32), np.empty(len(order), np.float32)
-        arrays = (ctypes.c_void_p(x.ctypes.data) for x in (order, doc_start, hint, confidence))
-        self._require_memory(not self.library.ngram_feed(self.state, ctypes.c_int64(len(order)), *arrays))
+        call_c("ngram_feed", self.table, len(self.table), self.tokens, self.context,
+               ctypes.c_float(self.threshold), len(order), order, doc_start, hint, confidence)
         return hint, confidence
-
-    def close(self) -> None:
-        self.library.ngram_close(self.state)
-        self.state = None
 
 
 def tilt(nll: Tensor, log_q_hint: Tensor, is_hit: Tensor, boost: Tensor) -> Tensor:
@@ -3358,7 +3294,6 @@ class HintFeed:
                 doc_start = np.repeat(self.docs.start[part.doc], part.size)
                 self.file.write(table.feed(targets_in_order(part), doc_start)[0].tobytes())
                 self.file.flush()
-            table.close()
         except BaseException as error:                                  # for the thread that waits
             self.error = error
         self.made_s = time.perf_counter() - start
@@ -4055,8 +3990,8 @@ def log_start(cfg: Config, run: Run, data: Dataset, tokenizer: Path, model: GPT)
 
 def check_ready(cfg: Config, run: Run, model: GPT) -> None:
     """Try now whatever the run needs after training: compiler, and room for what it leaves."""
-    for source in () if cfg.prequant_only else (CODER_C, NGRAM_C):
-        compile_c(source)
+    if not cfg.prequant_only:
+        compile_c(C_SOURCE)
     if run.rank != 0:
         return
     folder, needed = Path(cfg.checkpoint_dir), SIZE_LIMIT + 4 * sum(p.numel() for p in model.parameters())
@@ -4078,8 +4013,7 @@ def build_model(cfg: Config, run: Run) -> GPT:
     with ThreadPoolExecutor() as pool:
         model = pool.submit(GPT, cfg, run.compute_dtype)
         if not cfg.prequant_only:
-            for source in (CODER_C, NGRAM_C):
-                pool.submit(compile_c, source)            # an error is raised again by check_ready
+            pool.submit(compile_c, C_SOURCE)              # an error is raised again by check_ready
         ops = choose_ops(run)                             # imports the kernel libraries
     model = model.result()
     model.ops = ops
@@ -5926,7 +5860,15 @@ def compile_c(source: str) -> ctypes.CDLL:
         raise RunError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
 
 
-CODER_C = r"""
+def call_c(function: str, *arguments: Any) -> int:
+    """Call a function of C_SOURCE: arrays go as pointers to their data, None as a null pointer, ints as i64."""
+    routine = getattr(compile_c(C_SOURCE), function)
+    routine.restype = ctypes.c_int64
+    return routine(*(ctypes.c_void_p(x.ctypes.data) if isinstance(x, np.ndarray) else
+                     ctypes.c_int64(x) if isinstance(x, int) else x for x in arguments))
+
+
+C_SOURCE = r"""
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -6338,151 +6280,79 @@ i64 code_words(const Coder *coder, u16 *x, i64 n, i64 stride) {
     free(counters);
     return finish(&c);
 }
-"""
 
+// --- n-gram hints ---
 
-NGRAM_C = r"""
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-// A context is kept as the position that first showed it, and compared token by token; hashes only find it.
+// An n-gram: `length` tokens, compared one by one with those where it was seen; hashes only find it. Those
+// of `context` tokens are contexts. Those one longer count a token after its context, for contexts that were
+// followed by more than one token.
 typedef struct {
-    uint32_t seen_at;           // 0: empty
-    uint32_t total, best;       // tokens that followed; those equal to `top`
-    uint16_t top;
-} Entry;
+    u32 begin, length;      // where it was seen, a context before its top token; length 0: empty
+    u32 total, best;        // times it was counted; of a context, times its top token followed
+} Ngram;
 
-// Counts per (context, token) exist only for contexts that were followed by more than one token.
-typedef struct {
-    uint64_t key;
-    uint32_t count;             // 0: empty
-} Count;
-
-typedef struct {
-    const uint16_t *tokens;
-    Entry *table;
-    Count *counts;
-    uint64_t capacity, num_counts, used;        // sizes of both tables, powers of two; counts in use
-    int context;
-    float threshold;
-} Ngrams;
-
-static uint64_t mix(uint64_t h, uint64_t x) {
+static inline u64 mix(u64 h, u64 x) {
     h = (h ^ x) * 0xd6e8feb86659fd93u;
     return h ^ h >> 32;
 }
 
-// The count of a key, new ones zero; NULL when memory ran out.
-static uint32_t *find_count(Ngrams *g, uint64_t key) {
-    if (2 * (g->used + 1) > g->num_counts) {        // at most half full: grow fourfold
-        Count *old = g->counts, *end = old + g->num_counts;
-        g->counts = calloc(4 * g->num_counts, sizeof(Count));
-        if (!g->counts) {
-            g->counts = old;
-            return NULL;
-        }
-        g->num_counts *= 4;
-        g->used = 0;
-        for (Count *count = old; count < end; count++)
-            if (count->count)
-                *find_count(g, count->key) = count->count;
-        free(old);
-    }
-    uint64_t mask = g->num_counts - 1, at = mix(0, key) & mask;
-    while (g->counts[at].count && g->counts[at].key != key)
-        at = (at + 1) & mask;
-    if (!g->counts[at].count) {
-        g->counts[at].key = key;
-        g->used++;
-    }
-    return &g->counts[at].count;
+// Where to begin to look for a hash.
+static inline i64 slot(u64 hash, i64 capacity) {
+    return (unsigned __int128)hash * capacity >> 64;
 }
 
-// Token y followed the context of entry number `at`. Returns 0 when memory ran out.
-static int count_token(Ngrams *g, uint64_t at, uint16_t y) {
-    Entry *e = g->table + at;
-    uint32_t *count = &e->best;
-    if (e->total != e->best || y != e->top) {
-        if (e->total == e->best) {                  // the first token that deviates
-            if (!(count = find_count(g, at << 16 | e->top)))
-                return 0;
-            *count = e->best;
-        }
-        if (!(count = find_count(g, at << 16 | y)))
-            return 0;
+// The place of tokens[begin...] in the table, taken now when they are new.
+static inline Ngram *find(Ngram *table, i64 capacity, u64 hash, const u16 *tokens, i64 begin, u32 length) {
+    for (i64 at = slot(hash, capacity);; at = at + 1 < capacity ? at + 1 : 0) {
+        Ngram *g = table + at;
+        if (!g->length)
+            *g = (Ngram){begin, length, 0, 0};
+        if (g->length == length && !memcmp(tokens + g->begin, tokens + begin, 2 * length))
+            return g;
     }
-    e->total++;
-    if (++*count > e->best) {
-        e->top = y;
-        e->best = *count;
-    }
-    return 1;
 }
 
-void ngram_close(Ngrams *g) {
-    if (!g)
-        return;
-    free(g->table);
-    free(g->counts);
-    free(g);
-}
-
-// An empty table with room for num_targets; NULL when memory ran out. The tokens must outlive it.
-Ngrams *ngram_open(const uint16_t *tokens, int64_t num_targets, int context, float threshold) {
-    Ngrams *g = malloc(sizeof(Ngrams));
-    uint64_t capacity = 1024;
-    while (3 * capacity < 4 * (uint64_t)num_targets)
-        capacity *= 2;
-    if (!g)
-        return NULL;
-    *g = (Ngrams){tokens, calloc(capacity, sizeof(Entry)), calloc(1024, sizeof(Count)), capacity, 1024, 0,
-                  context, threshold};
-    if (g->table && g->counts)
-        return g;
-    ngram_close(g);
-    return NULL;
-}
-
-// Looks up, then counts n targets in order. Returns 0, or 1 when memory ran out.
-int ngram_feed(Ngrams *g, int64_t n, const int64_t *order, const int64_t *doc_start,
-               int32_t *hint, float *confidence) {
-    enum { AHEAD = 16 };                            // look-ups begun early, for the table lies in slow memory
-    const uint16_t *tokens = g->tokens;
-    const int context = g->context;
-    Entry *table = g->table;
-    uint64_t mask = g->capacity - 1, hashes[2 * AHEAD];
-    for (int64_t k = -AHEAD; k < n; k++) {
-        int64_t ahead = k + AHEAD < n ? order[k + AHEAD] : -1;
+// Looks up, then counts n targets in order. The table has room for more n-grams than 1.5 per target.
+void ngram_feed(Ngram *table, i64 capacity, const u16 *tokens, i64 context, float threshold,
+                i64 n, const i64 *order, const i64 *doc_start, i32 *hint, float *confidence) {
+    enum { AHEAD = 16 };                    // look-ups begun early, for the table lies in slow memory
+    u64 hashes[2 * AHEAD];
+    for (i64 k = -AHEAD; k < n; k++) {
+        i64 ahead = k + AHEAD < n ? order[k + AHEAD] : -1;
         if (ahead >= 0 && ahead + 1 - context >= doc_start[k + AHEAD]) {
-            uint64_t h = 0;
+            u64 h = 0;
             for (int i = 0; i < context; i++)
                 h = mix(h, tokens[ahead - i]);
-            hashes[(k + AHEAD) % (2 * AHEAD)] = h & mask;
-            __builtin_prefetch(&table[h & mask]);
+            hashes[(k + AHEAD) % (2 * AHEAD)] = h;
+            __builtin_prefetch(table + slot(h, capacity));
         }
         if (k < 0)
             continue;
-        int64_t i = order[k], begin = i + 1 - context;
+        i64 begin = order[k] + 1 - context;
         hint[k] = -1;
         confidence[k] = 0;
         if (begin < doc_start[k])
             continue;
-        uint64_t at = hashes[k % (2 * AHEAD)];
-        while (table[at].seen_at && memcmp(tokens + table[at].seen_at - context, tokens + begin, 2 * context))
-            at = (at + 1) & mask;
-        Entry *e = &table[at];
-        if (!e->seen_at) {
-            *e = (Entry){(uint32_t)(i + 1), 1, 1, tokens[i + 1]};
-            continue;
+        u64 hash = hashes[k % (2 * AHEAD)];
+        Ngram *g = find(table, capacity, hash, tokens, begin, context);
+        u16 top = tokens[g->begin + context], token = tokens[begin + context];
+        if (g->total) {
+            confidence[k] = (float)g->best / (float)g->total;
+            if (confidence[k] >= threshold)
+                hint[k] = top;
         }
-        confidence[k] = (float)e->best / (float)e->total;
-        if (confidence[k] >= g->threshold)
-            hint[k] = e->top;
-        if (!count_token(g, at, tokens[i + 1]))
-            return 1;
+        u32 count = g->best + 1;
+        if (token != top || g->best < g->total) {
+            if (g->best == g->total)        // the first token that deviates
+                find(table, capacity, mix(hash, top), tokens, g->begin, context + 1)->total = g->best;
+            count = ++find(table, capacity, mix(hash, token), tokens, begin, context + 1)->total;
+        }
+        g->total++;
+        if (count > g->best) {
+            g->best = count;
+            g->begin = begin;
+        }
     }
-    return 0;
 }
 """
 

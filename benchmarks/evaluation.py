@@ -118,7 +118,6 @@ def measure(cfg: gpt.Config, run: gpt.Run, model: gpt.GPT) -> Table:
     start = time.perf_counter()
     table.feed(np.arange(len(tokens) - 1), np.zeros(len(tokens) - 1, np.int64))
     hints_ns = 1e9 * (time.perf_counter() - start) / len(tokens)
-    table.close()
     return {"device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
             "windows": list(gpt.STEP_WINDOWS), "learn": fill(steps, True), "score": fill(steps, False),
             "batch": batch_ms, "base_step": measure_base(cfg, run, model), "plan": plan_ms,

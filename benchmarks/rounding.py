@@ -32,7 +32,8 @@ def main() -> None:
         model = gpt.build_model(plain, run)
         checkpoint = gpt.checkpoint_path(run).with_name(f"{cfg.run_id}.weights")
         streams, _ = gpt.read_container(checkpoint, gpt.CHECKPOINT_MAGIC, plain)
-        model.load_state_dict(gpt.unpack_tensors(streams["weights"]))
+        model.load_state_dict({name: torch.frombuffer(bytearray(streams[name]), dtype=p.dtype).view_as(p)
+                               for name, p in model.named_parameters()})
         gpt.log_start(plain, run, data, gpt.check_tokenizer(plain, data), model)
         run.begin()
         weights = {name: p.clone() for name, p in model.state_dict().items()}

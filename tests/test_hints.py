@@ -90,8 +90,8 @@ def test_c_equals_the_definition_in_certified_orders(lengths, seed, alphabet, co
     assert same(twins.c_ngram_hints(*arguments), twins.ngram_hints(*arguments))
 
 
-def test_c_equals_the_definition_when_its_tables_grow():
-    """Two-token contexts over 40 tokens: thousands of counted pairs, so both tables are enlarged and collide."""
+def test_c_equals_the_definition_where_contexts_and_counted_tokens_fill_the_table():
+    """Two-token contexts over 40 tokens: thousands of counted pairs beside the contexts, so that they collide."""
     rng = np.random.default_rng(0)
     tokens = np.append(gpt.BOS, rng.integers(8, 48, 12_000)).astype(np.uint16)
     n = len(tokens) - 1
@@ -110,7 +110,6 @@ def test_hints_made_in_slices_are_those_made_at_once(lengths, seed, size):
         hint, confidence = table.feed(part, doc_start[part])
         assert np.array_equal(hint, np.where(whole.gate, whole.hint, -1)[part])
         assert np.array_equal(confidence, whole.confidence[part])
-    table.close()
 
 
 @pytest.mark.parametrize("context", (1, 3, 4, 5, 8, 15, 63))

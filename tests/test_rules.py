@@ -201,7 +201,7 @@ def test_script_and_artifact_together_stay_within_the_limit(setting, monkeypatch
     def fit(cfg, run, model, stats, limit):
         limits.append(limit)
         return bytes(gpt.SIZE_LIMIT - 40_000 + over)
-    monkeypatch.setattr(gpt, "report_code_size", lambda run: 40_000)
+    monkeypatch.setattr(gpt, "shipped_code", lambda: gpt.ShippedCode("packed", 40_000, "0" * 64, 200_000))
     monkeypatch.setattr(gpt, "fit_artifact", fit)
     if over:
         with pytest.raises(gpt.ArtifactError, match="of code exceed 16,000,000; raise"):

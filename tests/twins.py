@@ -408,7 +408,6 @@ def c_ngram_hints(tokens: np.ndarray, order: np.ndarray, doc_start: np.ndarray, 
     """ngram_hints by train_gpt.NgramTable, all targets at once."""
     table = gpt.NgramTable(tokens, len(order), context, threshold)
     found, confidence = table.feed(order, doc_start[order])
-    table.close()
     hints = closed_hints(len(tokens) - 1)
     hints.hint[order] = np.maximum(found, 0)
     hints.gate[order] = found >= 0
