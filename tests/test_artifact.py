@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt as gpt
+import twins
 from helpers import random_model, tiny_config
 
 SHAPES = (dict(), dict(num_layers=3, model_dim=24, num_kv_heads=2, loop_end=1, parallel_start_layer=2, mlp_mult=1.5),
@@ -78,6 +79,7 @@ def test_skewed_codes_cost_fewer_bytes_than_they_occupy():
 
 # --- the whole artifact -------------------------------------------------------------------------------------
 
+@twins.fast_trellis
 @pytest.mark.parametrize("changes", SHAPES)
 def test_restored_weights_equal_the_dequantized_ones_bit_for_bit(changes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -22,10 +22,9 @@ def gaussian_codes(rng: np.random.Generator, matrices: int, rows: int, cols: int
 
 def trellis_codes(rng: np.random.Generator, matrices: int, rows: int, cols: int,
                   std: float = 5.0) -> np.ndarray:
-    x = torch.from_numpy(rng.standard_normal((cols, matrices, rows)).astype(np.float32) * std)
-    limit = torch.full((matrices, 1), 127.0)
-    codes = [coder.round_column(column, limit, True) if column.numel() else column for column in x]
-    return (torch.stack(codes, -1) if cols else torch.zeros(matrices, rows, 0)).to(torch.int8).numpy()
+    x = torch.from_numpy(rng.standard_normal((cols * matrices, rows)).astype(np.float32) * std)
+    codes = coder.round_column(x, torch.full((len(x), 1), 127.0), True) if x.numel() else x
+    return codes.view(cols, matrices, rows).permute(1, 2, 0).to(torch.int8).contiguous().numpy()
 
 
 def assert_c_and_definition_agree(codes: np.ndarray, **options: bool) -> bytes:

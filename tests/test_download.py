@@ -26,12 +26,16 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, files: dict[str, bytes]):
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.hold(files)
+
+    def hold(self, files: dict[str, bytes]) -> None:
+        """Begin anew with these files."""
         self.files = files
         self.stated_sha256: dict[str, str] = {}       # instead of the true ones
         self.stated_sizes: dict[str, int] = {}
         self.breaks: dict[str, list[int]] = {}        # path -> bytes after which its next connections break
         self.served: list[tuple[str, int]] = []       # (path, first byte) of each GET of a file
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def sha256(self, path: str) -> str:
         return self.stated_sha256.get(path, hashlib.sha256(self.files[path]).hexdigest())
@@ -105,30 +109,61 @@ def published(tmp_path_factory) -> dict[str, bytes]:
     return files
 
 
-@pytest.fixture
-def hub(published):
-    server = Hub(dict(published))
+# Runs the commands that arrive as lines of JSON, one after the other, and answers each with a line.
+COMMANDS = """
+import contextlib, io, json, sys, traceback
+import prepare_caseops_data as prepare
+for line in sys.stdin:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = prepare.main(json.loads(line))
+        except BaseException:
+            code = traceback.print_exc() or 1
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), file=sys.__stdout__, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def client(repo, tmp_path_factory):
+    """(the hub, a process that runs commands on it): the client reads the hub's address when it is imported."""
+    server = Hub({})
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
+    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1",
+                   "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(tmp_path_factory.mktemp("hub_home")),
+                   "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONPATH": str(repo)}
+    # A leftover token or proxy of the machine has no part in the test.
+    for key in ("HF_TOKEN", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        environment.pop(key, None)
+    with subprocess.Popen([sys.executable, "-c", COMMANDS], env=environment, text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        yield server, process
+        process.stdin.close()
     server.shutdown()
     server.server_close()
 
 
-def download(repo: Path, hub: Hub, root: Path, *arguments,
-             train_shards: int = 2) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1",
-                   "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(root / "hub_home"),
-                   "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    # A leftover token or proxy of the machine has no part in the test.
-    for key in ("HF_TOKEN", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        environment.pop(key, None)
-    command = [sys.executable, repo / "prepare_caseops_data.py", "download", "--out", root]
-    return subprocess.run([*command, "--repo", REPO_ID, "--train-shards", str(train_shards), *arguments],
-                          capture_output=True, text=True, env=environment, check=False)
+@pytest.fixture
+def hub(client, published) -> Hub:
+    server, _ = client
+    server.hold(dict(published))
+    return server
 
 
-def test_download_fetches_verifies_and_names_the_paths(repo, hub, published, tmp_path):
-    done = download(repo, hub, tmp_path)
+@pytest.fixture
+def download(client):
+    """download(root, *arguments) runs the command of that name in the client's process."""
+    _, process = client
+
+    def run(root: Path, *arguments: str, train_shards: int = 2) -> subprocess.CompletedProcess:
+        command = ["download", "--out", str(root), "--repo", REPO_ID, "--train-shards", str(train_shards), *arguments]
+        print(json.dumps(command), file=process.stdin, flush=True)
+        return subprocess.CompletedProcess(command, *json.loads(process.stdout.readline()))
+    return run
+
+
+def test_download_fetches_verifies_and_names_the_paths(download, hub, published, tmp_path):
+    done = download(tmp_path)
     assert done.returncode == 0, done.stderr + done.stdout
     folder = tmp_path / prepare.PUBLISHED_NAME
     names = {path.name for path in folder.iterdir()}
@@ -142,25 +177,25 @@ def test_download_fetches_verifies_and_names_the_paths(repo, hub, published, tmp
     assert f"DATA_PATH={folder}\nTOKENIZER_PATH={folder / 'caseops_8192.model'}\n" in done.stdout
 
     hub.served.clear()
-    assert download(repo, hub, tmp_path).returncode == 0
+    assert download(tmp_path).returncode == 0
     assert hub.served == [], "finished files are fetched again"
-    assert download(repo, hub, tmp_path, train_shards=3).returncode == 0
+    assert download(tmp_path, train_shards=3).returncode == 0
     assert [name for name, _ in hub.served] == [f"{PREFIX}/fineweb_train_000002.bin"]
 
 
-def test_a_lost_connection_is_tried_again_within_the_run(repo, hub, published, tmp_path):
+def test_a_lost_connection_is_tried_again_within_the_run(download, hub, published, tmp_path):
     broken = f"{PREFIX}/fineweb_train_000000.bin"
     hub.breaks[broken] = [1500]
-    done = download(repo, hub, tmp_path)
+    done = download(tmp_path)
     assert done.returncode == 0, done.stderr
     assert len([name for name, _ in hub.served if name == broken]) == 2
     assert (tmp_path / prepare.PUBLISHED_NAME / "fineweb_train_000000.bin").read_bytes() == published[broken]
 
 
-def test_an_interrupted_download_keeps_finished_files(repo, hub, published, tmp_path):
+def test_an_interrupted_download_keeps_finished_files(download, hub, published, tmp_path):
     broken = f"{PREFIX}/fineweb_train_000000.bin"
     hub.breaks[broken] = [1500] + [0] * 50
-    first = download(repo, hub, tmp_path)
+    first = download(tmp_path)
     assert first.returncode == 1
     assert "expected to download it" in first.stderr and "run again" in first.stderr
     assert "Traceback" not in first.stderr
@@ -170,52 +205,52 @@ def test_an_interrupted_download_keeps_finished_files(repo, hub, published, tmp_
     assert finished
     hub.breaks.clear()
     hub.served.clear()
-    second = download(repo, hub, tmp_path)
+    second = download(tmp_path)
     assert second.returncode == 0, second.stderr
     assert not {name for name, _ in hub.served} & finished
     assert (folder / "fineweb_train_000000.bin").read_bytes() == published[broken]
 
 
-def test_a_wrong_hash_is_refused_and_fetched_again(repo, hub, published, tmp_path):
+def test_a_wrong_hash_is_refused_and_fetched_again(download, hub, published, tmp_path):
     broken = f"{PREFIX}/fineweb_val_000000.bin"
     hub.stated_sha256[broken] = hashlib.sha256(b"something else").hexdigest()
-    done = download(repo, hub, tmp_path)
+    done = download(tmp_path)
     assert done.returncode == 1
     assert "fineweb_val_000000.bin: expected SHA-256" in done.stderr
     assert not (tmp_path / prepare.PUBLISHED_NAME / "fineweb_val_000000.bin").exists()
     hub.stated_sha256.clear()
-    assert download(repo, hub, tmp_path).returncode == 0
+    assert download(tmp_path).returncode == 0
 
 
-def test_empty_and_short_files_are_refused(repo, hub, tmp_path):
+def test_empty_and_short_files_are_refused(download, hub, tmp_path):
     shard = f"{PREFIX}/fineweb_val_bytes_000000.bin"
     hub.stated_sizes[shard] = len(hub.files[shard]) + 100
-    done = download(repo, hub, tmp_path)
+    done = download(tmp_path)
     assert done.returncode == 1 and "fineweb_val_bytes_000000.bin" in done.stderr
     assert not (tmp_path / prepare.PUBLISHED_NAME / "fineweb_val_bytes_000000.bin").exists()
     hub.stated_sizes.clear()
     hub.files[shard] = b""
-    done = download(repo, hub, tmp_path)
+    done = download(tmp_path)
     assert done.returncode == 1 and "with no bytes" in done.stderr
 
 
-def test_missing_parts_of_a_repository_are_named(repo, hub, tmp_path):
-    done = download(repo, hub, tmp_path, train_shards=50)
+def test_missing_parts_of_a_repository_are_named(download, hub, tmp_path):
+    done = download(tmp_path, train_shards=50)
     assert done.returncode == 1 and "expected 50 training shards, found" in done.stderr
     del hub.files[f"{PREFIX}/fineweb_val_bytes_000000.bin"]
-    done = download(repo, hub, tmp_path)
+    done = download(tmp_path)
     assert done.returncode == 1 and "fineweb_val_bytes_" in done.stderr
     hub.files.clear()
-    done = download(repo, hub, tmp_path)
+    done = download(tmp_path)
     assert done.returncode == 1 and "expected one folder of shards" in done.stderr
-    done = download(repo, hub, tmp_path, "--repo", "someone/nothing")
+    done = download(tmp_path, "--repo", "someone/nothing")
     assert done.returncode == 1 and "someone/nothing: expected to download it" in done.stderr
-    done = download(repo, hub, tmp_path, "--repo", "not a/name")
+    done = download(tmp_path, "--repo", "not a/name")
     assert done.returncode == 1 and "not a/name: expected a repository name" in done.stderr
 
 
-def test_violations_of_the_fetched_data_set_the_exit_code(repo, hub, tmp_path):
+def test_violations_of_the_fetched_data_set_the_exit_code(download, hub, tmp_path):
     del hub.files[f"{PREFIX}/manifest.json"]
-    done = download(repo, hub, tmp_path)
+    done = download(tmp_path)
     assert done.returncode == 1
     assert "violation: Without a manifest only the published export can be trusted" in done.stdout

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import train_gpt as gpt
+import twins
 import two_process_ttt
 from helpers import write_shard
 from toy_data import VAL_LENGTHS, environment, write_run_data
@@ -207,6 +208,7 @@ def test_quantizing_a_checkpoint_again_gives_the_same_artifact_and_scores(whole,
     assert not again.matches(r".*train_loss.*")
 
 
+@twins.fast_trellis
 def test_trellis_rounding_goes_through_the_whole_run(whole, resumable):
     trellis = Finished(resumable, quantize_only=True, rdo_lambda=1.0, ttt_enabled=False)
     assert trellis.code == 0 and trellis.score(PREQUANT) == whole.score(PREQUANT)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import train_gpt as gpt
+import twins
 from helpers import random_model, tiny_config, write_dataset
 
 PROTECTED_GROUP = 64                # quantization.md §1; gptq.npz records only the starts
@@ -208,6 +209,7 @@ def test_codes_stay_within_their_limits():
     assert codes[:, ~high].abs().max() == 7 and 7 < codes[:, high].abs().max() <= 127
 
 
+@twins.fast_trellis
 @pytest.mark.parametrize("rdo_lambda", (0.0, 1.0))
 def test_constant_and_zero_rows_do_not_produce_nan(rdo_lambda):
     W = torch.zeros(3, 32)
@@ -218,6 +220,7 @@ def test_constant_and_zero_rows_do_not_produce_nan(rdo_lambda):
     assert float(gpt.dequantize(q)[0].abs().max()) < 1e-6
 
 
+@twins.fast_trellis
 def test_a_constant_row_does_not_spoil_the_trellis_of_the_others():
     W = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
     W[0] = 0.5
@@ -227,6 +230,7 @@ def test_a_constant_row_does_not_spoil_the_trellis_of_the_others():
     assert float(((W[1:] - codes * step / 2) / step).square().mean()) * 12 < 0.82
 
 
+@twins.fast_trellis
 @pytest.mark.parametrize("bits", (6, 8))
 @pytest.mark.parametrize("protect", (False, True))
 def test_trellis_steps_reach_the_largest_weight_however_fine(bits, protect):
@@ -340,12 +344,21 @@ def test_trellis_rounding_finds_the_best_of_all_valid_codes():
         assert float((found[line] - x[line]).square().sum()) == pytest.approx(best, rel=1e-5)
 
 
+@pytest.mark.parametrize(("lines", "n"), [(1, 9), (7, 256)])
+def test_trellis_rounding_in_numpy_is_that_of_the_definition_to_the_last_bit(lines, n):
+    x = torch.randn(lines, n, generator=torch.Generator().manual_seed(3)) * 6
+    x[0, ::2] = 1.5                                                        # as near to one code as to the next
+    limit = torch.arange(lines) * 9.0 + 2
+    assert torch.equal(twins.numpy_trellis_round(x, limit), gpt.plain_trellis_round(x, limit))
+
+
 def test_trellis_rounding_has_three_quarters_of_the_error_of_plain_rounding():
     x = torch.randn(100, 256, generator=torch.Generator().manual_seed(2)) * 5
     codes = gpt.plain_trellis_round(x, torch.full((100,), 62.0))
     assert float((x - codes).square().mean()) / 4 < 0.78 / 12              # in whole steps
 
 
+@twins.fast_trellis
 @pytest.mark.parametrize("rows", (5, 256, 300))
 def test_trellis_codes_are_valid_within_limits_and_lower_the_weighted_error(rows):
     H, W = correlated_hessian(48, rows), torch.randn(2, rows, 48, generator=torch.Generator().manual_seed(rows))
