@@ -43,29 +43,6 @@ def _something_runs_kernels():
     assert out.tolist() == [0, 1, 2]
 
 
-class _Kept:
-    """What a launch is given to take back: nothing."""
-
-    def restore(self) -> None:
-        pass
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_patch_for_all_launches(_something_runs_kernels):
-    """The interpreter replaces the functions of triton.language anew at every launch and at every call of a device
-    function, a third of its time; here it does so once."""
-    if DEVICE != "cpu":
-        yield
-        return
-    from triton.runtime import interpreter
-    patched = interpreter._patch_lang(_count_kernel.fn)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", lambda fn: _Kept())
-        yield
-    if patched is not None:                                # releases before 3.6 leave theirs in place
-        patched.restore()
-
-
 def small_config(**changes):
     """Two layers, a serial one that loops and one with two lanes."""
     sizes = dict(vocab_size=24, model_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, loop_start=0, loop_end=0,
