@@ -26,6 +26,12 @@ from toy_data import VAL_LENGTHS, environment, write_run_data
 SETTINGS = dict(run_id="toy", iterations=3, warmup_steps=1, ema_decay=0.5, allow_unverified=False, audit=True,
                 ttt_batch_size=3, ttt_lora_lr=0.01, global_ttt_lr=0.01, phased_ttt_prefix_docs=5)
 
+# The least model with a loop and two lanes, for runs whose scores are compared with no other run's.
+SMALL = dict(num_layers=2, num_loops=1, loop_start=0, loop_end=0, parallel_start_layer=1)
+
+# What a run needs of this process' environment; every other variable would be compared with every setting's name.
+KEPT_VARIABLES = {"PATH", "HOME", "TMPDIR", "CC", "LD_LIBRARY_PATH", "TRITON_INTERPRET", "OMP_NUM_THREADS"}
+
 
 class Finished:
     """What a run in this process left: exit code, lines on stdout, text on stderr, and its folder."""
@@ -36,8 +42,8 @@ class Finished:
         out, err = io.StringIO(), io.StringIO()
         with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out),
               contextlib.redirect_stderr(err)):
-            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-                patch.delenv(name, raising=False)
+            for name in os.environ.keys() - KEPT_VARIABLES:
+                patch.delenv(name)
             for name, value in env.items():
                 patch.setenv(name, value)
             patch.chdir(folder)
@@ -236,7 +242,7 @@ def test_same_seed_repeats_the_whole_run_and_another_seed_does_not(whole, tmp_pa
 
 def test_prequant_only_stops_before_quantization(tmp_path):
     write_run_data(tmp_path / "data")
-    short = Finished(tmp_path, prequant_only=True)
+    short = Finished(tmp_path, prequant_only=True, **SMALL)
     assert short.code == 0 and short.score(PREQUANT)
     assert not short.matches("GPTQ:.*") and not short.matches(f"{QUANTIZED}.*")
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["toy.weights"]
@@ -256,10 +262,10 @@ def test_without_tilt_no_hints_are_made(whole, resumable):
 
 def test_wall_clock_stops_training_early_and_says_so(tmp_path):
     write_run_data(tmp_path / "data")
-    stopped = Finished(tmp_path, prequant_only=True, iterations=10**6, max_wallclock_seconds=2.0,
-                       gptq_reserve_seconds=0.5, enable_looping_at=0.0)
+    stopped = Finished(tmp_path, prequant_only=True, iterations=10**6, max_wallclock_seconds=1.0,
+                       gptq_reserve_seconds=0.5, enable_looping_at=0.0, **SMALL)
     assert stopped.code == 0
-    stopped.one("gptq:reserving 0.5s, effective=1500ms")
+    stopped.one("gptq:reserving 0.5s, effective=500ms")
     steps = int(stopped.one(rf"stopping_early: wallclock_cap train_time: {N}ms step: ({N})/1000000")[1])
     stopped.one(r"layer_loop:enabled step:0 frac:0\.000 .*")
     assert 0 < steps < 10**6
@@ -380,11 +386,11 @@ def change_value(path: Path, index: int = -1) -> None:
 def test_a_changed_byte_count_is_refused_once_the_checkpoint_is_written(tmp_path):
     write_run_data(tmp_path / "data")
     change_value(tmp_path / "data" / "fineweb_val_bytes_000000.bin")
-    run = Finished(tmp_path)
+    run = Finished(tmp_path, **SMALL)
     assert "fineweb_val_bytes_000000.bin: SHA-256" in check_failure(run)
     # no score, nothing lost
     assert run.matches("Serialized model: .*") and not run.matches(f"{PREQUANT}.*")
-    assert "but manifest.json says" in check_failure(Finished(tmp_path, quantize_only=True))
+    assert "but manifest.json says" in check_failure(Finished(tmp_path, quantize_only=True, **SMALL))
 
 
 def test_a_changed_training_token_is_refused_before_training(tmp_path):
@@ -425,7 +431,7 @@ def test_weights_that_are_not_finite_end_the_run_without_a_checkpoint(tmp_path, 
         if average.decay < 1:                                       # not the copy that warm-up goes back to
             average.params[0].data[0] = float("nan")
     monkeypatch.setattr(gpt.WeightAverage, "apply", spoil)
-    message = check_failure(Finished(tmp_path))
+    message = check_failure(Finished(tmp_path, **SMALL))
     assert "the averaged weights after step 3 holds NaN or infinity in stage training" in message
     assert "last good value: train_loss" in message and not list((tmp_path / "checkpoints").iterdir())
 
@@ -442,7 +448,7 @@ def make_seventh_step_infinite(monkeypatch):
 def test_a_loss_that_is_not_finite_between_two_log_lines_ends_the_run(tmp_path, monkeypatch):
     write_run_data(tmp_path / "data")
     make_seventh_step_infinite(monkeypatch)
-    message = check_failure(Finished(tmp_path, iterations=9, warmup_steps=0))
+    message = check_failure(Finished(tmp_path, iterations=9, warmup_steps=0, **SMALL))
     assert "train_loss up to step 9 is inf" in message and "at step 5;" in message
 
 
@@ -451,7 +457,7 @@ def test_a_loss_that_is_not_finite_after_the_last_log_line_ends_the_run(tmp_path
     write_run_data(tmp_path / "data")
     make_seventh_step_infinite(monkeypatch)
     monkeypatch.setattr(gpt, "plan_step", lambda cfg, step, *rest: (step / cfg.iterations, step == 8))
-    message = check_failure(Finished(tmp_path, iterations=100, warmup_steps=0))
+    message = check_failure(Finished(tmp_path, iterations=100, warmup_steps=0, **SMALL))
     assert "train_loss up to step 8 is inf" in message and "at step 5;" in message
 
 
@@ -565,7 +571,7 @@ def test_too_little_room_and_a_missing_compiler_are_found_before_training(tmp_pa
 
 def test_checkpoint_dir_holds_checkpoint_and_artifact(tmp_path):
     write_run_data(tmp_path / "data")
-    assert Finished(tmp_path, checkpoint_dir="elsewhere/weights", ttt_enabled=False).code == 0
+    assert Finished(tmp_path, checkpoint_dir="elsewhere/weights", ttt_enabled=False, **SMALL).code == 0
     left = sorted(path.name for path in (tmp_path / "elsewhere" / "weights").iterdir())
     assert left == ["toy.artifact", "toy.weights"]
     assert not (tmp_path / "checkpoints").exists()
@@ -615,7 +621,7 @@ def launch(folder: Path, processes: int, script: str = "train_gpt.py", **changes
 @pytest.mark.parametrize("processes, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_a_signal_ends_all_ranks_with_one_line(tmp_path, processes, number):
     write_run_data(tmp_path / "data")
-    with launch(tmp_path, processes, iterations=10**6) as run:
+    with launch(tmp_path, processes, iterations=10**6, **SMALL) as run:
         while not run.stdout.readline().startswith("5/1000000 train_loss"):
             assert run.poll() is None, run.stderr.read()
         run.send_signal(number)
@@ -642,7 +648,7 @@ def test_two_processes_tell_an_error_once_and_keep_the_exit_code(tmp_path, chang
 @pytest.mark.two_process
 def test_a_rank_that_hangs_is_noticed_with_its_stage(tmp_path):
     write_run_data(tmp_path / "data")
-    with launch(tmp_path, 2, "tests/two_process_hang.py", iterations=10**6) as run:
+    with launch(tmp_path, 2, "tests/two_process_hang.py", iterations=10**6, **SMALL) as run:
         output, errors = run.communicate(timeout=120)
     assert run.returncode == 1 and "made no progress for" in errors and "in stage training" in errors
     assert errors.count("\n") == 1
