@@ -289,7 +289,7 @@ def test_packed_training_script_is_the_same_program(whole_run, repo):
 @pytest.mark.slow
 def test_a_c_source_that_packing_breaks_is_noticed(whole_run, repo, monkeypatch):
     """Without one of its lines the hint counter still compiles; only a run that uses hints can tell."""
-    source, line = (repo / "train_gpt.py").read_text(encoding="utf-8"), "hint[k] = e->top;"
+    source, line = (repo / "train_gpt.py").read_text(encoding="utf-8"), "hint[k] = top;"
     strip_c = pack.strip_c
     assert line in source
     monkeypatch.setattr(pack, "strip_c", lambda text: strip_c(text).replace(line, ";"))
