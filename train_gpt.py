@@ -28,6 +28,7 @@ References
   [PE]   Amsel et al. 2025, Polar Express                [GPTQ] Frantar et al. 2022, quantization by columns
   [AWQ]  Lin et al. 2023, activation-aware quantization  [LQER] Zhang et al. 2024, low-rank error correction
   [LoRA] Hu et al. 2021, low-rank adapters               [TTT]  Sun et al. 2020, test-time training
+  [EMA-N] Yau et al. 2026, EMA-Nesterov (arXiv 2605.25395)
   [lpaq] Mahoney 2005, weighing context models           [TCQ]  Marcellin & Fischer 1990, trellis coding
   [REF]  openai/parameter-golf PR #2124, the run whose behaviour and hyperparameters this script follows
 """
@@ -154,7 +155,8 @@ class Config:
     prequant_only: bool = knob(False, "1 stops after training and the first diagnostic")
     quantize_only: bool = knob(False, "1 starts from the checkpoint of RUN_ID instead of training")
     ttt_eval_only: bool = knob(False, "1 starts from the artifact of RUN_ID")
-    audit: bool = knob(False, "1 writes the full scoring order beside the log and checks its coverage")
+    audit: bool = knob(False, "1 checks that every target was banked once and in order, and writes the order "
+                       "and what each score was made of beside the log")
     checkpoint_dir: str = knob("checkpoints", "folder of checkpoints and artifacts")
     skip_check: bool = knob(False, "1 skips the preflight that run.sh makes")
     quiet: bool = knob(False, "1: plain log lines only, no progress line on a terminal")
@@ -182,6 +184,8 @@ class Config:
         600.0, "training budget, calibration included; 0: schedule by step", 0.0)
     gptq_reserve_seconds: float = knob(4.0, "part of the budget kept for calibration", 0.0)
     train_batch_tokens: int = knob(786432, "tokens per optimizer step, always 8 rows", 8)
+    half_rows_until: float = knob(
+        0.0, "progress until which a step takes half rows, at 1/sqrt(2) of the learning rates", 0.0, 1.0)
     train_seq_len: int = knob(2048, "longest attention segment in training; calibration sequence length", 1)
     warmup_steps: int = knob(20, "compile warm-up steps per loop state, undone afterwards", 0)
     warmdown_frac: float = knob(0.75, "part of the budget over which the learning rate falls", 0.0, 1.0)
@@ -203,6 +207,10 @@ class Config:
     adam_eps: float = knob(1e-8, "AdamW epsilon", 0.0)
     grad_clip_norm: float = knob(0.3, "global gradient norm allowed to one row", 1e-9)
     ema_decay: float = knob(0.9965, "decay of the weight average per step", 0.0, 1.0)
+    lookahead_beta: float = knob(
+        0.0, "steps start this share of the average update further on, times the learning-rate factor, from "
+        "14 to 70 % of progress; 0: nowhere [EMA-N]", 0.0, BELOW_ONE)
+    lookahead_decay: float = knob(0.99, "decay of that average update per step", 0.0, 1.0)
     fused_ce_enabled: bool = knob(True, "0 computes the training loss with plain torch also on a GPU")
     # evaluation
     val_batch_tokens: int = knob(524288, "tokens of plain evaluation per 8 rows", 8)
@@ -318,6 +326,8 @@ def _relations(cfg: Config) -> tuple[tuple, ...]:
         (cfg.train_batch_tokens % (ROWS_PER_STEP * cfg.train_seq_len) == 0,
          f"{{}} must be a multiple of {ROWS_PER_STEP} * {{}}: one step is {ROWS_PER_STEP} rows of whole "
          "sequences", "TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN"),
+        (cfg.half_rows_until <= cfg.enable_looping_at or cfg.num_loops == 0,
+         "{} must be at most {}: steps that loop take whole rows", "HALF_ROWS_UNTIL", "ENABLE_LOOPING_AT"),
         (cfg.val_batch_tokens // ROWS_PER_STEP >= cfg.eval_seq_len,
          f"{{}}/{ROWS_PER_STEP} must hold one sequence of {{}}", "VAL_BATCH_TOKENS", "EVAL_SEQ_LEN"),
         (cfg.ttt_chunk_size < cfg.ttt_eval_seq_len,
@@ -1003,6 +1013,19 @@ class PackingLoader:
             yield *(x.pin_memory() if self.device.type == "cuda" else x for x in tensors), shard
 
 
+def half_rows(rows: Iterator[Row], count: int) -> Iterator[Row]:
+    """The first halves of `count` rows, then their second halves, and so on: two steps for one."""
+    while True:
+        whole = [next(rows) for _ in range(count)]
+        middle = len(whole[0].inputs) // 2
+        for row in whole:
+            bounds = row.cu_seqlens.clamp(max=middle)
+            yield Row(row.inputs[:middle], row.targets[:middle], bounds, row.shard)
+        for row in whole:
+            bounds = (row.cu_seqlens - middle).clamp(min=0)
+            yield Row(row.inputs[middle:], row.targets[middle:], bounds, row.shard)
+
+
 def calibration_batches(paths: Sequence[Path], seq_len: int, batch_seqs: int,
                         seed: int = 0) -> Iterator[np.ndarray]:
     """Batches of random sequences, int64 (batch_seqs, seq_len + 1) each, for ever; document borders are
@@ -1521,6 +1544,11 @@ def global_sgd_lr(base_lr: float, num_chunks: int, chunk: int) -> float:
     return base_lr * 0.5 * (1 + math.cos(math.pi * chunk / max(num_chunks - 1, 1)))
 
 
+def lookahead_share(cfg: Config, progress: float) -> float:
+    """Share of the average update by which a step starts further on: none early and late in the run."""
+    return cfg.lookahead_beta * lr_factor(cfg, progress) if 0.14 <= progress < 0.7 else 0.0
+
+
 class WeightAverage:
     """Exponential moving average of all parameters in fp32, without bias correction."""
 
@@ -1536,6 +1564,27 @@ class WeightAverage:
     def apply(self) -> None:
         """Put the average into the model."""
         torch._foreach_copy_(self.params, self.shadow)
+
+
+class Lookahead:
+    """EMA-Nesterov: a step starts from x + share * m, m the moving average of x's updates [EMA-N]."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.params = decay, list(model.parameters())
+        self.update = [torch.zeros_like(p) for p in self.params]
+        self.before: list[Tensor] = []
+
+    @torch.no_grad()
+    def start(self, share: float) -> None:
+        """Call before the gradients of a step are taken."""
+        self.before = [p.detach().clone() for p in self.params]
+        if share:
+            torch._foreach_add_(self.params, self.update, alpha=share)
+
+    @torch.no_grad()
+    def learn(self) -> None:
+        """Call after the step."""
+        torch._foreach_lerp_(self.update, torch._foreach_sub(self.params, self.before), 1 - self.decay)
 
 
 # --- 6 optimizers -------------------------------------------------------------------------------------------
@@ -1754,7 +1803,7 @@ def plan_step(cfg: Config, step: int, clock_s: float, step_s: float,
     return progress, progress >= 1 or clock_s + step_s + calibration_s > cfg.max_wallclock_seconds
 
 
-def train_rows(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, loader: PackingLoader, rows: int,
+def train_rows(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, loader: Iterator[Row], rows: int,
                looping: bool) -> Tensor:
     """Add the gradients of this rank's next rows to the optimizer's. Returns the sum of their mean losses."""
     total = torch.zeros((), device=run.device)
@@ -1784,9 +1833,12 @@ def warm_up(cfg: Config, run: Run, data: Dataset, model: GPT, optimizer: Optimiz
     before = WeightAverage(model, decay=1.0)              # never updated: a copy to go back to
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
         loader = make_loader(cfg, run, data)
-        for looping, name in ((False, "warmup_step"), (True, "loop_warmup_step")):
+        states = [("warmup_step", loader, False), ("loop_warmup_step", loader, True)]
+        if cfg.half_rows_until:
+            states.append(("half_warmup_step", half_rows(loader, 1), False))
+        for name, rows, looping in states:
             for step in range(cfg.warmup_steps):
-                train_rows(cfg, run, model, optimizer, loader, 1, looping)
+                train_rows(cfg, run, model, optimizer, rows, 1, looping)
                 optimizer.step(step, 1.0)
                 if step < 3 or (step + 1) % 10 == 0 or step + 1 == cfg.warmup_steps:
                     run.log(f"{name}: {step + 1}/{cfg.warmup_steps}")
@@ -1809,27 +1861,34 @@ def is_logged(cfg: Config, done: int) -> bool:
     return done <= 5 or done % (10 if done <= 100 else 50) == 0 or done == cfg.iterations
 
 
-def log_step(cfg: Config, run: Run, clock: StepClock, done: int, losses: Tensor) -> None:
-    """One line about step `done`. losses (2,): this rank's sums of the rows' mean losses, of this step and of
-    all; raises RunError unless both are finite."""
+def log_step(cfg: Config, run: Run, clock: StepClock, done: int, tokens: int, losses: Tensor) -> None:
+    """One line about step `done`, `tokens` into the run. losses (2,): this rank's sums of the rows' mean
+    losses, of this step and of all; raises RunError unless both are finite."""
     elapsed_s = time.perf_counter() - clock.timer.start
     mean_loss, every_loss = (run.sum(losses) / ROWS_PER_STEP).tolist()
     run.log(f"{done}/{cfg.iterations} train_loss: {mean_loss:.4f} train_time: {elapsed_s / 60:.1f}m "
-            f"tok/s: {done * cfg.train_batch_tokens / elapsed_s:.0f} train_time_ms:{1000 * elapsed_s:.0f}")
+            f"tok/s: {tokens / elapsed_s:.0f} train_time_ms:{1000 * elapsed_s:.0f}")
     require_finite(run, f"train_loss up to step {done}", every_loss)
     run.last_good = f"train_loss {mean_loss:.4f} at step {done}"
 
 
-def log_speed(cfg: Config, run: Run, steps: int, train_s: float, loop_on: tuple[int, float] | None) -> None:
-    """Speed before and after looping began, at (step, second) loop_on, and the peak of GPU memory."""
-    loop_step, loop_s = loop_on or (steps, train_s)
+class Mark(NamedTuple):
+    """A point of the training run."""
+    steps: int
+    tokens: int
+    seconds: float
+
+
+def log_speed(run: Run, loop_on: Mark | None, end: Mark) -> None:
+    """Speed before and after looping began, and the peak of GPU memory."""
     speeds = ""
-    for name, count, seconds in (("loops_off", loop_step, loop_s),
-                                 ("loops_on", steps - loop_step, train_s - loop_s)):
-        if count:
-            speeds += (f"{name}_tok_per_s:{count * cfg.train_batch_tokens / seconds:.0f} "
+    switch = loop_on or end
+    for name, since, until in (("loops_off", Mark(0, 0, 0.0), switch), ("loops_on", switch, end)):
+        if count := until.steps - since.steps:
+            seconds = until.seconds - since.seconds
+            speeds += (f"{name}_tok_per_s:{(until.tokens - since.tokens) / seconds:.0f} "
                        f"{name}_step_ms:{1000 * seconds / count:.1f} ")
-    run.log(f"train speed {speeds}steps:{steps}")
+    run.log(f"train speed {speeds}steps:{end.steps}")
     if run.device.type == "cuda":
         run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated(run.device) >> 20} MiB "
                 f"reserved: {torch.cuda.max_memory_reserved(run.device) >> 20} MiB")
@@ -1844,9 +1903,12 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
     run.stage("compilation", START_LIMIT_S)
     calibration_s = warm_up(cfg, run, data, model, optimizer)
     average = WeightAverage(model, cfg.ema_decay)
+    lookahead = Lookahead(model, cfg.lookahead_decay) if cfg.lookahead_beta else None
     loader = make_loader(cfg, run, data)
     rows_per_rank = ROWS_PER_STEP // run.world_size
-    loop_on: tuple[int, float] | None = None             # (step, second) at which looping began
+    halves = half_rows(loader, rows_per_rank)
+    tokens = 0
+    loop_on: Mark | None = None
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
     run.barrier()
@@ -1857,7 +1919,7 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
         if stop:
             break
         if loop_on is None and cfg.num_loops and progress >= cfg.enable_looping_at:
-            loop_on = step, clock.now()
+            loop_on = Mark(step, tokens, clock.now())
             encoder, decoder = execution_order(cfg, True)
             run.log(f"layer_loop:enabled step:{step} frac:{progress:.3f} encoder:{encoder} decoder:{decoder}")
         if progress > 0:
@@ -1865,14 +1927,21 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
             run.progress(f"step {step}/{cfg.iterations}, {run.last_good}, {left_s:.0f} s left")
 
         # The step: gradients of all rows, Muon and AdamW, the average.
-        loss = train_rows(cfg, run, model, optimizer, loader, rows_per_rank, looping=loop_on is not None)
+        is_half = progress < cfg.half_rows_until
+        if lookahead:
+            lookahead.start(lookahead_share(cfg, progress))
+        loss = train_rows(cfg, run, model, optimizer, halves if is_half else loader, rows_per_rank,
+                          looping=loop_on is not None)
         loss_sum += loss                                  # NaN and infinity stay: no step goes unchecked
-        optimizer.step(step, lr_factor(cfg, progress))
+        optimizer.step(step, lr_factor(cfg, progress) * (math.sqrt(0.5) if is_half else 1.0))
+        if lookahead:
+            lookahead.learn()
         average.update()
+        tokens += cfg.train_batch_tokens // 2 if is_half else cfg.train_batch_tokens
 
         clock.step_done()
         if is_logged(cfg, step + 1):
-            log_step(cfg, run, clock, step + 1, torch.stack([loss, loss_sum]))
+            log_step(cfg, run, clock, step + 1, tokens, torch.stack([loss, loss_sum]))
     steps = step if stop else cfg.iterations
     if not steps:
         raise ConfigError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} leaves no time for a step "
@@ -1887,7 +1956,7 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
     if stop:
         run.log(f"stopping_early: wallclock_cap train_time: {1000 * train_s:.0f}ms "
                 f"step: {steps}/{cfg.iterations}")
-    log_speed(cfg, run, steps, train_s, loop_on)
+    log_speed(run, loop_on, Mark(steps, tokens, train_s))
     run.log("ema:applying EMA weights")
     average.apply()
     require_finite(run, f"the averaged weights after step {steps}", *model.parameters())
@@ -3491,7 +3560,7 @@ class Scorer:
     def __init__(self, cfg: Config, run: Run, model: GPT, num_tokens: int, *, keep_log: bool = False,
                  buckets: Buckets | None = None) -> None:
         """Room for a stream of num_tokens. Steps are padded to `buckets`, or not at all. keep_log keeps every
-        banked score in the order of banking: the first `log_size` of `log_target` and `log_nll`."""
+        banked score in the order of banking: the first `log_size` of `log_target`, `log_nll` and `log_tilt`."""
         self.cfg, self.run, self.model, self.buckets = cfg, run, model, buckets
         zeros = functools.partial(torch.zeros, device=run.device)
         self.stream = Stream(*(zeros(num_tokens, dtype=torch.int32) for _ in range(3)), zeros(num_tokens))
@@ -3504,6 +3573,7 @@ class Scorer:
         log_room = num_tokens if keep_log else 0          # the last entry takes what is not scored
         self.log_target = zeros(log_room, dtype=torch.int64)
         self.log_nll = zeros(log_room, dtype=torch.float64)
+        self.log_tilt = zeros(log_room, 4)                # what tilt made log_nll of
         self.log_size = zeros(1, dtype=torch.int64)
         self.steps: Callable[[int, int, bool], None] = self.step
 
@@ -3515,7 +3585,7 @@ class Scorer:
         """Forget all that has been scored and learnt."""
         bank = self.bank
         for tensor in (bank.params, bank.low, bank.exp_avg_sq, bank.steps, self.meter.sums, self.table,
-                       self.index, self.log_target, self.log_nll, self.log_size):
+                       self.index, self.log_target, self.log_nll, self.log_tilt, self.log_size):
             tensor.zero_()
 
     def renew_cast(self) -> None:
@@ -3543,21 +3613,23 @@ class Scorer:
         nll, log_q, grads = gradients(self.model, self.bank, inputs, at, answers, hints, learns, learn,
                                       self.cast)
         with torch.no_grad():
-            tilted = tilt(nll, log_q, answers == hints, stream.boost[place])
+            parts = nll, log_q, answers == hints, stream.boost[place]
+            tilted = tilt(*parts)
             # 2. banked; it is never revised
             self.meter.add(tilted, stream.byte_counts[target + 1], scored)
             if len(self.log_target):
-                self.add_to_log(target, tilted, scored)
+                self.add_to_log(target, tilted, torch.stack([x.float() for x in parts], -1), scored)
             # 3. only then learn from it
             if grads is not None:
                 self.bank.update(grads, learns)
             self.index += 1
 
-    def add_to_log(self, target: Tensor, nll: Tensor, scored: Tensor) -> None:
+    def add_to_log(self, target: Tensor, nll: Tensor, parts: Tensor, scored: Tensor) -> None:
         scored = scored.flatten()
         spot = torch.where(scored, self.log_size + scored.cumsum(0) - 1, len(self.log_target) - 1)
         self.log_target[spot] = target.flatten()
         self.log_nll[spot] = nll.flatten().double()
+        self.log_tilt[spot] = parts.flatten(0, -2)
         self.log_size += scored.sum()
 
     def follow(self, docs: Documents, scored: ScoredChunks, hints: HintFeed | None = None) -> None:
@@ -3925,17 +3997,23 @@ def log_plan(run: Run, phases: Sequence[Phase], timer: Timer) -> None:
 
 
 def audit_order(run: Run, scorer: Scorer, scored: ScoredChunks) -> None:
-    """Check that every rank has banked the targets of its lanes once and in the certified order, and write
-    the whole order beside the log (int64, raw)."""
+    """Check that every rank has banked the targets of its lanes once and in the certified order. Write the
+    whole order beside the log (int64, raw), and from every rank what its scores were made of (npz): target,
+    lane, nll, log_q_hint, is_hit, boost, and the bytes of all targets of the rank."""
     order = targets_in_order(scored)
     lane = np.repeat(scored.lane + LANES * scored.phase, scored.size)
     places = np.argsort(lane, kind="stable")              # a rank banks phase by phase, lane by lane
-    expected = order[places[lane[places] % LANES % run.world_size == run.rank]]
-    banked = scorer.log_target[:int(scorer.log_size)].cpu().numpy()
+    places = places[lane[places] % LANES % run.world_size == run.rank]
+    expected, size = order[places], int(scorer.log_size)
+    banked = scorer.log_target[:size].cpu().numpy()
     is_wrong = torch.tensor(int(not np.array_equal(banked, expected)), device=run.device)
     if num_wrong := run.sum(is_wrong).item():
         raise RuntimeError(f"audit: the targets of {num_wrong} of {run.world_size} ranks were not banked "
                            "once and in the certified order")
+    nll, log_q_hint, is_hit, boost = scorer.log_tilt[:size].T.cpu().numpy()
+    num_bytes = scorer.stream.byte_counts[torch.from_numpy(banked + 1).to(run.device)].sum().item()
+    np.savez(run.log_path.with_suffix(f".scores{run.rank}.npz"), target=banked, lane=lane[places] % LANES,
+             nll=nll, log_q_hint=log_q_hint, is_hit=is_hit > 0, boost=boost, bytes=num_bytes)
     if run.rank == 0:
         path, data = run.log_path.with_suffix(".order.bin"), order.astype("<i8").tobytes()
         path.write_bytes(data)
