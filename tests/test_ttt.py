@@ -936,6 +936,30 @@ def test_audit_writes_the_order_in_which_targets_were_banked(setup, tmp_path):
     assert np.array_equal(order, gpt.targets_in_order(gpt.certified_order(phases, setup.docs, C)))
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_audit_writes_what_every_score_was_made_of(setup, tmp_path, world_size):
+    """The files of all ranks hold every target once, in the lane that scored it, and give its score back."""
+    phases = setup.plan()
+    scored = gpt.certified_order(phases, setup.docs, setup.cfg.ttt_chunk_size)
+    hints = setup.hints(setup.monotonous, phases)
+    targets = []
+    for rank in range(world_size):
+        scorer = setup.scorer(setup.monotonous, rank, world_size, phases, hints)
+        for phase in phases:
+            gpt.score_phase(scorer, phase, [gpt.lane_draws(setup.cfg, scorer.run, lane) for lane in range(gpt.LANES)])
+        vars(scorer.run).update(log_path=tmp_path / "run.txt", sum=lambda x: x, log=lambda line: None)
+        gpt.audit_order(scorer.run, scorer, scored)
+        with np.load(tmp_path / f"run.scores{rank}.npz") as saved:
+            parts = [torch.from_numpy(saved[name]) for name in ("nll", "log_q_hint", "is_hit", "boost")]
+            tilted = gpt.tilt(*(x.float() for x in parts)).double()
+            torch.testing.assert_close(tilted, scorer.log_nll[:len(tilted)])
+            assert set(saved["lane"] % world_size) == {rank}
+            assert saved["is_hit"].any() and saved["boost"].any()
+            assert saved["bytes"] == setup.byte_counts[saved["target"] + 1].sum()
+            targets.extend(saved["target"].tolist())
+    assert sorted(targets) == list(range(len(setup.tokens) - 1))
+
+
 def test_audit_refuses_targets_that_were_banked_twice_never_or_out_of_order(setup, tmp_path):
     phases = setup.plan()
     scored = gpt.certified_order(phases, setup.docs, setup.cfg.ttt_chunk_size)
