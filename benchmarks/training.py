@@ -462,13 +462,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_shards(work, 16 * cfg.train_batch_tokens + 65536, cfg.vocab_size)
-        extra = {"DATA_PATH": str(work), "ALLOW_UNVERIFIED": "1", "RUN_ID": "benchmark"}
+        extra = {"DATA_PATH": str(work), "ALLOW_UNVERIFIED": "1"}
         found, warm = {}, {}
         for path in paths:
-            found[path] = start_path(path, settings | extra, work, options, only_start=False)
+            named = {**settings, **extra, "RUN_ID": path}
+            found[path] = start_path(path, named, work, options, only_start=False)
             if options.startup:
-                again = extra | {"RUN_ID": "benchmark_warm"}
-                warm[path] = start_path(path, settings | again, work, options, only_start=True)
+                warm[path] = start_path(path, named | {"RUN_ID": f"{path}_warm"}, work, options, only_start=True)
             lines = describe_machine(found.values(), settings, options.steps)
             for name, facts in found.items():
                 lines += ["", *describe_path(name, facts, warm.get(name), cfg.train_batch_tokens)]
