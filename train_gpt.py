@@ -28,7 +28,6 @@ References
   [PE]   Amsel et al. 2025, Polar Express                [GPTQ] Frantar et al. 2022, quantization by columns
   [AWQ]  Lin et al. 2023, activation-aware quantization  [LQER] Zhang et al. 2024, low-rank error correction
   [LoRA] Hu et al. 2021, low-rank adapters               [TTT]  Sun et al. 2020, test-time training
-  [EMA-N] Yau et al. 2026, EMA-Nesterov (arXiv 2605.25395)
   [lpaq] Mahoney 2005, weighing context models           [TCQ]  Marcellin & Fischer 1990, trellis coding
   [REF]  openai/parameter-golf PR #2124, the run whose behaviour and hyperparameters this script follows
 """
@@ -207,10 +206,6 @@ class Config:
     adam_eps: float = knob(1e-8, "AdamW epsilon", 0.0)
     grad_clip_norm: float = knob(0.3, "global gradient norm allowed to one row", 1e-9)
     ema_decay: float = knob(0.9965, "decay of the weight average per step", 0.0, 1.0)
-    lookahead_beta: float = knob(
-        0.0, "steps start this share of the average update further on, times the learning-rate factor, from "
-        "14 to 70 % of progress; 0: nowhere [EMA-N]", 0.0, BELOW_ONE)
-    lookahead_decay: float = knob(0.99, "decay of that average update per step", 0.0, 1.0)
     fused_ce_enabled: bool = knob(True, "0 computes the training loss with plain torch also on a GPU")
     # evaluation
     val_batch_tokens: int = knob(524288, "tokens of plain evaluation per 8 rows", 8)
@@ -1544,11 +1539,6 @@ def global_sgd_lr(base_lr: float, num_chunks: int, chunk: int) -> float:
     return base_lr * 0.5 * (1 + math.cos(math.pi * chunk / max(num_chunks - 1, 1)))
 
 
-def lookahead_share(cfg: Config, progress: float) -> float:
-    """Share of the average update by which a step starts further on: none early and late in the run."""
-    return cfg.lookahead_beta * lr_factor(cfg, progress) if 0.14 <= progress < 0.7 else 0.0
-
-
 class WeightAverage:
     """Exponential moving average of all parameters in fp32, without bias correction."""
 
@@ -1564,27 +1554,6 @@ class WeightAverage:
     def apply(self) -> None:
         """Put the average into the model."""
         torch._foreach_copy_(self.params, self.shadow)
-
-
-class Lookahead:
-    """EMA-Nesterov: a step starts from x + share * m, m the moving average of x's updates [EMA-N]."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay, self.params = decay, list(model.parameters())
-        self.update = [torch.zeros_like(p) for p in self.params]
-        self.before: list[Tensor] = []
-
-    @torch.no_grad()
-    def start(self, share: float) -> None:
-        """Call before the gradients of a step are taken."""
-        self.before = [p.detach().clone() for p in self.params]
-        if share:
-            torch._foreach_add_(self.params, self.update, alpha=share)
-
-    @torch.no_grad()
-    def learn(self) -> None:
-        """Call after the step."""
-        torch._foreach_lerp_(self.update, torch._foreach_sub(self.params, self.before), 1 - self.decay)
 
 
 # --- 6 optimizers -------------------------------------------------------------------------------------------
@@ -1903,7 +1872,6 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
     run.stage("compilation", START_LIMIT_S)
     calibration_s = warm_up(cfg, run, data, model, optimizer)
     average = WeightAverage(model, cfg.ema_decay)
-    lookahead = Lookahead(model, cfg.lookahead_decay) if cfg.lookahead_beta else None
     loader = make_loader(cfg, run, data)
     rows_per_rank = ROWS_PER_STEP // run.world_size
     halves = half_rows(loader, rows_per_rank)
@@ -1928,14 +1896,10 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
 
         # The step: gradients of all rows, Muon and AdamW, the average.
         is_half = progress < cfg.half_rows_until
-        if lookahead:
-            lookahead.start(lookahead_share(cfg, progress))
         loss = train_rows(cfg, run, model, optimizer, halves if is_half else loader, rows_per_rank,
                           looping=loop_on is not None)
         loss_sum += loss                                  # NaN and infinity stay: no step goes unchecked
         optimizer.step(step, lr_factor(cfg, progress) * (math.sqrt(0.5) if is_half else 1.0))
-        if lookahead:
-            lookahead.learn()
         average.update()
         tokens += cfg.train_batch_tokens // 2 if is_half else cfg.train_batch_tokens
 
@@ -3917,10 +3881,14 @@ def warm_up_ttt(cfg: Config, run: Run, model: GPT, num_tokens: int) -> tuple[Sco
         columns = ChunkTable(begin=0, size=size, offset=0, count=count, place=0, learns=1)
         scorer.table.copy_(torch.tensor(columns, device=run.device)[:, None].expand_as(scorer.table))
         keys = step_keys(cfg, buckets)
-    if is_cuda and cfg.cuda_graphs:
-        if base and len(base.inputs) <= BASE_CAPTURE_TOKENS:
+        if base:
             base.load(generator.integers(2, cfg.vocab_size, len(base.inputs)))
-            base.replay = CapturedSteps(run, base.gradient, [()])
+            if is_cuda and cfg.cuda_graphs and len(base.inputs) <= BASE_CAPTURE_TOKENS:
+                base.replay = CapturedSteps(run, base.gradient, [()])
+            else:                                         # its kernels are compiled here, not inside the clock
+                with torch.enable_grad():
+                    base.gradient()
+    if is_cuda and cfg.cuda_graphs:
         # Steps that only score run what steps that learn have loaded, but for the loss.
         loads = [*(key for key in keys if key[2]), keys[-1]]
         scorer.steps = CapturedSteps(run, scorer.step, keys, loads)
@@ -5909,10 +5877,18 @@ class CapturedSteps:
 
 
 def graphs_made(steps: Callable) -> tuple[int, int]:
-    """(graphs compiled by this process and captured by `steps`, calls of `steps` that had none) so far."""
+    """(graphs and kernels compiled or loaded by this process and graphs captured by `steps`, calls of `steps`
+    that had none) so far."""
     dynamo = sys.modules.get("torch._dynamo.utils")
-    compiled = dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
-    return compiled + getattr(steps, "captures", 0), getattr(steps, "missed", 0)
+    made = dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+    for kernel in list(globals().values()):               # Triton: one kernel for each kind of arguments
+        for caches in getattr(kernel, "device_caches", {}).values():
+            made += len(caches[0])
+    flash_attention = sys.modules.get("flash_attn.cute.interface")
+    for name in ("_flash_attn_fwd", "_flash_attn_bwd"):
+        function = getattr(flash_attention, name, None)
+        made += len(getattr(getattr(function, "compile_cache", None), "cache", ()))
+    return made + getattr(steps, "captures", 0), getattr(steps, "missed", 0)
 
 
 # --- 18 C sources -------------------------------------------------------------------------------------------

@@ -145,37 +145,6 @@ def test_a_step_that_loops_takes_whole_rows():
     tiny_config(half_rows_until=0.5, num_loops=0)
 
 
-# Looking ahead
-
-def test_looking_ahead_follows_its_recurrence():
-    """x' = A(x + share m), m' = decay m + (1 - decay) (x' - x), with A a step of gradient descent on x²/2."""
-    model = torch.nn.Linear(3, 2, bias=False)
-    lookahead = gpt.Lookahead(model, decay=0.75)
-    x, m = model.weight.detach().clone(), torch.zeros(2, 3)
-    for share in (0.0, 0.5, 0.25, 0.0, 0.5):
-        lookahead.start(share)
-        with torch.no_grad():
-            model.weight.sub_(0.1 * model.weight)
-        lookahead.learn()
-        after = 0.9 * (x + share * m)
-        m, x = 0.75 * m + 0.25 * (after - x), after
-        torch.testing.assert_close(model.weight.detach(), x)
-        torch.testing.assert_close(lookahead.update[0], m)
-
-
-def test_looking_ahead_has_its_part_of_the_run_and_follows_the_learning_rate():
-    cfg = tiny_config(lookahead_beta=0.6, warmdown_frac=0.5, min_lr=0.1)
-    assert [gpt.lookahead_share(cfg, progress) for progress in (0.0, 0.13, 0.7, 0.9)] == [0.0] * 4
-    assert gpt.lookahead_share(cfg, 0.14) == 0.6
-    assert gpt.lookahead_share(cfg, 0.6) == pytest.approx(0.6 * 0.8)
-
-
-def test_looking_ahead_changes_the_training_and_zero_does_not(train_tiny):
-    plain, _ = train_tiny(iterations=6)
-    assert same_weights(plain, train_tiny(iterations=6, lookahead_decay=0.5)[0])
-    assert not same_weights(plain, train_tiny(iterations=6, lookahead_beta=0.6, lookahead_decay=0.5)[0])
-
-
 def test_without_a_wallclock_the_schedule_follows_the_steps():
     cfg = tiny_config(iterations=10)
     assert [gpt.plan_step(cfg, step, 1e6, 1e6, 1e6) for step in (0, 5, 9)] == [(0.0, False), (0.5, False), (0.9, False)]

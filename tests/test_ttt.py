@@ -926,6 +926,33 @@ def test_a_run_whose_steps_cost_what_they_cost_ends_in_time_if_scoring_alone_wou
         assert clock.now <= cfg.eval_wallclock_seconds
 
 
+def test_the_base_adaptation_has_run_once_before_the_clock(setup, tmp_path, monkeypatch):
+    """Its first call compiles kernels: too late once the clock runs."""
+    calls = []
+    gradient = gpt.BaseAdaptation.gradient
+    monkeypatch.setattr(gpt.BaseAdaptation, "gradient", lambda self: (calls.append("gradient"), gradient(self)))
+    find = gpt.find_documents
+    monkeypatch.setattr(gpt, "find_documents", lambda tokens: (calls.append("clock"), find(tokens))[1])
+    monkeypatch.setattr(gpt, "step_buckets", lambda *_: BUCKETS)
+    evaluate(setup, dataclasses.replace(setup.cfg, compile=True, phased_ttt_prefix_docs=4), tmp_path)
+    assert calls[:2] == ["gradient", "clock"] and calls.count("gradient") > 1
+
+
+def test_every_kind_of_compilation_counts_as_made_in_the_clock(monkeypatch):
+    """A kernel that Triton or FlashAttention-4 compiles late costs seconds, as a graph does."""
+    def kernel(count: int) -> SimpleNamespace:
+        return SimpleNamespace(device_caches={0: (dict.fromkeys(range(count)), {}, "target")})
+
+    def attention(count: int) -> SimpleNamespace:
+        return SimpleNamespace(compile_cache=SimpleNamespace(cache=dict.fromkeys(range(count))))
+    before = gpt.graphs_made(lambda: None)
+    monkeypatch.setattr(gpt, "_made_up_kernel", kernel(3), raising=False)
+    assert gpt.graphs_made(lambda: None) == (before[0] + 3, before[1])
+    late = SimpleNamespace(_flash_attn_fwd=attention(2), _flash_attn_bwd=attention(5))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", late)
+    assert gpt.graphs_made(SimpleNamespace(captures=7, missed=1)) == (before[0] + 17, before[1] + 1)
+
+
 def test_audit_writes_the_order_in_which_targets_were_banked(setup, tmp_path):
     cfg = dataclasses.replace(setup.cfg, audit=True)
     evaluate(setup, cfg, tmp_path)
