@@ -1875,7 +1875,7 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
     loader = make_loader(cfg, run, data)
     rows_per_rank = ROWS_PER_STEP // run.world_size
     halves = half_rows(loader, rows_per_rank)
-    tokens = 0
+    tokens, is_half = 0, cfg.half_rows_until > 0
     loop_on: Mark | None = None
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
@@ -1886,6 +1886,9 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
         progress, stop = run.agree(plan_step(cfg, step, clock.now(), clock.longest_recent(), calibration_s))
         if stop:
             break
+        if is_half and progress >= cfg.half_rows_until:
+            is_half = False
+            run.log(f"half_rows:ended step:{step} frac:{progress:.3f}")
         if loop_on is None and cfg.num_loops and progress >= cfg.enable_looping_at:
             loop_on = Mark(step, tokens, clock.now())
             encoder, decoder = execution_order(cfg, True)
@@ -1895,7 +1898,6 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
             run.progress(f"step {step}/{cfg.iterations}, {run.last_good}, {left_s:.0f} s left")
 
         # The step: gradients of all rows, Muon and AdamW, the average.
-        is_half = progress < cfg.half_rows_until
         loss = train_rows(cfg, run, model, optimizer, halves if is_half else loader, rows_per_rank,
                           looping=loop_on is not None)
         loss_sum += loss                                  # NaN and infinity stay: no step goes unchecked
@@ -4018,8 +4020,9 @@ def log_start(cfg: Config, run: Run, data: Dataset, tokenizer: Path, model: GPT)
             f"triton:{triton.__version__ if triton else 'none'} device:\"{gpu}\" world_size:{run.world_size} "
             f"compute_dtype:{str(run.compute_dtype).removeprefix('torch.')}")
     data_source = "manifest" if data.manifest else "unverified" if cfg.allow_unverified else "check_figures"
+    merges = (data.manifest or {}).get("merges", {}).get("count", 0)      # token pairs joined by `fuse`
     run.log(f"run run_id:{run.run_id} date:{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d} "
-            f"tokenizer:{tokenizer.name} data_source:{data_source}")
+            f"tokenizer:{tokenizer.name} data_source:{data_source}" + (f" merges:{merges}" if merges else ""))
     changed = [f"{name.upper()}={shlex.quote(value)}" for name, value in shown_settings(cfg).items()
                if getattr(cfg, name) != getattr(Config, name)]
     run.log(f'run command:"{" ".join([*changed, "python", Path(sys.argv[0]).name])}"')
