@@ -124,7 +124,10 @@ def draw_loss(series: Sequence[Series], theme: Theme) -> Figure | None:
     for ax in axes:
         ax.set_ylim(low - 0.1, max(settled) + 0.3)  # the first five steps would flatten the rest
     _label(axes[0], theme, "step", "training loss, nats per token", "Dotted: looped layers begin")
-    _label(axes[1], theme, "training time, s", "")
+    joined = len({s.run.merges for s in shown}) > 1
+    _label(
+        axes[1], theme, "training time, s", "", "Tokens of different text: curves do not compare" if joined else ""
+    )
     _legend(axes[0], theme)
     return figure
 
