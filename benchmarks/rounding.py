@@ -2,13 +2,16 @@
 """Compare plain GPTQ with RDO_LAMBDA on the averaged weights of an earlier run, at equal bytes.
 
     RUN_ID=h100_180s DATA_PATH=shards python benchmarks/rounding.py          settings as of that run
+    RUN_ID=h100_180s DATA_PATH=shards python benchmarks/rounding.py --sizes 10,12,14,15.9
 
-Variants: the trellis alone, RDO_LAMBDA of 0.5 and 1, and 1 without protected columns or without low-rank
-corrections. For each: bytes of the artifact, BPB of the validation text without test-time training, and the
-quantization tax (BPB above that of the unquantized weights) relative to plain GPTQ. Steps are scaled until
-the artifact is as long as plain GPTQ's, at most 4 kB less. Everything goes to the log of run
-`<RUN_ID>_rounding`, with the seconds of each stage; its artifacts lie beside those of the earlier run.
+With --sizes: what quantization costs at each of these sizes of the artifact (millions of bytes), plain and with
+RDO_LAMBDA=1; read off it how large a model suits the limit. Without: plain GPTQ, the trellis alone, RDO_LAMBDA
+of 0.5 and 1, and 1 without protected columns or without low-rank corrections, each as many bytes as plain GPTQ
+or at most 4 kB less. Given are the bytes, BPB of the validation text without test-time training, and the tax:
+BPB above that of the unquantized weights. Everything goes to the log of run `<RUN_ID>_rounding`, with the
+seconds of each stage; its artifacts lie beside those of the earlier run.
 """
+import argparse
 import dataclasses
 import os
 import sys
@@ -26,6 +29,10 @@ VARIANTS = (                               # the first one's bytes are what the 
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", metavar="MB,...", help="sizes of the artifact, millions of bytes")
+    options = parser.parse_args()
+    sizes = [round(float(size) * 1e6) for size in options.sizes.split(",")] if options.sizes else []
     cfg = gpt.Config.from_env(os.environ)
     plain = dataclasses.replace(cfg, run_id=f"{cfg.run_id}_rounding", rdo_lambda=0.0, fill_artifact=False)
     with gpt.Run.start(plain) as run:
@@ -45,10 +52,8 @@ def main() -> None:
         def bpb() -> float:
             return gpt.evaluate_plain(plain, run, model, tokens, byte_counts).bpb
 
-        unquantized, plain_tax, limit = bpb(), None, gpt.SIZE_LIMIT
-        run.log(f"rounding unquantized_bpb:{unquantized:.6f}")
-        for settings in VARIANTS:
-            variant = dataclasses.replace(plain, fill_artifact=plain_tax is not None, **settings)
+        def rounded(variant: gpt.Config, limit: int) -> tuple[int, float]:
+            """Bytes of the artifact and its BPB; the model has its own weights again afterwards."""
             artifact = gpt.fit_artifact(variant, run, model, stats, limit)
             if run.rank == 0:
                 gpt.write_file(gpt.artifact_path(run), artifact)
@@ -56,10 +61,24 @@ def main() -> None:
             gpt.read_artifact(variant, run, model)
             score = bpb()
             model.load_state_dict(weights)
+            return int(run.agree([len(artifact)])[0]), score
+
+        unquantized = bpb()
+        run.log(f"rounding unquantized_bpb:{unquantized:.6f}")
+        for size in sizes:
+            for share in (0.0, 1.0):
+                filled = dataclasses.replace(plain, fill_artifact=True, rdo_lambda=share)
+                num_bytes, score = rounded(filled, size)
+                run.log(f"rounding rdo_lambda:{share:g} limit_bytes:{size} bytes:{num_bytes} bpb:{score:.6f} "
+                        f"tax:{score - unquantized:.6f}")
+        plain_tax, limit = None, gpt.SIZE_LIMIT
+        for settings in () if sizes else VARIANTS:
+            variant = dataclasses.replace(plain, fill_artifact=plain_tax is not None, **settings)
+            num_bytes, score = rounded(variant, limit)
             if plain_tax is None:                         # plain GPTQ, the size and tax to compare with
-                plain_tax, limit = score - unquantized, int(run.agree([len(artifact)])[0])
+                plain_tax, limit = score - unquantized, num_bytes
             shown = " ".join(f"{name}:{float(value):g}" for name, value in settings.items()) or "rdo_lambda:0"
-            run.log(f"rounding {shown} bytes:{len(artifact)} bpb:{score:.6f} "
+            run.log(f"rounding {shown} bytes:{num_bytes} bpb:{score:.6f} "
                     f"tax:{score - unquantized:.6f} relative_tax:{(score - unquantized) / plain_tax:.3f}")
 
 
