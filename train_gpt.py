@@ -321,6 +321,8 @@ def _relations(cfg: Config) -> tuple[tuple, ...]:
         (cfg.train_batch_tokens % (ROWS_PER_STEP * cfg.train_seq_len) == 0,
          f"{{}} must be a multiple of {ROWS_PER_STEP} * {{}}: one step is {ROWS_PER_STEP} rows of whole "
          "sequences", "TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN"),
+        (cfg.half_rows_until == 0 or cfg.row_tokens % 2 == 0,
+         f"with {{}} {{}} must be a multiple of {2 * ROWS_PER_STEP}", "HALF_ROWS_UNTIL", "TRAIN_BATCH_TOKENS"),
         (cfg.half_rows_until <= cfg.enable_looping_at or cfg.num_loops == 0,
          "{} must be at most {}: steps that loop take whole rows", "HALF_ROWS_UNTIL", "ENABLE_LOOPING_AT"),
         (cfg.val_batch_tokens // ROWS_PER_STEP >= cfg.eval_seq_len,

@@ -143,6 +143,8 @@ def test_a_step_that_loops_takes_whole_rows():
     with pytest.raises(gpt.ConfigError, match="HALF_ROWS_UNTIL must be at most ENABLE_LOOPING_AT"):
         tiny_config(half_rows_until=0.5, enable_looping_at=0.35)
     tiny_config(half_rows_until=0.5, num_loops=0)
+    with pytest.raises(gpt.ConfigError, match="TRAIN_BATCH_TOKENS must be a multiple of 16"):
+        tiny_config(half_rows_until=0.3, train_batch_tokens=8 * 33, train_seq_len=33)
 
 
 def test_without_a_wallclock_the_schedule_follows_the_steps():
