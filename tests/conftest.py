@@ -4,16 +4,19 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from hypothesis import settings
+# One thread, here and in every process that a test starts: the tensors are tiny, the result does not depend on the
+# machine's number of cores, and OpenMP's threads, which wait by spinning, stand still where the cores are busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 # Where no GPU can run Triton's kernels, its interpreter does. It must be on before Triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# One thread: the tensors are tiny, and the result does not depend on the machine's number of cores.
 torch.set_num_threads(1)
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
 settings.load_profile("deterministic")
