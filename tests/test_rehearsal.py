@@ -122,15 +122,6 @@ def test_losses_are_compared_line_by_line(rehearsal):
     assert rehearsal.losses_of("\n".join(["any", *one])) == one
 
 
-@pytest.mark.two_process
-def test_a_killed_rank_ends_the_run_in_time_with_its_messages(rehearsal, monkeypatch, capsys):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert rehearsal.main(["faults", "--processes", "2", "--only", "killed:training"]) == 0
-    row = capsys.readouterr().out.splitlines()[-1]
-    assert "| killed in training |" in row and "as it should" in row
-    assert "in stage training" in row and "rank 1 was killed" in row
-
-
 @pytest.mark.slow
 @pytest.mark.two_process
 def test_every_fault_in_every_stage_is_met_as_promised(rehearsal, repo, monkeypatch, capsys):
@@ -138,10 +129,15 @@ def test_every_fault_in_every_stage_is_met_as_promised(rehearsal, repo, monkeypa
     monkeypatch.setenv("PYTHONPATH", str(repo))
     monkeypatch.setitem(rehearsal.FAULTS, "stopped", rehearsal.Fault(signal.SIGSTOP, 40.0))
     script = str(repo / "tests" / "two_process_limit.py")
-    assert rehearsal.main(["faults", "--processes", "2", "--script", script]) == 0, capsys.readouterr().out
-    rows = capsys.readouterr().out.splitlines()[2:]
-    assert len(rows) == 6 and all("as it should" in row for row in rows)
-    assert all("made no progress" in row for row in rows if "stopped" in row)
+    arguments = ["faults", "--processes", "2", "--together", "--script", script]
+    assert rehearsal.main(arguments) == 0, capsys.readouterr().out
+    rows = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
+    stages = {"training": "training", "calibration": "calibration", "evaluation": "scoring"}
+    assert {row[0] for row in rows} == {f"{fault} in {name}" for fault in ("killed", "stopped") for name in stages}
+    for case, _, _, outcome, last_words in rows:
+        fault, _, name = case.split()
+        assert outcome == "as it should" and f"in stage {stages[name]}" in last_words, case
+        assert ("rank 1 was killed" if fault == "killed" else "made no progress") in last_words, case
 
 
 @pytest.mark.slow
