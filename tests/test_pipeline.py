@@ -666,8 +666,7 @@ def one_and_two(whole, tmp_path_factory):
                               "global_ttt_lr": 0.05})
     env = {**os.environ, **settings, "PYTHONPATH": f"{repo}{os.pathsep}{repo / 'tests'}",
            "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--local-addr=127.0.0.1", "--nproc_per_node=2",
+    done = subprocess.run([sys.executable, str(repo / "launch.py"), "2",
                            str(repo / "tests" / "two_process_ttt.py"), str(folder)],
                           cwd=folder, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -166,8 +166,7 @@ def one_and_two(tmp_path_factory):
     write_dataset(folder, train=(1900, 2500), val=(500, 333))
     env = {**os.environ, "PYTHONPATH": f"{repo}{os.pathsep}{repo / 'tests'}", "OMP_NUM_THREADS": "1",
            "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
-               "--nproc_per_node=2", str(repo / "tests" / "two_process.py"), str(folder)]
+    command = [sys.executable, str(repo / "launch.py"), "2", str(repo / "tests" / "two_process.py"), str(folder)]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     cfg = two_process.config(folder)

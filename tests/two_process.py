@@ -1,4 +1,4 @@
-"""What two gloo processes and one process must compute alike; run by torchrun and imported by test_training.py."""
+"""What two gloo processes and one process must compute alike; run by launch.py and imported by test_training.py."""
 import os
 import sys
 from pathlib import Path
