@@ -13,7 +13,6 @@ when tests that claim a rule fail without any mutation, for then they prove noth
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import shutil
 import sys
@@ -21,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+from processes import FORKS
 
 REPO = Path(__file__).resolve().parent.parent
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", "demo_out", "checkpoints",
@@ -241,11 +242,6 @@ def apply(mutation: Mutation, source: str) -> str:
         raise ValueError(f"expected this text once in train_gpt.py, found it {found} times:\n{mutation.old}\n"
                          "adapt the mutation to the program")
     return source.replace(mutation.old, mutation.new)
-
-
-# A process that has imported what takes long, and nothing of this repository: each run of the tests is a fork of it.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["hypothesis", "numpy", "pytest", "sentencepiece", "torch", "torch._dynamo"])
 
 
 def run_pytest(copy: Path, arguments: list[str], env: dict[str, str], output: Path) -> None:
