@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -270,33 +272,38 @@ def test_packed_triton_kernels_and_compiled_functions_run(tmp_path):
     assert done.stdout == f"{[1.0] * 5} {[3.0] * 5}\n", done.stderr
 
 
-@pytest.fixture(scope="module")
-def whole_runs(tmp_path_factory, repo):
+def whole_runs() -> dict[str, tuple[str, list[str]]]:
     """What toy runs of the readable, of the packed and of a wrongly packed script give, by name."""
-    folder, source, line = tmp_path_factory.mktemp("runs"), (repo / "train_gpt.py").read_text("utf-8"), "hint[k] = top;"
-    pack.write_toy_shards(folder / "data")
-    strip_c = pack.strip_c
+    readable, line = gpt.REPO / "train_gpt.py", "hint[k] = top;"
+    source, strip_c = readable.read_text(encoding="utf-8"), pack.strip_c
     assert line in source
-    (folder / "packed.py").write_bytes(pack.pack_script(source))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pack, "strip_c", lambda text: strip_c(text).replace(line, ";"))
-        (folder / "broken.py").write_bytes(pack.pack_script(source))
-    scripts = {"readable": repo / "train_gpt.py", "packed": folder / "packed.py", "broken": folder / "broken.py"}
-    with ThreadPoolExecutor(2) as pool:
-        runs = pool.map(lambda name: pack.run_pipeline(scripts[name], folder / name), scripts)
-        return dict(zip(scripts, runs))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pack.write_toy_shards(folder / "data")
+        (folder / "packed.py").write_bytes(pack.pack_script(source))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pack, "strip_c", lambda text: strip_c(text).replace(line, ";"))
+            (folder / "broken.py").write_bytes(pack.pack_script(source))
+        scripts = {"readable": readable, "packed": folder / "packed.py", "broken": folder / "broken.py"}
+        with ThreadPoolExecutor(2) as pool:
+            runs = pool.map(lambda name: pack.run_pipeline(scripts[name], folder / name), scripts)
+            return dict(zip(scripts, runs))
 
 
 @pytest.mark.slow
-def test_packed_training_script_is_the_same_program(whole_runs):
+@pytest.mark.early(work=whole_runs)
+def test_packed_training_script_is_the_same_program(early):
     """Both train, quantize, restore and score the same, down to the artifact's hash."""
-    assert pack.differences(whole_runs["packed"], whole_runs["readable"]) == []
+    runs = early(whole_runs)
+    assert pack.differences(runs["packed"], runs["readable"]) == []
 
 
 @pytest.mark.slow
-def test_a_c_source_that_packing_breaks_is_noticed(whole_runs):
+@pytest.mark.early(work=whole_runs)
+def test_a_c_source_that_packing_breaks_is_noticed(early):
     """Without one of its lines the hint counter still compiles; only a run that uses hints can tell."""
-    found = pack.differences(whole_runs["broken"], whole_runs["readable"])
+    runs = early(whole_runs)
+    found = pack.differences(runs["broken"], runs["readable"])
     assert any("ngram_tilt:hints" in difference for difference in found)
 
 

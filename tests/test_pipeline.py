@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -621,23 +622,24 @@ def launch(folder: Path, processes: int, script: str = "train_gpt.py", **changes
 
 class Ended(NamedTuple):
     """How a launch ended; ended_s is counted from the signal that was sent once it trained."""
-    folder: Path
     code: int
     errors: str
+    log: str
     ended_s: float
 
 
-def end_of(folder: Path, processes: int, number: signal.Signals | None = None, script: str = "train_gpt.py",
-           **changes) -> Ended:
-    write_run_data(folder / "data")
-    with launch(folder, processes, script, **changes) as run:
-        if number is not None:
-            while not run.stdout.readline().startswith("5/1000000 train_loss"):
-                assert run.poll() is None, run.stderr.read()
-            run.send_signal(number)
-        started = time.monotonic()
-        _, errors = run.communicate(timeout=120)
-    return Ended(folder, run.returncode, errors, time.monotonic() - started)
+def end_of(processes: int, number: signal.Signals | None = None, script: str = "train_gpt.py", **changes) -> Ended:
+    with tempfile.TemporaryDirectory() as name:
+        folder, log = Path(name), Path(name) / "logs" / "toy.txt"
+        write_run_data(folder / "data")
+        with launch(folder, processes, script, **changes) as run:
+            if number is not None:
+                while not run.stdout.readline().startswith("5/1000000 train_loss"):
+                    assert run.poll() is None, run.stderr.read()
+                run.send_signal(number)
+            started = time.monotonic()
+            _, errors = run.communicate(timeout=120)
+        return Ended(run.returncode, errors, log.read_text() if log.exists() else "", time.monotonic() - started)
 
 
 # Those that wait for a time to pass come first: the others run meanwhile.
@@ -649,38 +651,39 @@ LAUNCHES = {
     "bad setting": dict(processes=2, iteration=3)}
 
 
-@pytest.fixture(scope="module")
-def endings(tmp_path_factory) -> dict[str, Ended]:
+def endings() -> dict[str, Ended]:
     with ThreadPoolExecutor(2) as pool:
-        ends = {name: pool.submit(end_of, tmp_path_factory.mktemp("launch"), **arguments)
-                for name, arguments in LAUNCHES.items()}
+        ends = {name: pool.submit(end_of, **arguments) for name, arguments in LAUNCHES.items()}
     return {name: end.result() for name, end in ends.items()}
 
 
 @pytest.mark.two_process
+@pytest.mark.early(work=endings)
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_ends_all_ranks_with_one_line(endings, name):
-    end = endings[name]
+def test_a_signal_ends_all_ranks_with_one_line(early, name):
+    end = early(endings)[name]
     assert end.code == 128 + signal.Signals[name]
     assert end.errors == f"interrupted by {name} in stage training\n"
     assert end.ended_s < 30
-    assert (end.folder / "logs" / "toy.txt").read_text().endswith("error Interrupted\n")
+    assert end.log.endswith("error Interrupted\n")
 
 
 @pytest.mark.two_process
+@pytest.mark.early(work=endings)
 @pytest.mark.parametrize("name, code, message", [
     ("bad setting", 2, "did you mean ITERATIONS"), ("no checkpoint", 1, "toy.weights: cannot be read")])
-def test_two_processes_tell_an_error_once_and_keep_the_exit_code(endings, name, code, message):
-    end = endings[name]
+def test_two_processes_tell_an_error_once_and_keep_the_exit_code(early, name, code, message):
+    end = early(endings)[name]
     assert end.code == code and message in end.errors
     assert end.errors.startswith("error: ") and end.errors.count("\n") == 1
 
 
 @pytest.mark.two_process
-def test_a_rank_that_hangs_is_noticed_with_its_stage(endings):
-    code, errors = endings["hang"].code, endings["hang"].errors
-    assert code == 1 and "made no progress for" in errors and "in stage training" in errors
-    assert errors.count("\n") == 1
+@pytest.mark.early(work=endings)
+def test_a_rank_that_hangs_is_noticed_with_its_stage(early):
+    end = early(endings)["hang"]
+    assert end.code == 1 and "made no progress for" in end.errors and "in stage training" in end.errors
+    assert end.errors.count("\n") == 1
     assert gpt.HANG_LIMIT_S + 5 <= 120
 
 
