@@ -4,6 +4,7 @@ import os
 import pickle
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -56,8 +57,14 @@ class Early:
             self.folder.cleanup()
 
 
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os.killpg(0, signal.SIGTERM)
+
+
 def _work_off(works: Sequence[Callable[[], Any]], folder: Path) -> None:
     os.setsid()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(folder / "output.txt", "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

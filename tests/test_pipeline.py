@@ -633,12 +633,15 @@ def end_of(processes: int, number: signal.Signals | None = None, script: str = "
         folder, log = Path(name), Path(name) / "logs" / "toy.txt"
         write_run_data(folder / "data")
         with launch(folder, processes, script, **changes) as run:
-            if number is not None:
-                while not run.stdout.readline().startswith("5/1000000 train_loss"):
-                    assert run.poll() is None, run.stderr.read()
-                run.send_signal(number)
-            started = time.monotonic()
-            _, errors = run.communicate(timeout=120)
+            try:
+                if number is not None:
+                    while not run.stdout.readline().startswith("5/1000000 train_loss"):
+                        assert run.poll() is None, run.stderr.read()
+                    run.send_signal(number)
+                started = time.monotonic()
+                _, errors = run.communicate(timeout=60)
+            finally:
+                run.terminate()                                     # one that does not end by itself
         return Ended(run.returncode, errors, log.read_text() if log.exists() else "", time.monotonic() - started)
 
 
