@@ -88,8 +88,7 @@ def _legend(ax: Axes, theme: Theme) -> None:
 
 def _seconds(run: Run) -> list[float]:
     """Training seconds at each progress line, from the mean speed, which has more digits than the minutes."""
-    batch = run.setting("train_batch_tokens")
-    return [point.step * batch / point.tok_per_s for point in run.curve]
+    return [run.tokens_at(point.step) / point.tok_per_s for point in run.curve]
 
 
 def draw_loss(series: Sequence[Series], theme: Theme) -> Figure | None:
@@ -115,7 +114,7 @@ def draw_loss(series: Sequence[Series], theme: Theme) -> Figure | None:
             axes[0].axvline(s.run.loop_step, color=color, linewidth=0.9, linestyle=":")
             if off:
                 axes[1].axvline(
-                    s.run.loop_step * s.run.setting("train_batch_tokens") / off,
+                    s.run.tokens_at(s.run.loop_step) / off,
                     color=color,
                     linewidth=0.9,
                     linestyle=":",
@@ -125,7 +124,10 @@ def draw_loss(series: Sequence[Series], theme: Theme) -> Figure | None:
     for ax in axes:
         ax.set_ylim(low - 0.1, max(settled) + 0.3)  # the first five steps would flatten the rest
     _label(axes[0], theme, "step", "training loss, nats per token", "Dotted: looped layers begin")
-    _label(axes[1], theme, "training time, s", "")
+    joined = len({s.run.merges for s in shown}) > 1
+    _label(
+        axes[1], theme, "training time, s", "", "Tokens of different text: curves do not compare" if joined else ""
+    )
     _legend(axes[0], theme)
     return figure
 
@@ -137,12 +139,13 @@ def draw_speed(series: Sequence[Series], theme: Theme) -> Figure | None:
         return None
     figure, (ax,) = _figure(theme, 10, 3)
     for color, s in zip(theme.colors * 9, shown):
-        batch, seconds = s.run.setting("train_batch_tokens"), _seconds(s.run)
+        seconds = _seconds(s.run)
         xs, ys = [], []
         for before, after, t0, t1 in zip(s.run.curve, s.run.curve[1:], seconds, seconds[1:]):
             if after.step > 5 and t1 > t0:  # the first lines are single steps and jump
                 xs += [before.step, after.step]
-                ys += [(after.step - before.step) * batch / (t1 - t0) / 1e6] * 2
+                tokens = s.run.tokens_at(after.step) - s.run.tokens_at(before.step)
+                ys += [tokens / (t1 - t0) / 1e6] * 2
         ax.plot(xs, ys, s.style, color=color, linewidth=1.8, label=s.label)
         if s.run.loop_step is not None:
             ax.axvline(s.run.loop_step, color=color, linewidth=0.9, linestyle=":")

@@ -182,6 +182,9 @@ def record_rule(ours: Sequence[Run], theirs: Sequence[Run]) -> list[str]:
         if not a or not b:
             told.append(f"Read {reading}: no final score on one side.")
             continue
+        if reading == "per token" and len({run.merges for run in [*ours, *theirs]}) > 1:
+            told.append("Read per token: not to be compared, a token is not the same text on both sides (merges).")
+            continue
         gain, p = statistics.fmean(b) - statistics.fmean(a), p_better(a, b, RECORD_MARGIN_NATS)
         holds = gain >= RECORD_MARGIN_NATS
         if p is not None:
@@ -259,7 +262,8 @@ def data_of(run: Run) -> str:
         if run.is_published_data
         else f"own text ({run.settings.get('data_path', 'unnamed').split('/')[-1] or 'unnamed'})"
     )
-    return f"{name}, {show(run.train_shards)} shards"
+    joined = f", {run.merges} joined pairs" if run.merges else ""
+    return f"{name}{joined}, {show(run.train_shards)} shards"
 
 
 def fate_of(run: Run) -> str:
@@ -733,6 +737,12 @@ def _sound(options: argparse.Namespace) -> tuple[list[Run], list[runlog.Finding]
     return runs, findings
 
 
+def start_of(run: Run) -> str:
+    """The command that makes this run from the published shards."""
+    words = [f"SEED={run.seed}", *changed_settings(run), "./run.sh"]
+    return " ".join(words + (["frontier"] if run.merges else []))
+
+
 def pull_request(runs: Sequence[Run], findings: Sequence[runlog.Finding], against: Sequence[Run] = ()) -> str:
     """The whole text of a pull request, also the README of the submission folder."""
     mean, spread = summarize([run.ttt.bpb for run in runs])
@@ -771,9 +781,7 @@ def pull_request(runs: Sequence[Run], findings: Sequence[runlog.Finding], agains
         "## Reproduce",
         "```\npython3 -m pip install -r requirements.txt -r requirements-gpu.txt\n"
         "python3 prepare_caseops_data.py download\n"
-        + "\n".join(
-            f"SEED={run.seed} {' '.join(changed_settings(run))} ./run.sh".replace("  ", " ") for run in runs
-        )
+        + "\n".join(start_of(run) for run in runs)
         + "\n```",
     ]
     if commits:

@@ -3,6 +3,7 @@
 #   ./run.sh                          the record run: check, train, quantize, score; one process per GPU
 #   ./run.sh check                    what could waste a run, in seconds: machine, settings, data, disk; starts nothing
 #   ./run.sh seeds 42 0 1234          the record run for each seed, then table, checks and the submission folder
+#   ./run.sh frontier                 beyond the record: joined tokens, half rows at first, trellis rounding; same rules
 #   ./run.sh one-gpu                  the record run on fewer GPUs: all budgets times 8 / GPUs, the same update
 #   ./run.sh proxy [--docs FILE]      minutes on one GPU for trying ideas, no download: a corpus from what is installed
 #   ./run.sh demo                     the same pipeline on a small CPU model and text that Python ships, minutes
@@ -103,6 +104,7 @@ count_processes() {
 command=${1:-}
 case $command in
     "" | one-gpu) choose_python ;;
+    frontier) needs caseops_merges.py; choose_python ;;
     check) needs check.py; choose_python ;;
     proxy) needs demo.py; choose_python; "$python" demo.py corpus .data/proxy "${@:2}" ;;
     seeds)
@@ -168,6 +170,11 @@ export NGRAM_TILT_ENABLED=1 NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 TOKEN_ORDER=16 TOKEN
 
 # What a command changes in the record run.
 case $command in
+    frontier)
+        # What each is worth: README.md, "Beyond the record".
+        export HALF_ROWS_UNTIL=0.35                # two steps for one until layers loop
+        export RDO_LAMBDA=1 FILL_ARTIFACT=1        # trellis rounding, in steps that fill the size limit
+        merges=99 ;;                               # token pairs joined into ids that no text can give
     one-gpu)
         # The update does not depend on the number of GPUs: the same schedule in GPU seconds gives the same model.
         ((gpus)) || [[ ${NPROC_PER_NODE:-0} != 0 ]] || { echo "error: no GPU found; ./run.sh demo runs on a CPU" >&2; exit 2; }
@@ -184,6 +191,18 @@ export FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1
 
 eval "$outside"
 
+if [[ $command == frontier ]]; then
+    shards=${DATA_PATH:-data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved}
+    shards=${shards%/}
+    DATA_PATH=$shards
+    if [[ ! -e $shards/merges.json ]]; then
+        DATA_PATH=${shards}_fused$merges
+        [[ -e $DATA_PATH/manifest.json ]] || "$python" prepare_caseops_data.py fuse "$shards" "$DATA_PATH" --merges $merges \
+            --workers "$(getconf _NPROCESSORS_ONLN)"
+    fi
+    export DATA_PATH
+    echo "frontier: DATA_PATH=$DATA_PATH"
+fi
 [[ $command != one-gpu ]] || echo "one-gpu: $processes GPUs, $MAX_WALLCLOCK_SECONDS s of training"
 [[ $command != check ]] || exec "$python" check.py "${@:2}"
 # A submission folder has no check.py: the preflight belongs to the repository.

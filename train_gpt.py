@@ -154,7 +154,8 @@ class Config:
     prequant_only: bool = knob(False, "1 stops after training and the first diagnostic")
     quantize_only: bool = knob(False, "1 starts from the checkpoint of RUN_ID instead of training")
     ttt_eval_only: bool = knob(False, "1 starts from the artifact of RUN_ID")
-    audit: bool = knob(False, "1 writes the full scoring order beside the log and checks its coverage")
+    audit: bool = knob(False, "1 checks that every target was banked once and in order, and writes the order "
+                       "and what each score was made of beside the log")
     checkpoint_dir: str = knob("checkpoints", "folder of checkpoints and artifacts")
     skip_check: bool = knob(False, "1 skips the preflight that run.sh makes")
     quiet: bool = knob(False, "1: plain log lines only, no progress line on a terminal")
@@ -182,6 +183,8 @@ class Config:
         600.0, "training budget, calibration included; 0: schedule by step", 0.0)
     gptq_reserve_seconds: float = knob(4.0, "part of the budget kept for calibration", 0.0)
     train_batch_tokens: int = knob(786432, "tokens per optimizer step, always 8 rows", 8)
+    half_rows_until: float = knob(
+        0.0, "progress until which a step takes half rows, at 1/sqrt(2) of the learning rates", 0.0, 1.0)
     train_seq_len: int = knob(2048, "longest attention segment in training; calibration sequence length", 1)
     warmup_steps: int = knob(20, "compile warm-up steps per loop state, undone afterwards", 0)
     warmdown_frac: float = knob(0.75, "part of the budget over which the learning rate falls", 0.0, 1.0)
@@ -318,6 +321,8 @@ def _relations(cfg: Config) -> tuple[tuple, ...]:
         (cfg.train_batch_tokens % (ROWS_PER_STEP * cfg.train_seq_len) == 0,
          f"{{}} must be a multiple of {ROWS_PER_STEP} * {{}}: one step is {ROWS_PER_STEP} rows of whole "
          "sequences", "TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN"),
+        (cfg.half_rows_until <= cfg.enable_looping_at or cfg.num_loops == 0,
+         "{} must be at most {}: steps that loop take whole rows", "HALF_ROWS_UNTIL", "ENABLE_LOOPING_AT"),
         (cfg.val_batch_tokens // ROWS_PER_STEP >= cfg.eval_seq_len,
          f"{{}}/{ROWS_PER_STEP} must hold one sequence of {{}}", "VAL_BATCH_TOKENS", "EVAL_SEQ_LEN"),
         (cfg.ttt_chunk_size < cfg.ttt_eval_seq_len,
@@ -1001,6 +1006,19 @@ class PackingLoader:
             arrays = span[:-1].astype(np.int64), span[1:].astype(np.int64), bounds
             tensors = map(torch.from_numpy, arrays)
             yield *(x.pin_memory() if self.device.type == "cuda" else x for x in tensors), shard
+
+
+def half_rows(rows: Iterator[Row], count: int) -> Iterator[Row]:
+    """The first halves of `count` rows, then their second halves, and so on: two steps for one."""
+    while True:
+        whole = [next(rows) for _ in range(count)]
+        middle = len(whole[0].inputs) // 2
+        for row in whole:
+            bounds = row.cu_seqlens.clamp(max=middle)
+            yield Row(row.inputs[:middle], row.targets[:middle], bounds, row.shard)
+        for row in whole:
+            bounds = (row.cu_seqlens - middle).clamp(min=0)
+            yield Row(row.inputs[middle:], row.targets[middle:], bounds, row.shard)
 
 
 def calibration_batches(paths: Sequence[Path], seq_len: int, batch_seqs: int,
@@ -1754,7 +1772,7 @@ def plan_step(cfg: Config, step: int, clock_s: float, step_s: float,
     return progress, progress >= 1 or clock_s + step_s + calibration_s > cfg.max_wallclock_seconds
 
 
-def train_rows(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, loader: PackingLoader, rows: int,
+def train_rows(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, loader: Iterator[Row], rows: int,
                looping: bool) -> Tensor:
     """Add the gradients of this rank's next rows to the optimizer's. Returns the sum of their mean losses."""
     total = torch.zeros((), device=run.device)
@@ -1784,9 +1802,12 @@ def warm_up(cfg: Config, run: Run, data: Dataset, model: GPT, optimizer: Optimiz
     before = WeightAverage(model, decay=1.0)              # never updated: a copy to go back to
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
         loader = make_loader(cfg, run, data)
-        for looping, name in ((False, "warmup_step"), (True, "loop_warmup_step")):
+        states = [("warmup_step", loader, False), ("loop_warmup_step", loader, True)]
+        if cfg.half_rows_until:
+            states.append(("half_warmup_step", half_rows(loader, 1), False))
+        for name, rows, looping in states:
             for step in range(cfg.warmup_steps):
-                train_rows(cfg, run, model, optimizer, loader, 1, looping)
+                train_rows(cfg, run, model, optimizer, rows, 1, looping)
                 optimizer.step(step, 1.0)
                 if step < 3 or (step + 1) % 10 == 0 or step + 1 == cfg.warmup_steps:
                     run.log(f"{name}: {step + 1}/{cfg.warmup_steps}")
@@ -1809,27 +1830,34 @@ def is_logged(cfg: Config, done: int) -> bool:
     return done <= 5 or done % (10 if done <= 100 else 50) == 0 or done == cfg.iterations
 
 
-def log_step(cfg: Config, run: Run, clock: StepClock, done: int, losses: Tensor) -> None:
-    """One line about step `done`. losses (2,): this rank's sums of the rows' mean losses, of this step and of
-    all; raises RunError unless both are finite."""
+def log_step(cfg: Config, run: Run, clock: StepClock, done: int, tokens: int, losses: Tensor) -> None:
+    """One line about step `done`, `tokens` into the run. losses (2,): this rank's sums of the rows' mean
+    losses, of this step and of all; raises RunError unless both are finite."""
     elapsed_s = time.perf_counter() - clock.timer.start
     mean_loss, every_loss = (run.sum(losses) / ROWS_PER_STEP).tolist()
     run.log(f"{done}/{cfg.iterations} train_loss: {mean_loss:.4f} train_time: {elapsed_s / 60:.1f}m "
-            f"tok/s: {done * cfg.train_batch_tokens / elapsed_s:.0f} train_time_ms:{1000 * elapsed_s:.0f}")
+            f"tok/s: {tokens / elapsed_s:.0f} train_time_ms:{1000 * elapsed_s:.0f}")
     require_finite(run, f"train_loss up to step {done}", every_loss)
     run.last_good = f"train_loss {mean_loss:.4f} at step {done}"
 
 
-def log_speed(cfg: Config, run: Run, steps: int, train_s: float, loop_on: tuple[int, float] | None) -> None:
-    """Speed before and after looping began, at (step, second) loop_on, and the peak of GPU memory."""
-    loop_step, loop_s = loop_on or (steps, train_s)
+class Mark(NamedTuple):
+    """A point of the training run."""
+    steps: int
+    tokens: int
+    seconds: float
+
+
+def log_speed(run: Run, loop_on: Mark | None, end: Mark) -> None:
+    """Speed before and after looping began, and the peak of GPU memory."""
     speeds = ""
-    for name, count, seconds in (("loops_off", loop_step, loop_s),
-                                 ("loops_on", steps - loop_step, train_s - loop_s)):
-        if count:
-            speeds += (f"{name}_tok_per_s:{count * cfg.train_batch_tokens / seconds:.0f} "
+    switch = loop_on or end
+    for name, since, until in (("loops_off", Mark(0, 0, 0.0), switch), ("loops_on", switch, end)):
+        if count := until.steps - since.steps:
+            seconds = until.seconds - since.seconds
+            speeds += (f"{name}_tok_per_s:{(until.tokens - since.tokens) / seconds:.0f} "
                        f"{name}_step_ms:{1000 * seconds / count:.1f} ")
-    run.log(f"train speed {speeds}steps:{steps}")
+    run.log(f"train speed {speeds}steps:{end.steps}")
     if run.device.type == "cuda":
         run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated(run.device) >> 20} MiB "
                 f"reserved: {torch.cuda.max_memory_reserved(run.device) >> 20} MiB")
@@ -1846,7 +1874,9 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
     average = WeightAverage(model, cfg.ema_decay)
     loader = make_loader(cfg, run, data)
     rows_per_rank = ROWS_PER_STEP // run.world_size
-    loop_on: tuple[int, float] | None = None             # (step, second) at which looping began
+    halves = half_rows(loader, rows_per_rank)
+    tokens, is_half = 0, cfg.half_rows_until > 0
+    loop_on: Mark | None = None
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
     run.barrier()
@@ -1856,8 +1886,11 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
         progress, stop = run.agree(plan_step(cfg, step, clock.now(), clock.longest_recent(), calibration_s))
         if stop:
             break
+        if is_half and progress >= cfg.half_rows_until:
+            is_half = False
+            run.log(f"half_rows:ended step:{step} frac:{progress:.3f}")
         if loop_on is None and cfg.num_loops and progress >= cfg.enable_looping_at:
-            loop_on = step, clock.now()
+            loop_on = Mark(step, tokens, clock.now())
             encoder, decoder = execution_order(cfg, True)
             run.log(f"layer_loop:enabled step:{step} frac:{progress:.3f} encoder:{encoder} decoder:{decoder}")
         if progress > 0:
@@ -1865,14 +1898,16 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
             run.progress(f"step {step}/{cfg.iterations}, {run.last_good}, {left_s:.0f} s left")
 
         # The step: gradients of all rows, Muon and AdamW, the average.
-        loss = train_rows(cfg, run, model, optimizer, loader, rows_per_rank, looping=loop_on is not None)
+        loss = train_rows(cfg, run, model, optimizer, halves if is_half else loader, rows_per_rank,
+                          looping=loop_on is not None)
         loss_sum += loss                                  # NaN and infinity stay: no step goes unchecked
-        optimizer.step(step, lr_factor(cfg, progress))
+        optimizer.step(step, lr_factor(cfg, progress) * (math.sqrt(0.5) if is_half else 1.0))
         average.update()
+        tokens += cfg.train_batch_tokens // 2 if is_half else cfg.train_batch_tokens
 
         clock.step_done()
         if is_logged(cfg, step + 1):
-            log_step(cfg, run, clock, step + 1, torch.stack([loss, loss_sum]))
+            log_step(cfg, run, clock, step + 1, tokens, torch.stack([loss, loss_sum]))
     steps = step if stop else cfg.iterations
     if not steps:
         raise ConfigError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} leaves no time for a step "
@@ -1887,7 +1922,7 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
     if stop:
         run.log(f"stopping_early: wallclock_cap train_time: {1000 * train_s:.0f}ms "
                 f"step: {steps}/{cfg.iterations}")
-    log_speed(cfg, run, steps, train_s, loop_on)
+    log_speed(run, loop_on, Mark(steps, tokens, train_s))
     run.log("ema:applying EMA weights")
     average.apply()
     require_finite(run, f"the averaged weights after step {steps}", *model.parameters())
@@ -3491,7 +3526,7 @@ class Scorer:
     def __init__(self, cfg: Config, run: Run, model: GPT, num_tokens: int, *, keep_log: bool = False,
                  buckets: Buckets | None = None) -> None:
         """Room for a stream of num_tokens. Steps are padded to `buckets`, or not at all. keep_log keeps every
-        banked score in the order of banking: the first `log_size` of `log_target` and `log_nll`."""
+        banked score in the order of banking: the first `log_size` of `log_target`, `log_nll` and `log_tilt`."""
         self.cfg, self.run, self.model, self.buckets = cfg, run, model, buckets
         zeros = functools.partial(torch.zeros, device=run.device)
         self.stream = Stream(*(zeros(num_tokens, dtype=torch.int32) for _ in range(3)), zeros(num_tokens))
@@ -3504,6 +3539,7 @@ class Scorer:
         log_room = num_tokens if keep_log else 0          # the last entry takes what is not scored
         self.log_target = zeros(log_room, dtype=torch.int64)
         self.log_nll = zeros(log_room, dtype=torch.float64)
+        self.log_tilt = zeros(log_room, 4)                # what tilt made log_nll of
         self.log_size = zeros(1, dtype=torch.int64)
         self.steps: Callable[[int, int, bool], None] = self.step
 
@@ -3515,7 +3551,7 @@ class Scorer:
         """Forget all that has been scored and learnt."""
         bank = self.bank
         for tensor in (bank.params, bank.low, bank.exp_avg_sq, bank.steps, self.meter.sums, self.table,
-                       self.index, self.log_target, self.log_nll, self.log_size):
+                       self.index, self.log_target, self.log_nll, self.log_tilt, self.log_size):
             tensor.zero_()
 
     def renew_cast(self) -> None:
@@ -3543,21 +3579,23 @@ class Scorer:
         nll, log_q, grads = gradients(self.model, self.bank, inputs, at, answers, hints, learns, learn,
                                       self.cast)
         with torch.no_grad():
-            tilted = tilt(nll, log_q, answers == hints, stream.boost[place])
+            parts = nll, log_q, answers == hints, stream.boost[place]
+            tilted = tilt(*parts)
             # 2. banked; it is never revised
             self.meter.add(tilted, stream.byte_counts[target + 1], scored)
             if len(self.log_target):
-                self.add_to_log(target, tilted, scored)
+                self.add_to_log(target, tilted, torch.stack([x.float() for x in parts], -1), scored)
             # 3. only then learn from it
             if grads is not None:
                 self.bank.update(grads, learns)
             self.index += 1
 
-    def add_to_log(self, target: Tensor, nll: Tensor, scored: Tensor) -> None:
+    def add_to_log(self, target: Tensor, nll: Tensor, parts: Tensor, scored: Tensor) -> None:
         scored = scored.flatten()
         spot = torch.where(scored, self.log_size + scored.cumsum(0) - 1, len(self.log_target) - 1)
         self.log_target[spot] = target.flatten()
         self.log_nll[spot] = nll.flatten().double()
+        self.log_tilt[spot] = parts.flatten(0, -2)
         self.log_size += scored.sum()
 
     def follow(self, docs: Documents, scored: ScoredChunks, hints: HintFeed | None = None) -> None:
@@ -3845,10 +3883,14 @@ def warm_up_ttt(cfg: Config, run: Run, model: GPT, num_tokens: int) -> tuple[Sco
         columns = ChunkTable(begin=0, size=size, offset=0, count=count, place=0, learns=1)
         scorer.table.copy_(torch.tensor(columns, device=run.device)[:, None].expand_as(scorer.table))
         keys = step_keys(cfg, buckets)
-    if is_cuda and cfg.cuda_graphs:
-        if base and len(base.inputs) <= BASE_CAPTURE_TOKENS:
+        if base:
             base.load(generator.integers(2, cfg.vocab_size, len(base.inputs)))
-            base.replay = CapturedSteps(run, base.gradient, [()])
+            if is_cuda and cfg.cuda_graphs and len(base.inputs) <= BASE_CAPTURE_TOKENS:
+                base.replay = CapturedSteps(run, base.gradient, [()])
+            else:                                         # its kernels are compiled here, not inside the clock
+                with torch.enable_grad():
+                    base.gradient()
+    if is_cuda and cfg.cuda_graphs:
         # Steps that only score run what steps that learn have loaded, but for the loss.
         loads = [*(key for key in keys if key[2]), keys[-1]]
         scorer.steps = CapturedSteps(run, scorer.step, keys, loads)
@@ -3925,17 +3967,23 @@ def log_plan(run: Run, phases: Sequence[Phase], timer: Timer) -> None:
 
 
 def audit_order(run: Run, scorer: Scorer, scored: ScoredChunks) -> None:
-    """Check that every rank has banked the targets of its lanes once and in the certified order, and write
-    the whole order beside the log (int64, raw)."""
+    """Check that every rank has banked the targets of its lanes once and in the certified order. Write the
+    whole order beside the log (int64, raw), and from every rank what its scores were made of (npz): target,
+    lane, nll, log_q_hint, is_hit, boost, and the bytes of all targets of the rank."""
     order = targets_in_order(scored)
     lane = np.repeat(scored.lane + LANES * scored.phase, scored.size)
     places = np.argsort(lane, kind="stable")              # a rank banks phase by phase, lane by lane
-    expected = order[places[lane[places] % LANES % run.world_size == run.rank]]
-    banked = scorer.log_target[:int(scorer.log_size)].cpu().numpy()
+    places = places[lane[places] % LANES % run.world_size == run.rank]
+    expected, size = order[places], int(scorer.log_size)
+    banked = scorer.log_target[:size].cpu().numpy()
     is_wrong = torch.tensor(int(not np.array_equal(banked, expected)), device=run.device)
     if num_wrong := run.sum(is_wrong).item():
         raise RuntimeError(f"audit: the targets of {num_wrong} of {run.world_size} ranks were not banked "
                            "once and in the certified order")
+    nll, log_q_hint, is_hit, boost = scorer.log_tilt[:size].T.cpu().numpy()
+    num_bytes = scorer.stream.byte_counts[torch.from_numpy(banked + 1).to(run.device)].sum().item()
+    np.savez(run.log_path.with_suffix(f".scores{run.rank}.npz"), target=banked, lane=lane[places] % LANES,
+             nll=nll, log_q_hint=log_q_hint, is_hit=is_hit > 0, boost=boost, bytes=num_bytes)
     if run.rank == 0:
         path, data = run.log_path.with_suffix(".order.bin"), order.astype("<i8").tobytes()
         path.write_bytes(data)
@@ -3972,8 +4020,9 @@ def log_start(cfg: Config, run: Run, data: Dataset, tokenizer: Path, model: GPT)
             f"triton:{triton.__version__ if triton else 'none'} device:\"{gpu}\" world_size:{run.world_size} "
             f"compute_dtype:{str(run.compute_dtype).removeprefix('torch.')}")
     data_source = "manifest" if data.manifest else "unverified" if cfg.allow_unverified else "check_figures"
+    merges = (data.manifest or {}).get("merges", {}).get("count", 0)      # token pairs joined by `fuse`
     run.log(f"run run_id:{run.run_id} date:{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d} "
-            f"tokenizer:{tokenizer.name} data_source:{data_source}")
+            f"tokenizer:{tokenizer.name} data_source:{data_source}" + (f" merges:{merges}" if merges else ""))
     changed = [f"{name.upper()}={shlex.quote(value)}" for name, value in shown_settings(cfg).items()
                if getattr(cfg, name) != getattr(Config, name)]
     run.log(f'run command:"{" ".join([*changed, "python", Path(sys.argv[0]).name])}"')
@@ -5831,10 +5880,18 @@ class CapturedSteps:
 
 
 def graphs_made(steps: Callable) -> tuple[int, int]:
-    """(graphs compiled by this process and captured by `steps`, calls of `steps` that had none) so far."""
+    """(graphs and kernels compiled or loaded by this process and graphs captured by `steps`, calls of `steps`
+    that had none) so far."""
     dynamo = sys.modules.get("torch._dynamo.utils")
-    compiled = dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
-    return compiled + getattr(steps, "captures", 0), getattr(steps, "missed", 0)
+    made = dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+    for kernel in list(globals().values()):               # Triton: one kernel for each kind of arguments
+        for caches in getattr(kernel, "device_caches", {}).values():
+            made += len(caches[0])
+    flash_attention = sys.modules.get("flash_attn.cute.interface")
+    for name in ("_flash_attn_fwd", "_flash_attn_bwd"):
+        function = getattr(flash_attention, name, None)
+        made += len(getattr(getattr(function, "compile_cache", None), "cache", ()))
+    return made + getattr(steps, "captures", 0), getattr(steps, "missed", 0)
 
 
 # --- 18 C sources -------------------------------------------------------------------------------------------

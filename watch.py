@@ -40,12 +40,12 @@ def train_progress(run: Run) -> tuple[float, float | None]:
         return 1.0, 0.0
     if not run.curve:
         return 0.0, None
-    last, batch = run.curve[-1], run.setting("train_batch_tokens")
-    spent = last.step * batch / last.tok_per_s
+    last = run.curve[-1]
+    spent = run.tokens_at(last.step) / last.tok_per_s
     if run.effective_ms:
         return min(1.0, 1000 * spent / run.effective_ms), max(0.0, run.effective_ms / 1000 - spent)
     total = run.setting("iterations")
-    return min(1.0, last.step / total), max(0.0, (total - last.step) * batch / last.tok_per_s)
+    return min(1.0, last.step / total), max(0.0, spent * (total / last.step - 1))
 
 
 def scoring_progress(run: Run) -> float:

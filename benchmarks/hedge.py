@@ -1,14 +1,10 @@
 """Would a tilt whose boost is learnt while scoring beat a fixed one? Answered from dumped probabilities.
 
-    python benchmarks/hedge.py DUMP.npz
+    python benchmarks/hedge.py logs/RUN_ID.scores0.npz ...
 
-DUMP.npz holds, for every target that has a hint, in the order in which targets are scored:
-
-    nll          (n,) nats of the target under the model alone
-    log_q_hint   (n,) model's log-probability of the hinted token
-    is_hit       (n,) whether the hint is the target
-    other_nats   ()   sum of nats over targets without a hint, to which every boost gives the same
-    bytes        ()   bytes of the original text
+The files are what a run with AUDIT=1 leaves, one from each rank: every target in the order in which it was
+scored, with its nats under the model alone, the model's log-probability of the hinted token, whether the hint
+is the target, and its lane. Every lane learns weights of its own, because lanes run side by side.
 
 Each boost b makes a distribution: the hint's probability times exp(b), renormalized. The hedge predicts with
 their weighted mean, again a distribution. A weight is proportional to the probability that its boost gave to
@@ -22,6 +18,7 @@ import sys
 
 import numpy as np
 
+LANES = 8                        # lanes of a run; a file may hold several
 BOOSTS = (0.0, 0.66, 1.31, 1.97, 2.62, 3.28, 3.94, 5.25)
 
 
@@ -54,24 +51,36 @@ def hedge_nll(candidates: np.ndarray, share: float = 0.0) -> tuple[np.ndarray, n
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dump")
+    parser.add_argument("scores", nargs="+", help="score files of one run")
     parser.add_argument("--boosts", default=",".join(map(str, BOOSTS)), help="default %(default)s")
     options = parser.parse_args(arguments)
     boosts = np.array([float(boost) for boost in options.boosts.split(",")])
-    with np.load(options.dump, allow_pickle=False) as dump:
-        nll, log_q_hint, is_hit = (dump[name].astype(np.float64) for name in ("nll", "log_q_hint", "is_hit"))
-        other_nats, num_bytes = float(dump["other_nats"]), int(dump["bytes"])
-    candidates = boosted_nll(nll, log_q_hint, is_hit, boosts)
+    candidates, lanes, other_nats, num_bytes, hinted, count = [], [], 0.0, 0, 0, 0
+    for number, path in enumerate(options.scores):
+        with np.load(path, allow_pickle=False) as saved:
+            nll, log_q_hint, boost = (saved[name].astype(np.float64) for name in ("nll", "log_q_hint", "boost"))
+            has_hint = boost > 0
+            other_nats += nll[~has_hint].sum()
+            num_bytes += int(saved["bytes"])
+            is_hit = saved["is_hit"][has_hint].astype(np.float64)
+            candidates.append(boosted_nll(nll[has_hint], log_q_hint[has_hint], is_hit, boosts))
+            lanes.append(saved["lane"][has_hint] + LANES * number)
+        hinted, count = hinted + int(has_hint.sum()), count + len(nll)
+    candidates, lanes = np.concatenate(candidates), np.concatenate(lanes)
+    print(f"hedge targets:{count} hinted:{hinted} lanes:{len(np.unique(lanes))}")
 
-    def bpb(nats: np.ndarray) -> float:
-        return (float(nats.sum()) + other_nats) / np.log(2) / num_bytes
+    def bpb(nats: float) -> float:
+        return (nats + other_nats) / np.log(2) / num_bytes
 
-    for boost, nats in zip(boosts, candidates.T):
+    for boost, nats in zip(boosts, candidates.sum(0)):
         print(f"hedge fixed_boost:{boost:g} bpb:{bpb(nats):.6f}")
     for share in (0.0, 1e-4, 1e-3):
-        losses, weights = hedge_nll(candidates, share)
-        print(f"hedge share:{share:g} bpb:{bpb(losses):.6f} mean_boost:{(weights @ boosts).mean():.3f} "
-              f"last_boost:{weights[-1] @ boosts:.3f}")
+        nats, last = 0.0, []
+        for lane in np.unique(lanes):
+            losses, weights = hedge_nll(candidates[lanes == lane], share)
+            nats += losses.sum()
+            last.append(weights[-1] @ boosts)
+        print(f"hedge share:{share:g} bpb:{bpb(nats):.6f} last_boost:{np.mean(last):.3f}")
     return 0
 
 

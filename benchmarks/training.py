@@ -8,7 +8,7 @@
 Each path runs in a process of its own, on shards made here: random tokens with the frequencies of Zipf's law, in
 documents as long as the record's validation documents. It does what train() does: warm_up, then steps of train_rows,
 Optimizer and WeightAverage, at record settings unless the environment names others, and times STEPS of them without and
-with loops. Then a profile of two steps adds up the GPU's kernels by name.
+with loops, and with half rows where HALF_ROWS_UNTIL is set. Then a profile of two steps adds up the GPU's kernels by name.
 
 Columns: ms is milliseconds of one step of 8 rows; share is the part's floor over its time. Floors:
   products     their arithmetic at the speed of one large product measured on the same GPU
@@ -62,7 +62,7 @@ TINY = {"VOCAB_SIZE": "64", "NUM_LAYERS": "3", "MODEL_DIM": "32", "NUM_HEADS": "
         "MLP_MULT": "2", "LOOP_START": "1", "LOOP_END": "1", "PARALLEL_START_LAYER": "2", "ROPE_DIMS": "4",
         "TRAIN_BATCH_TOKENS": "512", "TRAIN_SEQ_LEN": "32", "VAL_BATCH_TOKENS": "512", "EVAL_SEQ_LEN": "32",
         "TTT_EVAL_SEQ_LEN": "64", "GLOBAL_TTT_CHUNK_TOKENS": "64", "WARMUP_STEPS": "1",
-        "GPTQ_CALIBRATION_BATCHES": "1", "COMPILE": "0"}
+        "GPTQ_CALIBRATION_BATCHES": "1", "HALF_ROWS_UNTIL": "0.35", "COMPILE": "0"}
 CACHE_FOLDERS = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "QUACK_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR",
                  "CUTE_DSL_CACHE_DIR", "CUDA_CACHE_PATH", "XDG_CACHE_HOME", "TMPDIR")
 PARTS = ("products", "attention", "blocks", "loss", "other kernels", "optimizer", "no kernel")
@@ -246,21 +246,24 @@ def measure(options: argparse.Namespace, report: Report) -> None:
             peaks = report.attempt("peaks", measured_peaks, run.device) if is_gpu else None
             torch.cuda.empty_cache()
             report.add(peaks=peaks)
-            parts_of_run = cfg, run, model, optimizer, average, loader
-            for name, looping in (("loops_off", False), ("loops_on", True)):
-                found = report.attempt(name, measure_steps, *parts_of_run, looping, options.steps)
+            parts_of_run = cfg, run, model, optimizer, average
+            states = [("loops_off", loader, False), ("loops_on", loader, True)]
+            if cfg.half_rows_until:
+                states.append(("half_rows", gpt.half_rows(loader, gpt.ROWS_PER_STEP), False))
+            for name, rows, looping in states:
+                found = report.attempt(name, measure_steps, *parts_of_run, rows, looping, options.steps)
                 if found is None:
                     continue
                 report.add(**{name: found})
                 if is_gpu:
-                    parts = report.attempt(f"profile of {name}", measure_parts, *parts_of_run, looping)
+                    parts = report.attempt(f"profile of {name}", measure_parts, *parts_of_run, rows, looping)
                     report.add(**{name: {**found, **(parts or {})}})
         loader.close()
 
 
 def measure_steps(cfg: Any, run: Any, model: Any, optimizer: Any, average: Any, loader: Any, looping: bool,
                   steps: int) -> dict[str, Any]:
-    """Milliseconds of every step that counts, the peak of memory, and the last loss."""
+    """Milliseconds of every step that counts, the tokens of a step, the peak of memory, and the last loss."""
     import torch
 
     import train_gpt as gpt
@@ -275,7 +278,8 @@ def measure_steps(cfg: Any, run: Any, model: Any, optimizer: Any, average: Any, 
         clock.step_done()
     run.sync()
     times = [1000 * (b - a) for a, b in zip(clock.ends, clock.ends[1:])]
-    found = {"step_ms": times[-steps:], "loss": loss.item() / gpt.ROWS_PER_STEP}
+    tokens = gpt.ROWS_PER_STEP * len(next(loader).inputs)
+    found = {"step_ms": times[-steps:], "tokens": tokens, "loss": loss.item() / gpt.ROWS_PER_STEP}
     if is_gpu:
         found["peak_allocated_mib"] = torch.cuda.max_memory_allocated(run.device) >> 20
         found["peak_reserved_mib"] = torch.cuda.max_memory_reserved(run.device) >> 20
@@ -312,7 +316,7 @@ def measure_parts(cfg: Any, run: Any, model: Any, optimizer: Any, average: Any, 
                 kernels[half][name] = [before[0] + ms / PROFILED_STEPS, before[1] + launches / PROFILED_STEPS]
     lengths = np.concatenate([row.cu_seqlens.diff().cpu().numpy() for row in rows])
     plan = gpt.execution_plan(cfg, looping)
-    tokens = cfg.train_batch_tokens
+    tokens = gpt.ROWS_PER_STEP * len(rows[0].inputs)
     return {"kernels": kernels, "flops": product_flops(cfg, tokens, len(plan)),
             "attention_flops": attention_flops(cfg, lengths, len(plan)) / PROFILED_STEPS,
             "block_bytes": 2.0 * tokens * cfg.model_dim * stream_passes(plan, cfg.kv_dim / cfg.model_dim),
@@ -341,7 +345,7 @@ def part_floors(state: dict[str, Any], peaks: dict[str, float]) -> dict[str, flo
             "loss": 1000 * state["loss_bytes"] / peaks["copy_bytes_per_s"]}
 
 
-def describe_path(path: str, found: dict[str, Any], warm: dict[str, Any] | None, tokens_per_step: int) -> list[str]:
+def describe_path(path: str, found: dict[str, Any], warm: dict[str, Any] | None) -> list[str]:
     lines = [f"== {path} =="]
     lines += [f"  {line}" for line in found.get("backends", [])]
     if peaks := found.get("peaks"):
@@ -351,18 +355,18 @@ def describe_path(path: str, found: dict[str, Any], warm: dict[str, Any] | None,
         if start and "start_s" in start:
             lines.append(f"  start to first timed step, {label}: {start['start_s']:.1f} s  "
                          f"{'; '.join(start['warm_up_s'])}")
-    for name in ("loops_off", "loops_on"):
+    for name in ("loops_off", "loops_on", "half_rows"):
         if name in found:
-            lines += ["", *describe_state(name, found[name], found.get("peaks"), tokens_per_step)]
+            lines += ["", *describe_state(name, found[name], found.get("peaks"))]
     for label, errors in (("", found.get("errors", {})), ("warm start: ", (warm or {}).get("errors", {}))):
         lines += [f"  FAILED {label}{piece}: {error}" for piece, error in errors.items()]
     return lines
 
 
-def describe_state(name: str, state: dict[str, Any], peaks: dict[str, float] | None, tokens_per_step: int) -> list[str]:
+def describe_state(name: str, state: dict[str, Any], peaks: dict[str, float] | None) -> list[str]:
     times = state["step_ms"]
     median = statistics.median(times)
-    lines = [f"  {name}: {1000 * tokens_per_step / median:,.0f} tokens/s, {median:.2f} ms per step (median of "
+    lines = [f"  {name}: {1000 * state['tokens'] / median:,.0f} tokens/s, {median:.2f} ms per step (median of "
              f"{len(times)}; {min(times):.2f} to {max(times):.2f}), loss {state['loss']:.4f}"]
     if "peak_allocated_mib" in state:
         lines.append(f"    peak memory: {state['peak_allocated_mib']:,} MiB allocated, "
@@ -462,16 +466,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_shards(work, 16 * cfg.train_batch_tokens + 65536, cfg.vocab_size)
-        extra = {"DATA_PATH": str(work), "ALLOW_UNVERIFIED": "1", "RUN_ID": "benchmark"}
+        extra = {"DATA_PATH": str(work), "ALLOW_UNVERIFIED": "1"}
         found, warm = {}, {}
         for path in paths:
-            found[path] = start_path(path, settings | extra, work, options, only_start=False)
+            named = {**settings, **extra, "RUN_ID": path}
+            found[path] = start_path(path, named, work, options, only_start=False)
             if options.startup:
-                again = extra | {"RUN_ID": "benchmark_warm"}
-                warm[path] = start_path(path, settings | again, work, options, only_start=True)
+                warm[path] = start_path(path, named | {"RUN_ID": f"{path}_warm"}, work, options, only_start=True)
             lines = describe_machine(found.values(), settings, options.steps)
             for name, facts in found.items():
-                lines += ["", *describe_path(name, facts, warm.get(name), cfg.train_batch_tokens)]
+                lines += ["", *describe_path(name, facts, warm.get(name))]
             if options.out:                                # after every path, so that nothing is lost
                 options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))

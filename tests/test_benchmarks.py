@@ -26,7 +26,7 @@ def bench():
 
 def tiny_benchmark() -> tuple[subprocess.CompletedProcess, str]:
     """The command's end, and the file that it wrote."""
-    command = [sys.executable, gpt.REPO / "benchmarks" / "training.py", "--tiny", "--paths", "compiled", "--steps", "2"]
+    command = [sys.executable, gpt.REPO / "benchmarks" / "training.py", "--tiny", "--steps", "2"]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "table.txt"
         done = subprocess.run([*command, "--out", out], capture_output=True, text=True, timeout=300, check=False)
@@ -38,8 +38,8 @@ def test_the_training_benchmark_prints_a_table_and_writes_the_same_to_a_file(ear
     done, written = early(tiny_benchmark)
     assert done.returncode == 0, done.stderr
     assert written == done.stdout
-    for expected in ("device:", "torch ", "settings:", "VOCAB_SIZE=64", "== compiled ==", "blocks backend:", "cold:",
-                     "loops_off:", "loops_on:", "tokens/s", "median of 2"):
+    for expected in ("device:", "torch ", "settings:", "VOCAB_SIZE=64", "== kernels ==", "== compiled ==", "blocks backend:",
+                     "cold:", "loops_off:", "loops_on:", "half_rows:", "tokens/s", "median of 2"):
         assert expected in done.stdout
     assert "FAILED" not in done.stdout
 
@@ -80,14 +80,15 @@ def test_a_step_with_loops_moves_more_bytes_and_narrower_keys_fewer(bench):
 
 
 def test_the_table_shows_every_part_of_a_profiled_step(bench):
-    state = {"step_ms": [12.0, 10.0, 11.0], "loss": 3.0, "peak_allocated_mib": 40000, "peak_reserved_mib": 41000,
+    state = {"step_ms": [12.0, 10.0, 11.0], "tokens": 1000, "loss": 3.0,
+             "peak_allocated_mib": 40000, "peak_reserved_mib": 41000,
              "kernels": {"gradients": {"nvjet_a": [4.0, 7], "_softcap_ce_kernel": [1.0, 8], "fill": [0.5, 2]},
                          "update": {"nvjet_b": [2.0, 3]}},
              "flops": 2e9, "attention_flops": 1e9, "block_bytes": 1e9, "loss_bytes": 5e8}
     parts = bench.step_parts(state)
     assert parts["products"] == (4.0, 7) and parts["optimizer"] == (2.0, 3)
     assert sum(ms for ms, _ in parts.values()) == pytest.approx(11.0)
-    lines = bench.describe_state("loops_off", state, {"flops_per_s": 1e12, "copy_bytes_per_s": 1e12}, 1000)
+    lines = bench.describe_state("loops_off", state, {"flops_per_s": 1e12, "copy_bytes_per_s": 1e12})
     text = "\n".join(lines)
     assert "90,909 tokens/s" in text and "40,000 MiB allocated" in text
     products = next(line for line in lines if line.lstrip().startswith("products"))

@@ -374,7 +374,7 @@ def test_run_sh_refuses_wrong_usage_with_exit_code_2(repo, tmp_path, arguments, 
 
 @pytest.mark.parametrize(
     ("command", "companion"),
-    [("check", "check.py"), ("seeds", "report.py"), ("proxy", "demo.py"), ("demo", "demo.py"), ("test", "tests")],
+    [("check", "check.py"), ("frontier", "caseops_merges.py"), ("seeds", "report.py"), ("proxy", "demo.py"), ("demo", "demo.py"), ("test", "tests")],
 )
 def test_a_command_whose_companion_is_not_in_a_submission_is_refused_in_a_sentence(
     repo, tmp_path, command, companion
@@ -465,3 +465,50 @@ def test_proxy_makes_its_corpus_first_and_trains_briefly_on_it(repo, tmp_path):
     assert told.returncode == 0, told.stderr
     lines = [line for line in told.stdout.splitlines() if line.startswith(("demo", "checked", "train"))]
     assert lines == ["demo corpus .data/proxy --docs mine.jsonl", "checked --quiet", "train 180 4 None 42 .data/proxy"]
+
+
+def frontier_run(repo, tmp_path):
+    """fake_run, with a data preparation that says what it is asked for and makes the folder."""
+    folder = fake_run(repo, tmp_path)
+    shutil.copy(repo / "caseops_merges.py", folder)
+    (folder / "prepare_caseops_data.py").write_text(
+        "import pathlib, sys; print('prepare', *sys.argv[1:6]); out = pathlib.Path(sys.argv[3]); out.mkdir(parents=True)\n"
+        "for name in ('manifest.json', 'merges.json'): (out / name).write_text('{}')\n"
+    )
+    names = ("HALF_ROWS_UNTIL", "RDO_LAMBDA", "FILL_ARTIFACT", "MAX_WALLCLOCK_SECONDS", "DATA_PATH")
+    (folder / "train_gpt.py").write_text(
+        f"import os; print('train', *(os.environ.get(n) for n in {names}))\n"
+    )
+    return folder
+
+
+def test_frontier_joins_tokens_once_and_states_its_levers(repo, tmp_path):
+    folder = frontier_run(repo, tmp_path)
+    for times in (1, 2):
+        told = run_sh(folder, "frontier", DATA_PATH="shards/", PYTHON="./python")
+        assert told.returncode == 0, told.stderr
+        lines = [line for line in told.stdout.splitlines() if line.startswith(("prepare", "checked", "train"))]
+        made = ["prepare fuse shards shards_fused99 --merges 99"] if times == 1 else []
+        assert lines == [*made, "checked --quiet", "train 0.35 1 1 600 shards_fused99"]
+
+
+def test_frontier_knows_where_the_published_shards_lie(repo, tmp_path):
+    import train_gpt as gpt
+    told = run_sh(frontier_run(repo, tmp_path), "frontier", PYTHON="./python")
+    path = gpt.Config().data_path
+    assert told.returncode == 0 and f"prepare fuse {path} {path}_fused99" in told.stdout
+
+
+def test_frontier_takes_joined_shards_as_they_are_and_outside_values_win(repo, tmp_path):
+    folder = frontier_run(repo, tmp_path)
+    (folder / "joined").mkdir()
+    (folder / "joined" / "merges.json").write_text("{}")
+    told = run_sh(folder, "frontier", DATA_PATH="joined", RDO_LAMBDA="0", PYTHON="./python")
+    assert "prepare" not in told.stdout and "train 0.35 0 1 600 joined" in told.stdout
+
+
+def test_frontier_stops_when_tokens_cannot_be_joined(repo, tmp_path):
+    folder = frontier_run(repo, tmp_path)
+    (folder / "prepare_caseops_data.py").write_text("import sys; sys.exit('no shards')\n")
+    told = run_sh(folder, "frontier", DATA_PATH="shards", PYTHON="./python")
+    assert told.returncode == 1 and "no shards" in told.stderr and "train" not in told.stdout

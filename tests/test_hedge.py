@@ -81,10 +81,17 @@ def test_a_share_follows_a_change_that_plain_weights_are_slow_to_see(hedge):
     assert hedge.hedge_nll(candidates, 1e-3)[0].sum() < hedge.hedge_nll(candidates)[0].sum()
 
 
-def test_a_dump_is_summed_up(hedge, tmp_path, capsys):
-    nll, log_q_hint, is_hit = some_targets()
-    np.savez(tmp_path / "dump.npz", nll=nll, log_q_hint=log_q_hint, is_hit=is_hit, other_nats=500.0,
-             bytes=2000)
-    assert hedge.main([str(tmp_path / "dump.npz"), "--boosts", "0,2"]) == 0
+def test_the_files_of_a_run_are_summed_up(hedge, tmp_path, capsys):
+    """Two ranks with one lane each; targets without a hint count with the model's own nats."""
+    paths, total = [], 0.0
+    for rank, seed in enumerate((3, 4)):
+        nll, log_q_hint, is_hit = some_targets(seed=seed)
+        boost = np.where(np.arange(len(nll)) % 4, 2.625, 0.0)
+        total += nll.sum()
+        paths.append(str(tmp_path / f"run.scores{rank}.npz"))
+        np.savez(paths[-1], target=np.arange(len(nll)), lane=np.full(len(nll), rank), nll=nll, log_q_hint=log_q_hint,
+                 is_hit=is_hit > 0, boost=boost, bytes=1000)
+    assert hedge.main([*paths, "--boosts", "0,2"]) == 0
     shown = capsys.readouterr().out
-    assert f"fixed_boost:0 bpb:{(nll.sum() + 500) / np.log(2) / 2000:.6f}" in shown and "share:0.001" in shown
+    assert "targets:800 hinted:600 lanes:2" in shown and "share:0.001" in shown
+    assert f"fixed_boost:0 bpb:{total / np.log(2) / 2000:.6f}" in shown

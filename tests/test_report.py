@@ -449,3 +449,17 @@ def test_the_plain_call_needs_no_extra_packages(checkout, repo):
         env=dict(os.environ),
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_tokens_of_different_text_are_not_compared(tmp_path):
+    plain = report.read_all([write_log(tmp_path, "plain")])
+    joined = report.read_all([write_log(tmp_path, "joined", data_source="manifest merges:99")])
+    assert report.record_rule(joined, joined)[0].startswith("Read per token: worse by 0.00000")
+    told = report.record_rule(joined, plain)
+    assert told[0].startswith("Read per token: not to be compared") and told[1].startswith("Read per byte: worse")
+
+
+def test_the_pull_request_starts_runs_of_joined_tokens_by_frontier(tmp_path):
+    joined = report.read_all([write_log(tmp_path, "joined", data_source="manifest merges:99")])
+    assert report.start_of(joined[0]) == "SEED=42 ./run.sh frontier"
+    assert "99 joined pairs" in report.data_of(joined[0])

@@ -325,3 +325,41 @@ def test_with_few_steps_looping_may_begin_one_step_late(tmp_path):
         .replace("frac:0.350", "frac:0.500")
     )
     assert not any("looping" in finding.text for finding in found([read(path)]))
+
+
+# Half rows and joined tokens: steps and tokens that are not the record's
+
+def half_rows_log(folder, until: str, switch: str, tokens_per_s: int):
+    """The sample with half rows until step 2,146, its 500th step after 0.8 minutes."""
+    path = write_log(folder)
+    text = path.read_text().replace("  iterations:", f"  half_rows_until: {until}\n  iterations:")
+    text = text.replace("layer_loop:enabled", f"{switch}layer_loop:enabled")
+    text = text.replace("8152722", str(tokens_per_s)).replace("tok/s: 6482476", "tok/s: 4937000")
+    path.write_text(text)
+    return read(path)
+
+
+@pytest.mark.parametrize(("switch", "half_steps"), [("", 2146), ("half_rows:ended step:1000 frac:0.2\n", 1000)])
+def test_half_rows_count_half(tmp_path, switch, half_steps):
+    run = half_rows_log(tmp_path, "0.35", switch, 4_076_361)
+    assert run.tokens_at(0) == 0 and run.tokens_at(500) == 500 * 393216
+    assert run.tokens_at(4852) == half_steps * 393216 + (4852 - half_steps) * 786432
+
+
+def test_a_run_of_half_rows_fits_its_own_clock(tmp_path):
+    rule = "header against body"
+    good = half_rows_log(tmp_path / "good", "0.35", "", 4_076_361)       # 500 half steps in 48.2 s
+    assert not [finding for finding in found([good]) if finding.rule == rule]
+    as_whole = half_rows_log(tmp_path / "whole", "0.0", "", 4_076_361)
+    assert "step 500: 4,076,361 tokens/s make 1.61 minutes" in " ".join(finding.text for finding in found([as_whole]))
+
+
+@pytest.mark.parametrize(("num_bytes", "is_published"), [(BYTES, True), (BYTES + 6000, True), (BYTES - 3, False),
+                                                         (BYTES + 9000, False)])
+def test_joined_tokens_of_the_published_split_are_known_by_their_bytes(tmp_path, num_bytes, is_published):
+    fewer = 38_700_000
+    changes = dict(val_tokens=fewer + 1, targets=fewer, hints=fewer, num_bytes=num_bytes)
+    run = read(write_log(tmp_path, data_source="manifest merges:99", **changes))
+    assert run.merges == 99 and run.is_published_data == is_published
+    assert not read(write_log(tmp_path, data_source="manifest", **changes)).is_published_data
+    assert not any("byte sidecar" in finding.text for finding in found([run]))

@@ -93,6 +93,60 @@ def test_looping_from_the_first_step_is_reported_as_such(train_tiny):
     assert "loops_on_tok_per_s" in speed and "loops_off_tok_per_s" not in speed
 
 
+def test_half_rows_hold_the_tokens_and_documents_of_the_whole_ones(tmp_path):
+    write_dataset(tmp_path)
+    cfg = tiny_config(data_path=str(tmp_path))
+    data = gpt.Dataset.open(cfg)
+    whole = gpt.make_loader(cfg, gpt.Run(cfg), data)
+    source = gpt.make_loader(cfg, gpt.Run(cfg), data)
+    halves = gpt.half_rows(source, 2)
+    for _ in range(3):
+        rows = [next(whole), next(whole)]
+        first, second = [next(halves), next(halves)], [next(halves), next(halves)]
+        for row, a, b in zip(rows, first, second):
+            middle = len(row.inputs) // 2
+            assert len(a.inputs) == len(b.inputs) == middle
+            assert torch.equal(torch.cat([a.inputs, b.inputs]), row.inputs)
+            assert torch.equal(torch.cat([a.targets, b.targets]), row.targets)
+            bounds = set(a.cu_seqlens.tolist()) | {middle + end for end in b.cu_seqlens.tolist()}
+            assert bounds == set(row.cu_seqlens.tolist()) | {middle}
+            for half in (a, b):
+                assert half.cu_seqlens[0] == 0 and half.cu_seqlens[-1] == middle
+                assert (half.cu_seqlens.diff() >= 0).all() and half.cu_seqlens.dtype == torch.int32
+    whole.close()
+    source.close()
+
+
+def test_half_rows_take_twice_the_steps_for_the_same_tokens(train_tiny):
+    _, lines = train_tiny(iterations=8, half_rows_until=0.5, enable_looping_at=0.5, warmup_steps=1)
+    assert "half_warmup_step: 1/1" in lines
+    speeds = [line for line in lines if line.startswith("train speed")]
+    off, on = (float(re.search(rf"{name}_tok_per_s:(\d+)", speeds[0])[1]) *
+               float(re.search(rf"{name}_step_ms:(\S+)", speeds[0])[1]) / 1000 for name in ("loops_off", "loops_on"))
+    assert off == pytest.approx(8 * 96 / 2, rel=0.02) and on == pytest.approx(8 * 96, rel=0.02)
+
+
+def test_half_rows_change_nothing_once_they_are_over(train_tiny):
+    plain, _ = train_tiny(iterations=4)
+    assert same_weights(plain, train_tiny(iterations=4, half_rows_until=0.0)[0])
+    assert not same_weights(plain, train_tiny(iterations=4, half_rows_until=0.3)[0])
+
+
+def test_half_rows_scale_the_learning_rates(train_tiny, monkeypatch):
+    factors = []
+    step = gpt.Optimizer.step
+    monkeypatch.setattr(gpt.Optimizer, "step", lambda self, number, factor: (factors.append(factor),
+                                                                             step(self, number, factor)))
+    train_tiny(iterations=4, warmdown_frac=0.0, half_rows_until=0.3)
+    assert factors == [0.5**0.5, 0.5**0.5, 1.0, 1.0]
+
+
+def test_a_step_that_loops_takes_whole_rows():
+    with pytest.raises(gpt.ConfigError, match="HALF_ROWS_UNTIL must be at most ENABLE_LOOPING_AT"):
+        tiny_config(half_rows_until=0.5, enable_looping_at=0.35)
+    tiny_config(half_rows_until=0.5, num_loops=0)
+
+
 def test_without_a_wallclock_the_schedule_follows_the_steps():
     cfg = tiny_config(iterations=10)
     assert [gpt.plan_step(cfg, step, 1e6, 1e6, 1e6) for step in (0, 5, 9)] == [(0.0, False), (0.5, False), (0.9, False)]

@@ -928,6 +928,33 @@ def test_a_run_whose_steps_cost_what_they_cost_ends_in_time_if_scoring_alone_wou
         assert clock.now <= cfg.eval_wallclock_seconds
 
 
+def test_the_base_adaptation_has_run_once_before_the_clock(setup, tmp_path, monkeypatch):
+    """Its first call compiles kernels: too late once the clock runs."""
+    calls = []
+    gradient = gpt.BaseAdaptation.gradient
+    monkeypatch.setattr(gpt.BaseAdaptation, "gradient", lambda self: (calls.append("gradient"), gradient(self)))
+    find = gpt.find_documents
+    monkeypatch.setattr(gpt, "find_documents", lambda tokens: (calls.append("clock"), find(tokens))[1])
+    monkeypatch.setattr(gpt, "step_buckets", lambda *_: BUCKETS)
+    evaluate(setup, dataclasses.replace(setup.cfg, compile=True, phased_ttt_prefix_docs=4), tmp_path)
+    assert calls[:2] == ["gradient", "clock"] and calls.count("gradient") > 1
+
+
+def test_every_kind_of_compilation_counts_as_made_in_the_clock(monkeypatch):
+    """A kernel that Triton or FlashAttention-4 compiles late costs seconds, as a graph does."""
+    def kernel(count: int) -> SimpleNamespace:
+        return SimpleNamespace(device_caches={0: (dict.fromkeys(range(count)), {}, "target")})
+
+    def attention(count: int) -> SimpleNamespace:
+        return SimpleNamespace(compile_cache=SimpleNamespace(cache=dict.fromkeys(range(count))))
+    before = gpt.graphs_made(lambda: None)
+    monkeypatch.setattr(gpt, "_made_up_kernel", kernel(3), raising=False)
+    assert gpt.graphs_made(lambda: None) == (before[0] + 3, before[1])
+    late = SimpleNamespace(_flash_attn_fwd=attention(2), _flash_attn_bwd=attention(5))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", late)
+    assert gpt.graphs_made(SimpleNamespace(captures=7, missed=1)) == (before[0] + 17, before[1] + 1)
+
+
 def test_audit_writes_the_order_in_which_targets_were_banked(setup, tmp_path):
     cfg = dataclasses.replace(setup.cfg, audit=True)
     evaluate(setup, cfg, tmp_path)
@@ -936,6 +963,30 @@ def test_audit_writes_the_order_in_which_targets_were_banked(setup, tmp_path):
     phases = gpt.plan_batches(setup.docs, batch_size=cfg.ttt_batch_size, prefix_docs=cfg.phased_ttt_prefix_docs, chunk=C,
                               max_tokens=gpt.BATCH_TOKENS, window=cfg.ttt_eval_seq_len)
     assert np.array_equal(order, gpt.targets_in_order(gpt.certified_order(phases, setup.docs, C)))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_audit_writes_what_every_score_was_made_of(setup, tmp_path, world_size):
+    """The files of all ranks hold every target once, in the lane that scored it, and give its score back."""
+    phases = setup.plan()
+    scored = gpt.certified_order(phases, setup.docs, setup.cfg.ttt_chunk_size)
+    hints = setup.hints(setup.monotonous, phases)
+    targets = []
+    for rank in range(world_size):
+        scorer = setup.scorer(setup.monotonous, rank, world_size, phases, hints)
+        for phase in phases:
+            gpt.score_phase(scorer, phase, [gpt.lane_draws(setup.cfg, scorer.run, lane) for lane in range(gpt.LANES)])
+        vars(scorer.run).update(log_path=tmp_path / "run.txt", sum=lambda x: x, log=lambda line: None)
+        gpt.audit_order(scorer.run, scorer, scored)
+        with np.load(tmp_path / f"run.scores{rank}.npz") as saved:
+            parts = [torch.from_numpy(saved[name]) for name in ("nll", "log_q_hint", "is_hit", "boost")]
+            tilted = gpt.tilt(*(x.float() for x in parts)).double()
+            torch.testing.assert_close(tilted, scorer.log_nll[:len(tilted)])
+            assert set(saved["lane"] % world_size) == {rank}
+            assert saved["is_hit"].any() and saved["boost"].any()
+            assert saved["bytes"] == setup.byte_counts[saved["target"] + 1].sum()
+            targets.extend(saved["target"].tolist())
+    assert sorted(targets) == list(range(len(setup.tokens) - 1))
 
 
 def test_audit_refuses_targets_that_were_banked_twice_never_or_out_of_order(setup, tmp_path):
