@@ -41,6 +41,7 @@ def lines(*text: str) -> str:
 
 
 RULES, TTT, HINTS = "tests/test_rules.py -k ", "tests/test_ttt.py -k ", "tests/test_hints.py -k "
+STEP = "        optimizer.step(step, lr_factor(cfg, progress) * (math.sqrt(0.5) if is_half else 1.0))"
 CALIBRATION_READS = RULES + "calibration_reads"
 AVERAGE = RULES + "average_takes_in"
 TRAIN_CLOCK = RULES + "training_clock"
@@ -62,13 +63,13 @@ BROKEN_RULES: dict[str, dict[str, Mutation]] = {
             CALIBRATION_READS)},
     "the learning rate follows its schedule": {
         "constant_learning_rate": Mutation(
-            "optimizer.step(step, lr_factor(cfg, progress))",
-            "optimizer.step(step, 1.0)",
+            "optimizer.step(step, lr_factor(cfg, progress) * ",
+            "optimizer.step(step, 1.0 * ",
             RULES + "factor_of_its_progress")},
     "the average takes in the weights after each step, with the decay that is set": {
         "average_before_the_step": Mutation(
-            lines("        optimizer.step(step, lr_factor(cfg, progress))", "        average.update()"),
-            lines("        average.update()", "        optimizer.step(step, lr_factor(cfg, progress))"),
+            lines(STEP, "        average.update()"),
+            lines("        average.update()", STEP),
             AVERAGE),
         "another_decay": Mutation(
             "WeightAverage(model, cfg.ema_decay)",
