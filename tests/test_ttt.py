@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import sys
 from types import SimpleNamespace
 
 import numpy as np
