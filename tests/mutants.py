@@ -269,7 +269,8 @@ def tests_pass(tests: str, mutation: Mutation | None = None) -> tuple[bool, str]
         if mutation is not None:
             program.write_text(apply(mutation, program.read_text(encoding="utf-8")), encoding="utf-8")
         files, _, words = tests.partition(" -k ")
-        arguments = ["-q", "-x", "-p", "no:cacheprovider", "--tb=line", *files.split(), *(["-k", words] if words else [])]
+        arguments = ["-q", "-x", "-p", "no:cacheprovider", "--tb=line", *files.split(),
+                     *(["-k", words] if words else [])]
         env = {"VECTORS_DIR": str(REPO.parent / "shared" / "vectors"), **os.environ}
         process = FORKS.Process(target=run_pytest, args=(copy, arguments, env, output))
         process.start()
