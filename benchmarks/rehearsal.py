@@ -487,7 +487,8 @@ class Stage(NamedTuple):
     leaves: tuple[str, ...]      # files in checkpoints/ that must still read
 
 
-FAULTS = {"killed": Fault(signal.SIGKILL, 15.0), "stopped": Fault(signal.SIGSTOP, 120.0)}
+# The slowest first: others can run meanwhile.
+FAULTS = {"stopped": Fault(signal.SIGSTOP, 120.0), "killed": Fault(signal.SIGKILL, 15.0)}
 STAGES = {"training": Stage("training", {"ITERATIONS": 10**6}, ()),
           "calibration": Stage("calibration", {}, (".weights",)),
           "evaluation": Stage("scoring", {"TTT_EVAL_ONLY": 1}, (".weights", ".artifact"))}
@@ -541,7 +542,9 @@ def check_outcome(launch: Launch, fault: Fault, stage: Stage, ended_s: float, fo
     return problems
 
 
-def run_case(options: argparse.Namespace, out: Path, data: Path, case: str, batches: int) -> Outcome:
+def run_case(options: argparse.Namespace, out: Path, data: Path, case: str, batches: int,
+             starting: threading.Lock) -> Outcome:
+    """Launch a run, hit its last rank and see how it ends; `starting` is held until the rank is hit."""
     fault_name, stage_name = case.split(":")
     fault, stage = FAULTS[fault_name], STAGES[stage_name]
     folder = out / case.replace(":", "_")
@@ -550,16 +553,19 @@ def run_case(options: argparse.Namespace, out: Path, data: Path, case: str, batc
         settings["GPTQ_CALIBRATION_BATCHES"] = batches
     if "TTT_EVAL_ONLY" in stage.settings:
         shutil.copytree(out / "base" / "checkpoints", folder / "checkpoints")
-    with Launch(folder, launch_command(options.processes, options.script), settings) as launch:
-        if not launch.wait_for(BEGINS[stage.name]):
-            text = "\n".join(text[-600:] for text in launch.texts())
-            return Outcome(case, 0.0, launch.process.returncode, text,
-                           [f"stage {stage.name} was not reached"])
-        time.sleep(0.3)                                   # the line stands just before the stage's first work
-        ranks, victim = launch.ranks(), options.processes - 1
-        start = time.monotonic()
-        if victim in ranks:
-            os.kill(ranks[victim], fault.signal)
+    with contextlib.ExitStack() as launches:
+        with starting:
+            launch = launches.enter_context(
+                Launch(folder, launch_command(options.processes, options.script), settings))
+            if not launch.wait_for(BEGINS[stage.name]):
+                text = "\n".join(text[-600:] for text in launch.texts())
+                return Outcome(case, 0.0, launch.process.returncode, text,
+                               [f"stage {stage.name} was not reached"])
+            time.sleep(0.3)                               # the line stands just before the stage's first work
+            ranks, victim = launch.ranks(), options.processes - 1
+            start = time.monotonic()
+            if victim in ranks:
+                os.kill(ranks[victim], fault.signal)
         with contextlib.suppress(subprocess.TimeoutExpired):
             launch.process.wait(fault.limit_s + 60)
         ended_s = time.monotonic() - start
@@ -606,13 +612,15 @@ def work_folder(options: argparse.Namespace) -> Iterator[Path]:
 def faults_command(options: argparse.Namespace) -> int:
     if options.processes < 2:
         raise RehearsalError("faults need at least two processes; set --processes")
-    cases = options.only or [f"{fault}:{stage}" for stage in STAGES for fault in FAULTS]
+    cases = options.only or [f"{fault}:{stage}" for fault in FAULTS for stage in STAGES]
+    starting = threading.Lock()
     with work_folder(options) as out:
         data = data_of(options, out)
         needs_base = any(not case.endswith(":training") for case in cases)
         batches = make_base(options, out, data) if needs_base else 0
         with ThreadPoolExecutor(len(cases) if options.together else 1) as pool:
-            outcomes = list(pool.map(lambda case: run_case(options, out, data, case, batches), cases))
+            outcomes = list(pool.map(lambda case: run_case(options, out, data, case, batches, starting),
+                                     cases))
     rows = [(outcome.case.replace(":", " in "), f"{outcome.ended_s:.1f} s", f"{outcome.exit_code}",
              "; ".join(outcome.problems) or "as it should",
              outcome.last_words.replace("|", "/").replace("\n", " ")) for outcome in outcomes]
@@ -740,7 +748,7 @@ def make_parser() -> argparse.ArgumentParser:
     for command in (run, table):
         command.add_argument("--against", type=Path, metavar="LOG", help="log of one GPU of the same machine")
     faults = add("faults", faults_command, "kill and stop a rank in three stages", max(2, gpus))
-    faults.add_argument("--together", action="store_true", help="all cases at once")
+    faults.add_argument("--together", action="store_true", help="a case begins as soon as a rank of the one before was hit")
     faults.add_argument("--only", action="append", metavar="FAULT:STAGE", help="such as killed:training",
                         choices=[f"{fault}:{stage}" for fault in FAULTS for stage in STAGES])
     nodes = add("nodes", nodes_command, "two rendezvous members against one launch", max(2, gpus))

@@ -4,16 +4,21 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from hypothesis import settings
+# One thread, here and in every process that a test starts: the tensors are tiny, the result does not depend on the
+# machine's number of cores, and OpenMP's threads, which wait by spinning, stand still where the cores are busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+from processes import Early  # noqa: E402
 
 # Where no GPU can run Triton's kernels, its interpreter does. It must be on before Triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# One thread: the tensors are tiny, and the result does not depend on the machine's number of cores.
 torch.set_num_threads(1)
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
 settings.load_profile("deterministic")
@@ -30,17 +35,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip_gpu)
         if "two_process" in item.keywords and not has_gloo:
             item.add_marker(skip_gloo)
+    items.sort(key=lambda item: "early" in item.keywords)            # what they wait for needs its time
 
 
-def pytest_collection_finish() -> None:
-    """The garbage collector need not walk over all that was imported, again and again, and not after every few objects:
+EARLY = Early()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Early work begins, unless several processes share the tests and with them the machine's cores.
+
+    The garbage collector need not walk over all that was imported, again and again, and not after every few objects:
     with torch, Triton and sympy in memory it took a tenth of the suite's time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+    works = [mark.kwargs["work"] for item in session.items if not item.get_closest_marker("skip")
+             for mark in item.iter_markers("early")]
+    if works and not hasattr(session.config, "workerinput"):
+        EARLY.begin(list(dict.fromkeys(works)))
 
 
 def pytest_unconfigure() -> None:
+    EARLY.end()
     gc.unfreeze()                                          # libraries report what nobody has freed at the exit
 
 
@@ -48,6 +64,12 @@ def pytest_unconfigure() -> None:
 def _same_seed_for_every_test() -> None:
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def early() -> Early:
+    """early(work) is the result of the work named in a test's mark `early`."""
+    return EARLY
 
 
 @pytest.fixture(scope="session")

@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+from processes import FORKS
 
 REPO = Path(__file__).resolve().parent.parent
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", "demo_out", "checkpoints",
@@ -40,6 +41,7 @@ def lines(*text: str) -> str:
 
 
 RULES, TTT, HINTS = "tests/test_rules.py -k ", "tests/test_ttt.py -k ", "tests/test_hints.py -k "
+STEP = "        optimizer.step(step, lr_factor(cfg, progress) * (math.sqrt(0.5) if is_half else 1.0))"
 CALIBRATION_READS = RULES + "calibration_reads"
 AVERAGE = RULES + "average_takes_in"
 TRAIN_CLOCK = RULES + "training_clock"
@@ -61,13 +63,13 @@ BROKEN_RULES: dict[str, dict[str, Mutation]] = {
             CALIBRATION_READS)},
     "the learning rate follows its schedule": {
         "constant_learning_rate": Mutation(
-            "optimizer.step(step, lr_factor(cfg, progress))",
-            "optimizer.step(step, 1.0)",
+            "optimizer.step(step, lr_factor(cfg, progress) * ",
+            "optimizer.step(step, 1.0 * ",
             RULES + "factor_of_its_progress")},
     "the average takes in the weights after each step, with the decay that is set": {
         "average_before_the_step": Mutation(
-            lines("        optimizer.step(step, lr_factor(cfg, progress))", "        average.update()"),
-            lines("        average.update()", "        optimizer.step(step, lr_factor(cfg, progress))"),
+            lines(STEP, "        average.update()"),
+            lines("        average.update()", STEP),
             AVERAGE),
         "another_decay": Mutation(
             "WeightAverage(model, cfg.ema_decay)",
@@ -243,22 +245,43 @@ def apply(mutation: Mutation, source: str) -> str:
     return source.replace(mutation.old, mutation.new)
 
 
+def run_pytest(copy: Path, arguments: list[str], env: dict[str, str], output: Path) -> None:
+    """pytest in a fork, on a copy of the repository; the exit code is pytest's."""
+    with open(output, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(copy)
+    sys.dont_write_bytecode = True
+    sys.path[:] = [path for path in sys.path if not Path(path or REPO).is_relative_to(REPO)]
+    import pytest
+    code = pytest.main(arguments)
+    sys.stdout.flush()
+    os._exit(code)
+
+
 def tests_pass(tests: str, mutation: Mutation | None = None) -> tuple[bool, str]:
     """Whether these tests pass on a copy, mutated where a mutation is given, and pytest's closing lines."""
     with tempfile.TemporaryDirectory(prefix="mutant_") as folder:
         copy = Path(shutil.copytree(REPO, Path(folder) / "repo", ignore=LEFT_OUT))
-        program = copy / "train_gpt.py"
+        program, output = copy / "train_gpt.py", Path(folder) / "output.txt"
         if mutation is not None:
             program.write_text(apply(mutation, program.read_text(encoding="utf-8")), encoding="utf-8")
         files, _, words = tests.partition(" -k ")
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=line",
-                   *files.split(), *(["-k", words] if words else [])]
-        env = {"VECTORS_DIR": str(REPO.parent / "shared" / "vectors"), **os.environ,
-               "PYTHONDONTWRITEBYTECODE": "1"}
-        done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
-    if done.returncode not in (0, 1):
-        raise RuntimeError(f"pytest could not run {tests}: {(done.stdout + done.stderr)[-2000:]}")
-    return done.returncode == 0, "\n".join(done.stdout.strip().splitlines()[-2:])
+        arguments = ["-q", "-x", "-p", "no:cacheprovider", "--tb=line", *files.split(),
+                     *(["-k", words] if words else [])]
+        env = {"VECTORS_DIR": str(REPO.parent / "shared" / "vectors"), **os.environ}
+        process = FORKS.Process(target=run_pytest, args=(copy, arguments, env, output))
+        process.start()
+        process.join(TIMEOUT_S)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        told = output.read_text(encoding="utf-8", errors="replace")
+    if process.exitcode not in (0, 1):
+        raise RuntimeError(f"pytest could not run {tests}: exit code {process.exitcode}, {told[-2000:]}")
+    return process.exitcode == 0, "\n".join(told.strip().splitlines()[-2:])
 
 
 def main(arguments: list[str]) -> int:

@@ -6,7 +6,9 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -279,21 +281,30 @@ def test_joined_shards_have_the_text_of_what_they_were_made_from(tmp_path):
     assert plain[0] == fused[0] != other[0] and len({plain[1], fused[1], other[1]}) == 3
 
 
-def test_the_real_script_on_a_cpu(tmp_path):
+def real_comparison() -> tuple[int, dict, list]:
+    """Exit code, results and checkpoints left of two arms of the tiny model."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data, out = write_run_data(folder / "data"), folder / "out"
+        env = environment(iterations=6, prequant_only=True, warmdown_frac=0.5)
+        common = "\n".join(f'{name} = "{value}"' for name, value in env.items() if name != "SEED")
+        (folder / "arms.toml").write_text(
+            f'base = "base"\nseeds = [7]\n[common]\nDATA_PATH = "{data}"\n{common}\n[arms.base]\n'
+            "[arms.slow]\nMATRIX_LR = 0.001\nTIED_EMBED_LR = 0.001\n")
+        code = ablate.main([str(folder / "arms.toml"), "--out", str(out)])
+        return code, json.loads((out / "results.json").read_text()), list(out.glob("runs/*/checkpoints"))
+
+
+@pytest.mark.early(work=real_comparison)
+def test_the_real_script_on_a_cpu(early):
     """Two arms of the tiny model: equal first losses (same data, same start), and different ends."""
-    data = write_run_data(tmp_path / "data")
-    env = environment(iterations=6, prequant_only=True, warmdown_frac=0.5)
-    common = "\n".join(f'{name} = "{value}"' for name, value in env.items() if name != "SEED")
-    (tmp_path / "arms.toml").write_text(
-        f'base = "base"\nseeds = [7]\n[common]\nDATA_PATH = "{data}"\n{common}\n[arms.base]\n'
-        "[arms.slow]\nMATRIX_LR = 0.001\nTIED_EMBED_LR = 0.001\n")
-    assert ablate.main([str(tmp_path / "arms.toml"), "--out", str(tmp_path / "out")]) == 0
-    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    code, content, checkpoints = early(real_comparison)
+    assert code == 0
     base, slow = (run["curve"] for run in content["runs"])
     assert base[0] == slow[0] and base[-1] != slow[-1] and base[-1][0] == 6
     assert content["arms"]["slow"]["pre_bpb_difference"]["count"] == 1
     assert content["runs"][0]["steps"] == 6 and content["runs"][0]["train_s"] > 0
-    assert not list((tmp_path / "out").glob("runs/*/checkpoints"))
+    assert not checkpoints
 
 
 def test_the_committed_arms_file_is_sound(repo, tmp_path, monkeypatch):

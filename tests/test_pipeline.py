@@ -11,8 +11,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -617,41 +620,73 @@ def launch(folder: Path, processes: int, script: str = "train_gpt.py", **changes
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-@pytest.mark.two_process
-@pytest.mark.parametrize("processes, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
-def test_a_signal_ends_all_ranks_with_one_line(tmp_path, processes, number):
-    write_run_data(tmp_path / "data")
-    with launch(tmp_path, processes, iterations=10**6, **SMALL) as run:
-        while not run.stdout.readline().startswith("5/1000000 train_loss"):
-            assert run.poll() is None, run.stderr.read()
-        run.send_signal(number)
-        started = time.monotonic()
-        _, errors = run.communicate(timeout=60)
-    assert run.returncode == 128 + number
-    assert errors == f"interrupted by {number.name} in stage training\n"
-    assert time.monotonic() - started < 30
-    assert (tmp_path / "logs" / "toy.txt").read_text().endswith("error Interrupted\n")
+class Ended(NamedTuple):
+    """How a launch ended; ended_s is counted from the signal that was sent once it trained."""
+    code: int
+    errors: str
+    log: str
+    ended_s: float
+
+
+def end_of(processes: int, number: signal.Signals | None = None, script: str = "train_gpt.py", **changes) -> Ended:
+    with tempfile.TemporaryDirectory() as name:
+        folder, log = Path(name), Path(name) / "logs" / "toy.txt"
+        write_run_data(folder / "data")
+        with launch(folder, processes, script, **changes) as run:
+            try:
+                if number is not None:
+                    while not run.stdout.readline().startswith("5/1000000 train_loss"):
+                        assert run.poll() is None, run.stderr.read()
+                    run.send_signal(number)
+                started = time.monotonic()
+                _, errors = run.communicate(timeout=60)
+            finally:
+                run.terminate()                                     # one that does not end by itself
+        return Ended(run.returncode, errors, log.read_text() if log.exists() else "", time.monotonic() - started)
+
+
+# Those that wait for a time to pass come first: the others run meanwhile.
+LAUNCHES = {
+    "hang": dict(processes=2, script="tests/two_process_hang.py", iterations=10**6, **SMALL),
+    "SIGTERM": dict(processes=2, number=signal.SIGTERM, iterations=10**6, **SMALL),
+    "SIGINT": dict(processes=1, number=signal.SIGINT, iterations=10**6, **SMALL),
+    "no checkpoint": dict(processes=2, quantize_only=True),
+    "bad setting": dict(processes=2, iteration=3)}
+
+
+def endings() -> dict[str, Ended]:
+    with ThreadPoolExecutor(2) as pool:
+        ends = {name: pool.submit(end_of, **arguments) for name, arguments in LAUNCHES.items()}
+    return {name: end.result() for name, end in ends.items()}
 
 
 @pytest.mark.two_process
-@pytest.mark.parametrize("changes, code, message", [
-    ({"iteration": 3}, 2, "did you mean ITERATIONS"),
-    ({"quantize_only": True}, 1, "toy.weights: cannot be read")])
-def test_two_processes_tell_an_error_once_and_keep_the_exit_code(tmp_path, changes, code, message):
-    write_run_data(tmp_path / "data")
-    with launch(tmp_path, 2, **changes) as run:
-        output, errors = run.communicate(timeout=120)
-    assert run.returncode == code and message in errors
-    assert errors.startswith("error: ") and errors.count("\n") == 1
+@pytest.mark.early(work=endings)
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_all_ranks_with_one_line(early, name):
+    end = early(endings)[name]
+    assert end.code == 128 + signal.Signals[name]
+    assert end.errors == f"interrupted by {name} in stage training\n"
+    assert end.ended_s < 30
+    assert end.log.endswith("error Interrupted\n")
 
 
 @pytest.mark.two_process
-def test_a_rank_that_hangs_is_noticed_with_its_stage(tmp_path):
-    write_run_data(tmp_path / "data")
-    with launch(tmp_path, 2, "tests/two_process_hang.py", iterations=10**6, **SMALL) as run:
-        output, errors = run.communicate(timeout=120)
-    assert run.returncode == 1 and "made no progress for" in errors and "in stage training" in errors
-    assert errors.count("\n") == 1
+@pytest.mark.early(work=endings)
+@pytest.mark.parametrize("name, code, message", [
+    ("bad setting", 2, "did you mean ITERATIONS"), ("no checkpoint", 1, "toy.weights: cannot be read")])
+def test_two_processes_tell_an_error_once_and_keep_the_exit_code(early, name, code, message):
+    end = early(endings)[name]
+    assert end.code == code and message in end.errors
+    assert end.errors.startswith("error: ") and end.errors.count("\n") == 1
+
+
+@pytest.mark.two_process
+@pytest.mark.early(work=endings)
+def test_a_rank_that_hangs_is_noticed_with_its_stage(early):
+    end = early(endings)["hang"]
+    assert end.code == 1 and "made no progress for" in end.errors and "in stage training" in end.errors
+    assert end.errors.count("\n") == 1
     assert gpt.HANG_LIMIT_S + 5 <= 120
 
 
@@ -666,8 +701,7 @@ def one_and_two(whole, tmp_path_factory):
                               "global_ttt_lr": 0.05})
     env = {**os.environ, **settings, "PYTHONPATH": f"{repo}{os.pathsep}{repo / 'tests'}",
            "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--local-addr=127.0.0.1", "--nproc_per_node=2",
+    done = subprocess.run([sys.executable, str(repo / "launch.py"), "2",
                            str(repo / "tests" / "two_process_ttt.py"), str(folder)],
                           cwd=folder, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,8 +1,9 @@
 """benchmarks/rehearsal.py: its validation set is the record's in small, its table follows from logs,
 and what it says of faults and nodes holds."""
 import json
+import os
 import re
-import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -122,35 +123,45 @@ def test_losses_are_compared_line_by_line(rehearsal):
     assert rehearsal.losses_of("\n".join(["any", *one])) == one
 
 
-@pytest.mark.two_process
-def test_a_killed_rank_ends_the_run_in_time_with_its_messages(rehearsal, monkeypatch, capsys):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert rehearsal.main(["faults", "--processes", "2", "--only", "killed:training"]) == 0
-    row = capsys.readouterr().out.splitlines()[-1]
-    assert "| killed in training |" in row and "as it should" in row
-    assert "in stage training" in row and "rank 1 was killed" in row
+def rehearse(*arguments: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(gpt.REPO)}
+    return subprocess.run([sys.executable, str(gpt.REPO / "benchmarks" / "rehearsal.py"), *arguments], env=env,
+                          capture_output=True, text=True)
+
+
+def faults() -> subprocess.CompletedProcess:
+    script = str(gpt.REPO / "tests" / "two_process_limit.py")
+    return rehearse("faults", "--processes", "2", "--together", "--script", script)
+
+
+def nodes() -> subprocess.CompletedProcess:
+    return rehearse("nodes", "--processes", "2", "--set", "ITERATIONS=3", "--set", "TTT_EVAL_SEQ_LEN=64",
+                    "--set", "TTT_CHUNK_SIZE=63")
 
 
 @pytest.mark.slow
 @pytest.mark.two_process
-def test_every_fault_in_every_stage_is_met_as_promised(rehearsal, repo, monkeypatch, capsys):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("PYTHONPATH", str(repo))
-    monkeypatch.setitem(rehearsal.FAULTS, "stopped", rehearsal.Fault(signal.SIGSTOP, 40.0))
-    script = str(repo / "tests" / "two_process_limit.py")
-    assert rehearsal.main(["faults", "--processes", "2", "--script", script]) == 0, capsys.readouterr().out
-    rows = capsys.readouterr().out.splitlines()[2:]
-    assert len(rows) == 6 and all("as it should" in row for row in rows)
-    assert all("made no progress" in row for row in rows if "stopped" in row)
+@pytest.mark.early(work=faults)
+def test_every_fault_in_every_stage_is_met_as_promised(early):
+    done = early(faults)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [row.strip("| ").split(" | ") for row in done.stdout.splitlines()[2:]]
+    stages = {"training": "training", "calibration": "calibration", "evaluation": "scoring"}
+    assert {row[0] for row in rows} == {f"{fault} in {name}" for fault in ("killed", "stopped") for name in stages}
+    for case, ended, _, outcome, last_words in rows:
+        fault, _, name = case.split()
+        assert outcome == "as it should" and f"in stage {stages[name]}" in last_words, case
+        assert ("rank 1 was killed" if fault == "killed" else "made no progress") in last_words, case
+        assert float(ended.removesuffix(" s")) < 40, case
 
 
 @pytest.mark.slow
 @pytest.mark.two_process
-def test_two_rendezvous_members_compute_what_one_launch_does_and_write_once(rehearsal, monkeypatch, capsys):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    small = ["--set", "ITERATIONS=3", "--set", "TTT_EVAL_SEQ_LEN=64", "--set", "TTT_CHUNK_SIZE=63"]
-    assert rehearsal.main(["nodes", "--processes", "2", *small]) == 0, capsys.readouterr()
-    assert "identical:1 largest_difference:0 files_written_once:1" in capsys.readouterr().out
+@pytest.mark.early(work=nodes)
+def test_two_rendezvous_members_compute_what_one_launch_does_and_write_once(early):
+    done = early(nodes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "identical:1 largest_difference:0 files_written_once:1" in done.stdout
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -3,6 +3,8 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -215,23 +217,34 @@ def test_log_lines_have_the_wording_that_people_grep(train_tiny):
 
 # Two processes
 
-@pytest.fixture(scope="module")
-def one_and_two(tmp_path_factory):
-    """The results of one process, of rank 0 and of rank 1, and the launch's output."""
-    folder, repo = tmp_path_factory.mktemp("two"), two_process.gpt.REPO
+def write_data(folder):
     write_dataset(folder, train=(1900, 2500), val=(500, 333))
+
+
+def two_ranks():
+    """The results of rank 0 and of rank 1, and the launch's output."""
+    repo = gpt.REPO
     env = {**os.environ, "PYTHONPATH": f"{repo}{os.pathsep}{repo / 'tests'}", "OMP_NUM_THREADS": "1",
            "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
-               "--nproc_per_node=2", str(repo / "tests" / "two_process.py"), str(folder)]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = [sys.executable, str(repo / "launch.py"), "2", str(repo / "tests" / "two_process.py")]
+    with tempfile.TemporaryDirectory() as folder:
+        write_data(Path(folder))
+        done = subprocess.run([*command, folder], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return *(dict(np.load(Path(folder) / f"rank{rank}.npz")) for rank in (0, 1)), done.stdout
+
+
+@pytest.fixture(scope="module")
+def one_and_two(early, tmp_path_factory):
+    """The results of one process, of rank 0 and of rank 1, and the launch's output."""
+    folder = tmp_path_factory.mktemp("one")
+    write_data(folder)
     cfg = two_process.config(folder)
-    one = two_process.results(cfg, gpt.Run(cfg))
-    return one, *(dict(np.load(folder / f"rank{rank}.npz")) for rank in (0, 1)), done.stdout
+    return two_process.results(cfg, gpt.Run(cfg)), *early(two_ranks)
 
 
-two_processes = pytest.mark.two_process
+def two_processes(test):
+    return pytest.mark.two_process(pytest.mark.early(work=two_ranks)(test))
 
 
 @two_processes

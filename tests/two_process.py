@@ -1,4 +1,4 @@
-"""What two gloo processes and one process must compute alike; run by torchrun and imported by test_training.py."""
+"""What two gloo processes and one process must compute alike; run by launch.py and imported by test_training.py."""
 import os
 import sys
 from pathlib import Path
@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 import train_gpt as gpt
+import twins
 from helpers import random_model, tiny_config
 
 STEPS = 4
@@ -31,7 +32,8 @@ def results(cfg: gpt.Config, run: gpt.Run) -> dict[str, np.ndarray]:
         found[f"hessian_{key}"], found[f"count_{key}"] = total.numpy(), np.array(stats[1][key])
     single = gpt.collect_hessians(cfg, run, model, data.train, 1)          # fewer batches than ranks
     found.update({f"hessian_single_{key}": total.numpy() for key, total in single.sums.items()})
-    quantized, _ = gpt.quantize(cfg, run, model, stats)                    # each rank rounds its share
+    with twins.fast_trellis:
+        quantized, _ = gpt.quantize(cfg, run, model, stats)                # each rank rounds its share
     found.update({f"codes_{name}": q.codes.numpy() for name, q in quantized.items()})
     gpt.train(cfg, run, data, model)
     found.update({f"weight_{name}": p.detach().numpy() for name, p in model.named_parameters()})

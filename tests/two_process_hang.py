@@ -19,6 +19,7 @@ def main() -> int:
             time.sleep(600)
         return train_rows(*args, **kwargs)
     gpt.train_rows = hang
+    gpt.shipped_code = lambda: gpt.ShippedCode("packed", 40_000, "0" * 64, 200_000)       # packing takes a second
     return gpt.main([])
 
 

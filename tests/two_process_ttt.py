@@ -1,4 +1,4 @@
-"""A resumed scoring run that keeps its results; run by torchrun and imported by test_pipeline.py."""
+"""A resumed scoring run that keeps its results; run by launch.py and imported by test_pipeline.py."""
 import os
 import sys
 from pathlib import Path
