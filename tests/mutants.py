@@ -106,6 +106,11 @@ BROKEN_RULES: dict[str, dict[str, Mutation]] = {
             "    limit = LearningLimit(cfg, run, phases, scored, timer)\n",
             lines("    timer = Timer(run)", "    limit = LearningLimit(cfg, run, phases, scored, timer)"),
             EVAL_CLOCK, is_fast=True)},
+    "no kernel is compiled inside the evaluation clock": {
+        "base_adaptation_first_runs_in_the_clock": Mutation(
+            lines("                with torch.enable_grad():", "                    base.gradient()"),
+            "                pass\n",
+            TTT + "before_the_clock")},
     "an artifact over the limit is refused": {
         "artifact_over_the_limit": Mutation(
             "if room >= 0]", "if room >= -1000]", OVER_THE_LIMIT, is_fast=True),
