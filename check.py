@@ -288,6 +288,14 @@ def check_throttling(uuids: set[str]) -> Item:
     return Item("ok", "throttling", "not known: nvidia-smi does not say")
 
 
+def check_processes(env: Mapping[str, str]) -> Iterator[Item]:
+    """Wherever it runs: run.sh refuses other numbers."""
+    text = env.get("NPROC_PER_NODE", "1")
+    if text not in ("1", "2", "4", "8"):
+        yield Item("error", "processes", f"NPROC_PER_NODE={text}: expected 1, 2, 4 or 8, because one optimizer step is "
+                   "8 rows dealt evenly")
+
+
 def number_of_processes(env: Mapping[str, str]) -> int | None:
     text = env.get("NPROC_PER_NODE", "")
     return int(text) if text.isdigit() else None
@@ -665,6 +673,8 @@ def check_all(env: Mapping[str, str]) -> Iterator[Item]:
     cfg, items = check_settings(gpt, env)
     yield from items
     yield from check_gpus(cfg, env)
+    if not gpu_count():
+        yield from check_processes(env)
     yield from check_compiler(gpt)
     yield from check_places(cfg, env)
     if cfg is None:

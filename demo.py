@@ -296,7 +296,13 @@ def main(argv: list[str]) -> int:
         return 2
     try:
         if "folder" in options:
-            manifest = write_proxy(options.folder, options.docs)
+            from caseops_encoder import PrepareError
+
+            try:
+                manifest = write_proxy(options.folder, options.docs)
+            except PrepareError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 1
             print(f"proxy folder:{options.folder} train_tokens:{manifest['train']['tokens']} "
                   f"val_tokens:{manifest['val']['tokens']}")
             return 0

@@ -1402,11 +1402,12 @@ FUSED_SETTINGS_NAME = "settings.json"
 _FACTS_SUFFIX = ".facts.json"
 
 
-def fuse(folder: Path, out: Path, num_merges: int, sp: Path | None = None, merges_from: Path | None = None,
+def fuse(folder: Path, out: Path, num_merges: int | None, sp: Path | None = None, merges_from: Path | None = None,
          learn_tokens: int = DEFAULT_LEARN_TOKENS, workers: int = 1, show_progress: bool = True) -> dict:
     """Write the shards of `folder` to `out` with frequent pairs of tokens joined; return the new manifest.
 
-    num_merges    pairs to join, each into one of the ids that the tokenizer can never give.
+    num_merges    pairs to join, each into one of the ids that the tokenizer can never give. None: as many as
+                  there are such ids, or merges given.
     sp            tokenizer file (None: the one in `folder`).
     merges_from   a merges.json whose first `num_merges` merges to use. None: learn them on the first
                   `learn_tokens` tokens of the training shards.
@@ -1429,6 +1430,7 @@ def fuse(folder: Path, out: Path, num_merges: int, sp: Path | None = None, merge
     free = free_ids(source.model)
     given = None if merges_from is None else Merges.read(merges_from, source.model)
     limit = len(free) if given is None else len(given.merges)
+    num_merges = limit if num_merges is None else num_merges
     if not 1 <= num_merges <= limit:
         raise PrepareError(f"--merges {num_merges}: expected 1 to {limit}, the number of "
                            f"{'ids that the tokenizer never gives' if given is None else 'merges given'}")
@@ -1825,6 +1827,12 @@ def _download_command(arguments: list[str]) -> int:
     return exit_code
 
 
+def _merges(text: str) -> int | None:
+    if text != "all" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a number or `all`, found {text!r}")
+    return None if text == "all" else int(text)
+
+
 def _fuse_command(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="prepare_caseops_data.py fuse",
@@ -1834,8 +1842,8 @@ def _fuse_command(arguments: list[str]) -> int:
         epilog="The merges are learnt on training shards only and kept in OUT/merges.json.")
     parser.add_argument("folder", type=Path, metavar="IN")
     parser.add_argument("out", type=Path, metavar="OUT", help="a directory that does not exist yet")
-    parser.add_argument("--merges", type=int, required=True, metavar="N",
-                        help="pairs to join, one free id for each")
+    parser.add_argument("--merges", type=_merges, required=True, metavar="N",
+                        help="pairs to join, one free id for each, or `all`: as many as there are such ids")
     parser.add_argument("--merges-from", type=Path, metavar="FILE",
                         help="use the first N merges of this merges.json instead of learning them")
     parser.add_argument("--learn-tokens", type=int, default=DEFAULT_LEARN_TOKENS, metavar="N",

@@ -38,12 +38,6 @@ from runlog import LogError, Run
 REPO = Path(__file__).resolve().parent
 PUBLIC_LOGS = Path("tests/data")  # excerpts of the logs of others, for comparison
 NAME = "One-file rewrite: looped two-lane transformer, GPTQ, score-first LoRA TTT with causal n-gram tilt"
-TECHNIQUE = (
-    "11 layers of width 512, layers 3 to 5 run three times, two lanes from layer 8, gated exclusive self attention; "
-    "Muon and AdamW, averaged weights; GPTQ at 6 and 7 bits with protected columns and low-rank corrections; weights "
-    "coded by a context-mixing arithmetic coder in the script; score-first test-time training of per-document adapters "
-    "and one adaptation of the base on scored documents; exact 15-token n-gram hints counted in the order of scoring."
-)
 PARENT = "PR #2124"
 MISSING_EXTRAS = "python3 -m pip install -r requirements-report.txt"
 RECORD_MARGIN_NATS, RECORD_P = 0.005, 0.01  # what the leaderboard asks of a new record
@@ -254,6 +248,32 @@ def changed_settings(run: Run) -> list[str]:
             told = {"True": "1", "False": "0"}.get(told, told)
             changed.append(f"{name.upper()}={told if isinstance(default, str) else told.removesuffix('.0')}")
     return changed
+
+
+def technique(run: Run) -> str:
+    """What the run is, in two sentences, from its settings; what a log does not say is the record's."""
+    import train_gpt as gpt
+
+    def setting(name: str) -> str:
+        return show(gpt.Config.__dataclass_fields__[name].default if (told := run.setting(name)) != told else told, "g")
+
+    start, end = setting("loop_start"), setting("loop_end")
+    loops = f"layers {start} to {end} run {float(setting('num_loops')) + 1:g} times, " if run.loop_step is not None or not run.curve else ""
+    levers = ""
+    if run.merges:
+        levers += f"{run.merges} frequent token pairs joined into ids that no text can give; "
+    if run.setting("half_rows_until") > 0:
+        levers += "half rows for the first steps; "
+    if run.setting("rdo_lambda") > 0:
+        levers += "trellis-coded rounding; "
+    return (
+        f"{setting('num_layers')} layers of width {setting('model_dim')}, {loops}two lanes from layer "
+        f"{setting('parallel_start_layer')}, gated exclusive self attention; {levers}Muon and AdamW, averaged weights; "
+        f"GPTQ at {setting('matrix_bits')} and {setting('embed_bits')} bits with protected columns and low-rank "
+        "corrections; weights coded by a context-mixing arithmetic coder in the script; score-first test-time training of "
+        "per-document adapters and one adaptation of the base on scored documents; exact "
+        f"{float(setting('token_order')) - 1:g}-token n-gram hints counted in the order of scoring."
+    )
 
 
 def data_of(run: Run) -> str:
@@ -543,7 +563,7 @@ def submission(
         "commit": distinct([run.identity.get("commit") for run in records]),
         "val_tokens": over(max, [run.val_tokens for run in records]),
         "train_shards": over(min, [run.train_shards for run in records]),
-        "technique_summary": TECHNIQUE,
+        "technique_summary": technique(records[0] if records else Run("none yet", Path())),
         "compliance": {name: all(check[name] for check in checks) for name in checks[0]}
         | {"three_seeds": len(records) >= 3}
         if checks
@@ -592,11 +612,25 @@ def require_sound(findings: Sequence[runlog.Finding], force: bool, what: str, ad
         raise ReportError("\n".join([f"{what} do not bear a submission:", *errors, advice]))
 
 
+def _logs_of_git(repo: Path) -> set[str] | None:
+    """Names of the logs that are committed or added; None where `repo` is no git checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "ls-files", "logs"], cwd=repo, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {Path(line).name for line in done.stdout.splitlines()}
+
+
 def generate(repo: Path, options: argparse.Namespace) -> dict[Path, str]:
     """The content that every generated file should have. ReportError when the logs do not bear it."""
     import train_gpt as gpt
 
-    found = read_folder(repo / "logs")
+    found, known = read_folder(repo / "logs"), _logs_of_git(repo)
+    if left := sorted({run.path.name for run in found if known is not None and run.path.name not in known}):
+        print(f"left out, because git does not know them (`git add` what counts): {', '.join(left)}", file=sys.stderr)
+        found = [run for run in found if run.path.name in known]
     records = sorted((run for run in found if run.is_record), key=lambda run: run.seed)
     findings = runlog.check(records)
     require_sound(
@@ -764,7 +798,7 @@ def pull_request(runs: Sequence[Run], findings: Sequence[runlog.Finding], agains
     limits = [compliance(run) for run in runs]
     parts += [
         "## What it is",
-        TECHNIQUE,
+        technique(runs[0]),
         "## Rules",
         "\n".join(
             f"* {name.replace('_', ' ')}: {'yes' if all(limit[name] for limit in limits) else 'NO'}"
@@ -776,7 +810,7 @@ def pull_request(runs: Sequence[Run], findings: Sequence[runlog.Finding], agains
         "would cost about 0.004 BPB\n* validation data are not read before the last training step",
     ]
     if warnings:
-        parts += ["Under the harshest reading:", "\n".join(f"* {finding}" for finding in warnings)]
+        parts += ["What a reader must know:", "\n".join(f"* {finding}" for finding in warnings)]
     parts += [
         "## Reproduce",
         "```\npython3 -m pip install -r requirements.txt -r requirements-gpu.txt\n"

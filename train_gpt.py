@@ -322,7 +322,8 @@ def _relations(cfg: Config) -> tuple[tuple, ...]:
          f"{{}} must be a multiple of {ROWS_PER_STEP} * {{}}: one step is {ROWS_PER_STEP} rows of whole "
          "sequences", "TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN"),
         (cfg.half_rows_until == 0 or cfg.row_tokens % 2 == 0,
-         f"with {{}} {{}} must be a multiple of {2 * ROWS_PER_STEP}", "HALF_ROWS_UNTIL", "TRAIN_BATCH_TOKENS"),
+         f"with {{}} {{}} must be a multiple of {2 * ROWS_PER_STEP}",
+         "HALF_ROWS_UNTIL", "TRAIN_BATCH_TOKENS"),
         (cfg.half_rows_until <= cfg.enable_looping_at or cfg.num_loops == 0,
          "{} must be at most {}: steps that loop take whole rows", "HALF_ROWS_UNTIL", "ENABLE_LOOPING_AT"),
         (cfg.val_batch_tokens // ROWS_PER_STEP >= cfg.eval_seq_len,
@@ -513,7 +514,8 @@ class Run:
     def _close_log(self) -> None:
         self._write_log()
         if not os.fstat(self._log_file).st_size:
-            self.log_path.unlink(missing_ok=True)       # a start that failed leaves no log
+            for suffix in (".txt", ".source.py.xz"):    # a start that failed leaves no log
+                self.log_path.with_suffix(suffix).unlink(missing_ok=True)
         os.close(self._log_file)
         self._log_file = None
 
@@ -1940,7 +1942,7 @@ class TensorGroup(NamedTuple):
     clip_sigmas: str
     tap: str                 # the model's name of the matrices' input, whose statistics weigh rounding errors
     coding_turn: int         # streams are coded in this order, so the longest jobs come first
-    halved_axis: int | None = None     # of the codes (matrices, rows, cols): two streams, for balanced threads
+    halved_axis: int | None = None     # of the codes (matrices, rows, cols): two streams, balanced threads
     is_bank: bool = True     # one matrix per layer, not a single one
     regress: bool = False    # the coder predicts codes from those to their left, where they are correlated
 
@@ -2634,7 +2636,8 @@ CHECKPOINT_MAGIC, ARTIFACT_MAGIC = b"GOLFFP32", b"GOLFCODE"
 # Settings that do not shape what a file holds: how and where a run goes, scoring, and for a checkpoint
 # quantization. Every other setting does, so that a new one is compared unless it is listed here.
 RUN_FIELDS = tuple("run_id data_path tokenizer_path compile block_kernels cuda_graphs allow_ prequant_only "
-                   "quantize_only ttt_eval_only audit checkpoint_dir skip_check quiet fused_ce_enabled".split())
+                   "quantize_only ttt_eval_only audit checkpoint_dir skip_check quiet "
+                   "fused_ce_enabled".split())
 SCORING_FIELDS = ("val_batch_tokens", "eval_", "ttt_", "phased_ttt_", "global_ttt_", "ngram_", "token_")
 QUANTIZATION_FIELDS = (*(name for spec in TENSOR_GROUPS.values() for name in (spec.bits, spec.clip_sigmas)),
                        "gptq_calibration", "fill_", "rdo_", "compressor", "awq_", "lqer_")
@@ -3528,7 +3531,7 @@ class Scorer:
     def __init__(self, cfg: Config, run: Run, model: GPT, num_tokens: int, *, keep_log: bool = False,
                  buckets: Buckets | None = None) -> None:
         """Room for a stream of num_tokens. Steps are padded to `buckets`, or not at all. keep_log keeps every
-        banked score in the order of banking: the first `log_size` of `log_target`, `log_nll` and `log_tilt`."""
+        banked score in the order of banking: the first `log_size` of log_target, log_nll and log_tilt."""
         self.cfg, self.run, self.model, self.buckets = cfg, run, model, buckets
         zeros = functools.partial(torch.zeros, device=run.device)
         self.stream = Stream(*(zeros(num_tokens, dtype=torch.int32) for _ in range(3)), zeros(num_tokens))
@@ -3889,7 +3892,7 @@ def warm_up_ttt(cfg: Config, run: Run, model: GPT, num_tokens: int) -> tuple[Sco
             base.load(generator.integers(2, cfg.vocab_size, len(base.inputs)))
             if is_cuda and cfg.cuda_graphs and len(base.inputs) <= BASE_CAPTURE_TOKENS:
                 base.replay = CapturedSteps(run, base.gradient, [()])
-            else:                                         # its kernels are compiled here, not inside the clock
+            else:                                         # compiles its kernels here, not inside the clock
                 with torch.enable_grad():
                     base.gradient()
     if is_cuda and cfg.cuda_graphs:
@@ -4060,7 +4063,7 @@ def check_ready(cfg: Config, run: Run, model: GPT) -> None:
 
 
 def build_model(cfg: Config, run: Run) -> GPT:
-    """The model with the fastest functions that work here; what takes the host seconds goes on side by side."""
+    """The model with the fastest functions that work here; what takes the host long goes on side by side."""
     with ThreadPoolExecutor() as pool:
         model = pool.submit(GPT, cfg, run.compute_dtype)
         if not cfg.prequant_only:
@@ -5920,7 +5923,7 @@ def compile_c(source: str) -> ctypes.CDLL:
 
 
 def call_c(function: str, *arguments: Any) -> int:
-    """Call a function of C_SOURCE: arrays go as pointers to their data, None as a null pointer, ints as i64."""
+    """Call a function of C_SOURCE: arrays go as pointers to their data, None as a null pointer, int as i64."""
     routine = getattr(compile_c(C_SOURCE), function)
     routine.restype = ctypes.c_int64
     return routine(*(ctypes.c_void_p(x.ctypes.data) if isinstance(x, np.ndarray) else

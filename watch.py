@@ -113,6 +113,8 @@ def draw(run: Run, width: int = 100) -> Group:
 def watch(log: Path, once: bool = False) -> int:
     """Redraw until the run has its final score (or Ctrl-C); returns the exit code."""
     console = Console()
+    if not once and not log.exists():
+        print(f"watch: {log} does not exist yet; waiting for it", file=sys.stderr)
     if once:
         console.print(draw(runlog.read_runs(log)[-1], console.width))
         return 0
@@ -128,7 +130,7 @@ def watch(log: Path, once: bool = False) -> int:
                         time.sleep(REDRAW_S)
                         continue
                     live.update(draw(run, console.width))
-                    if run.total_eval_s is not None:
+                    if run.total_eval_s is not None or (run.pre and run.settings.get("prequant_only") == "1"):
                         return 0
                 elif not log.exists():
                     live.update(Text(f"waiting for {log}"))

@@ -33,6 +33,7 @@ BAR_STEPS = ((8, 2560, True), (64, 624, True))       # (rows, window, learn) of 
 REPEATS = 10
 ALL_REDUCE_MS = 2.0          # est.: sum of all gradients over 8 GPUs joined by NVLink
 READ_S = 0.5                 # est.: tokens and bytes of the split from the page cache
+TABLE_KEYS = {"device", "learn", "score", "batch", "base_step", "plan", "warm_up_s", "hints_ns_per_target"}
 Table = dict[str, Any]       # what `measure` returns, as it is saved
 
 
@@ -241,7 +242,13 @@ def main() -> None:
     options = parser.parse_args()
     cfg = gpt.Config.from_env(os.environ)
     if options.plan_only:
-        table = json.loads(Path(options.plan_only).read_text())
+        try:
+            table = json.loads(Path(options.plan_only).read_text())
+            missing = sorted(TABLE_KEYS - table.keys())
+        except (OSError, ValueError, AttributeError) as error:
+            parser.error(f"{options.plan_only}: expected a table that --save has written, found: {error}")
+        if missing:
+            parser.error(f"{options.plan_only}: expected a table that --save has written, found none of {missing}")
         predict(cfg, table, documents_of(record_lengths()), cfg.phased_ttt_prefix_docs, gpt.LANES)
         return
     with gpt.Run.start(dataclasses.replace(cfg, run_id=cfg.run_id or "evaluation_benchmark")) as run:

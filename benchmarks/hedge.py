@@ -54,17 +54,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("scores", nargs="+", help="score files of one run")
     parser.add_argument("--boosts", default=",".join(map(str, BOOSTS)), help="default %(default)s")
     options = parser.parse_args(arguments)
-    boosts = np.array([float(boost) for boost in options.boosts.split(",")])
+    try:
+        boosts = np.array([float(boost) for boost in options.boosts.split(",")])
+    except ValueError as error:
+        parser.error(f"--boosts {options.boosts}: expected numbers and commas, found: {error}")
     candidates, lanes, other_nats, num_bytes, hinted, count = [], [], 0.0, 0, 0, 0
     for number, path in enumerate(options.scores):
-        with np.load(path, allow_pickle=False) as saved:
-            nll, log_q_hint, boost = (saved[name].astype(np.float64) for name in ("nll", "log_q_hint", "boost"))
-            has_hint = boost > 0
-            other_nats += nll[~has_hint].sum()
-            num_bytes += int(saved["bytes"])
-            is_hit = saved["is_hit"][has_hint].astype(np.float64)
-            candidates.append(boosted_nll(nll[has_hint], log_q_hint[has_hint], is_hit, boosts))
-            lanes.append(saved["lane"][has_hint] + LANES * number)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                saved = {name: file[name] for name in ("nll", "log_q_hint", "boost", "is_hit", "lane", "bytes")}
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            parser.error(f"{path}: expected a score file of a run with AUDIT=1, found: {error}")
+        nll, log_q_hint, boost = (saved[name].astype(np.float64) for name in ("nll", "log_q_hint", "boost"))
+        has_hint = boost > 0
+        other_nats += nll[~has_hint].sum()
+        num_bytes += int(saved["bytes"])
+        is_hit = saved["is_hit"][has_hint].astype(np.float64)
+        candidates.append(boosted_nll(nll[has_hint], log_q_hint[has_hint], is_hit, boosts))
+        lanes.append(saved["lane"][has_hint] + LANES * number)
         hinted, count = hinted + int(has_hint.sum()), count + len(nll)
     candidates, lanes = np.concatenate(candidates), np.concatenate(lanes)
     print(f"hedge targets:{count} hinted:{hinted} lanes:{len(np.unique(lanes))}")

@@ -1,6 +1,6 @@
 """Print the speed of each preparation stage, one process, in MB of original UTF-8 text per second.
 
-    python benchmarks/prepare.py [--docs FILE] [--sp MODEL] [--megabytes N]
+    python benchmarks/prepare.py --docs FILE [--sp MODEL] [--megabytes N]
 
 `library` lines ask SentencePiece about whole documents, as earlier preparations do. The stages `train`
 and `val` are whole preparation: reading, JSON, encoding and, for val, the byte sidecar.
@@ -55,7 +55,7 @@ def whole(docs: Path, split: str, model: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--docs", type=Path, default=REPO.parent / "shared" / "data" / "docs_train.jsonl.xz")
+    parser.add_argument("--docs", type=Path, required=True, help="JSON Lines with a field `text`, also .gz or .xz")
     parser.add_argument("--sp", type=Path, default=prepare.SHIPPED_TOKENIZER)
     parser.add_argument("--megabytes", type=float, default=20.0)
     options = parser.parse_args()

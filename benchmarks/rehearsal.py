@@ -12,8 +12,8 @@
     python benchmarks/rehearsal.py nodes
         two rendezvous members against one launch
 
-Each takes --processes (1, 2, 4 or 8; default: the GPUs, without one two processes on the CPU) and
---set NAME=VALUE. `faults` and `nodes` run a small model, on a CPU too; their data are made unless --data
+Each takes --processes (1, 2, 4 or 8; default: the GPUs; without one, a run is one process on the CPU, `faults`
+and `nodes` are two) and --set NAME=VALUE. `faults` and `nodes` run a small model, on a CPU too; their data are made unless --data
 names shards. Linux only: ranks are found in /proc. Exit codes: 0 done, 1 something did not hold, 2 bad usage.
 """
 from __future__ import annotations

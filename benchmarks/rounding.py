@@ -33,7 +33,16 @@ def main() -> None:
     parser.add_argument("--sizes", metavar="MB,...", help="sizes of the artifact, millions of bytes")
     options = parser.parse_args()
     sizes = [round(float(size) * 1e6) for size in options.sizes.split(",")] if options.sizes else []
+    try:
+        measure(sizes)
+    except (gpt.ConfigError, gpt.DataError, gpt.ArtifactError, gpt.RunError) as error:
+        parser.error(str(error))
+
+
+def measure(sizes: list[int]) -> None:
     cfg = gpt.Config.from_env(os.environ)
+    if not cfg.run_id:
+        raise gpt.ConfigError("RUN_ID is not set: expected that of a run with a checkpoint")
     plain = dataclasses.replace(cfg, run_id=f"{cfg.run_id}_rounding", rdo_lambda=0.0, fill_artifact=False)
     with gpt.Run.start(plain) as run:
         data = gpt.Dataset.open(plain)

@@ -488,15 +488,15 @@ def test_frontier_joins_tokens_once_and_states_its_levers(repo, tmp_path):
         told = run_sh(folder, "frontier", DATA_PATH="shards/", PYTHON="./python")
         assert told.returncode == 0, told.stderr
         lines = [line for line in told.stdout.splitlines() if line.startswith(("prepare", "checked", "train"))]
-        made = ["prepare fuse shards shards_fused99 --merges 99"] if times == 1 else []
-        assert lines == [*made, "checked --quiet", "train 0.35 1 1 600 shards_fused99"]
+        made = ["prepare fuse shards shards_fused --merges all"] if times == 1 else []
+        assert lines == [*made, "checked --quiet", "train 0.35 1 1 600 shards_fused"]
 
 
 def test_frontier_knows_where_the_published_shards_lie(repo, tmp_path):
     import train_gpt as gpt
     told = run_sh(frontier_run(repo, tmp_path), "frontier", PYTHON="./python")
     path = gpt.Config().data_path
-    assert told.returncode == 0 and f"prepare fuse {path} {path}_fused99" in told.stdout
+    assert told.returncode == 0 and f"prepare fuse {path} {path}_fused" in told.stdout
 
 
 def test_frontier_takes_joined_shards_as_they_are_and_outside_values_win(repo, tmp_path):

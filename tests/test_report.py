@@ -152,6 +152,8 @@ def test_author_and_id_come_from_options_then_the_file_then_git(checkout):
     subprocess.run(["git", "init", "-q"], cwd=checkout, check=True)
     for name, value in (("user.name", "A. Git"), ("github.user", "agit")):
         subprocess.run(["git", "config", name, value], cwd=checkout, check=True)
+    assert run(repo=checkout) == 0 and not json.loads((checkout / "submission.json").read_text())["author"]
+    subprocess.run(["git", "add", "logs"], cwd=checkout, check=True)
     assert run(repo=checkout) == 0
     told = json.loads((checkout / "submission.json").read_text())
     assert (told["author"], told["github_id"]) == ("A. Git", "agit")
@@ -254,11 +256,11 @@ def test_a_pull_request_prints_warnings_and_refuses_errors(three_logs, tmp_path,
     assert (
         "**val_bpb 1.12500 ± 0.06250** (3 seeds)" in text
         and "SEED=42 ./run.sh" in text
-        and "harshest" not in text
+        and "What a reader must know" not in text
     )
     assert run("pr", write_log(tmp_path, "few", shards=78)) == 0
     text = capsys.readouterr().out
-    assert "harshest reading" in text and "1 of the three runs" in text
+    assert "What a reader must know" in text and "1 of the three runs" in text
     bad = write_log(tmp_path, "bad", adapted=1250)
     assert run("pr", bad) == 1 and "1,250" in capsys.readouterr().err
     assert run("pr", bad, "--force") == 0
@@ -463,3 +465,23 @@ def test_the_pull_request_starts_runs_of_joined_tokens_by_frontier(tmp_path):
     joined = report.read_all([write_log(tmp_path, "joined", data_source="manifest merges:99")])
     assert report.start_of(joined[0]) == "SEED=42 ./run.sh frontier"
     assert "99 joined pairs" in report.data_of(joined[0])
+
+
+def test_what_a_run_is_follows_its_settings(tmp_path):
+    path = write_log(tmp_path, "small", data_source="manifest merges:99")
+    plain = report.technique(*report.read_all([write_log(tmp_path, "plain")]))
+    assert plain.startswith("11 layers of width 512, layers 3 to 5 run 3 times, two lanes from layer 8")
+    assert "6 and 7 bits" in plain and "15-token" in plain and "trellis" not in plain and "joined" not in plain
+    path.write_text(path.read_text().replace("  seed:", "  rdo_lambda: 1.0\n  num_layers: 5\n  model_dim: 32\n  seed:", 1))
+    small = report.technique(*report.read_all([path]))
+    assert small.startswith("5 layers of width 32") and "trellis" in small and "99 frequent token pairs" in small
+
+
+def test_only_logs_that_git_knows_are_results(tmp_path):
+    (tmp_path / "logs").mkdir()
+    write_log(tmp_path / "logs", "mine")
+    assert report._logs_of_git(tmp_path) is None
+    for command in (["init", "-q"], ["add", "logs/mine.txt"]):
+        assert report._logs_of_git(tmp_path) in (None, set())
+        report.subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    assert report._logs_of_git(tmp_path) == {"mine.txt"}
