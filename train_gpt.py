@@ -5923,7 +5923,7 @@ def compile_c(source: str) -> ctypes.CDLL:
 
 
 def call_c(function: str, *arguments: Any) -> int:
-    """Call a function of C_SOURCE: arrays go as pointers to their data, None as a null pointer, int as i64."""
+    """Call a function of C_SOURCE: arrays go as pointers to data, None as a null pointer, int as int64."""
     routine = getattr(compile_c(C_SOURCE), function)
     routine.restype = ctypes.c_int64
     return routine(*(ctypes.c_void_p(x.ctypes.data) if isinstance(x, np.ndarray) else
