@@ -402,6 +402,18 @@ def test_watching_shows_speed_time_left_and_scores(tmp_path, capsys):
     assert "1.058726 bits per byte" in capsys.readouterr().out
 
 
+def test_watching_waits_for_a_log_and_ends_with_the_run(tmp_path, monkeypatch, capsys):
+    watch = pytest.importorskip("watch", reason="rich is not installed")
+    path = tmp_path / "any.txt"
+    monkeypatch.setattr(watch.time, "sleep", lambda seconds: path.exists() or write_log(tmp_path))
+    assert watch.watch(path) == 0
+    assert f"{path} does not exist yet; waiting for it" in capsys.readouterr().err
+    short = write_log(tmp_path, "short", is_finished=False)
+    short.write_text(short.read_text().replace("  seed:", "  prequant_only: 1\n  seed:", 1))
+    monkeypatch.setattr(watch.time, "sleep", lambda seconds: pytest.fail("it goes on after the run's end"))
+    assert watch.watch(short) == 0
+
+
 def test_watch_counts_time_and_batches(tmp_path, repo):
     watch = pytest.importorskip("watch", reason="rich is not installed")
     (running,) = runlog.read_runs(write_log(tmp_path, is_finished=False))
@@ -483,5 +495,5 @@ def test_only_logs_that_git_knows_are_results(tmp_path):
     assert report._logs_of_git(tmp_path) is None
     for command in (["init", "-q"], ["add", "logs/mine.txt"]):
         assert report._logs_of_git(tmp_path) in (None, set())
-        report.subprocess.run(["git", *command], cwd=tmp_path, check=True)
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
     assert report._logs_of_git(tmp_path) == {"mine.txt"}
