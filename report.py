@@ -254,12 +254,13 @@ def technique(run: Run) -> str:
     """What the run is, in two sentences, from its settings; what a log does not say is the record's."""
     import train_gpt as gpt
 
-    def setting(name: str) -> str:
-        return show(gpt.Config.__dataclass_fields__[name].default if (told := run.setting(name)) != told else told, "g")
+    def setting(name: str) -> float:
+        told = run.setting(name)
+        return getattr(gpt.Config, name) if math.isnan(told) else told
 
-    start, end = setting("loop_start"), setting("loop_end")
-    loops = f"layers {start} to {end} run {float(setting('num_loops')) + 1:g} times, " if run.loop_step is not None or not run.curve else ""
-    levers = ""
+    levers = loops = ""
+    if run.loop_step is not None or not run.curve:
+        loops = f"layers {setting('loop_start'):g} to {setting('loop_end'):g} run {setting('num_loops') + 1:g} times, "
     if run.merges:
         levers += f"{run.merges} frequent token pairs joined into ids that no text can give; "
     if run.setting("half_rows_until") > 0:
@@ -267,12 +268,12 @@ def technique(run: Run) -> str:
     if run.setting("rdo_lambda") > 0:
         levers += "trellis-coded rounding; "
     return (
-        f"{setting('num_layers')} layers of width {setting('model_dim')}, {loops}two lanes from layer "
-        f"{setting('parallel_start_layer')}, gated exclusive self attention; {levers}Muon and AdamW, averaged weights; "
-        f"GPTQ at {setting('matrix_bits')} and {setting('embed_bits')} bits with protected columns and low-rank "
-        "corrections; weights coded by a context-mixing arithmetic coder in the script; score-first test-time training of "
-        "per-document adapters and one adaptation of the base on scored documents; exact "
-        f"{float(setting('token_order')) - 1:g}-token n-gram hints counted in the order of scoring."
+        f"{setting('num_layers'):g} layers of width {setting('model_dim'):g}, {loops}two lanes from layer "
+        f"{setting('parallel_start_layer'):g}, gated exclusive self attention; {levers}Muon and AdamW, averaged "
+        f"weights; GPTQ at {setting('matrix_bits'):g} and {setting('embed_bits'):g} bits with protected columns and "
+        "low-rank corrections; weights coded by a context-mixing arithmetic coder in the script; score-first "
+        "test-time training of per-document adapters and one adaptation of the base on scored documents; exact "
+        f"{setting('token_order') - 1:g}-token n-gram hints counted in the order of scoring."
     )
 
 

@@ -12,7 +12,7 @@
 #
 # A submission folder holds what the record run and one-gpu need; the other commands belong to the repository.
 #
-# Every setting of the record run is stated below, what a command changes after them; a variable that is set outside wins:
+# Every setting of the record run is stated below, and then what a command changes; a variable set outside wins:
 #   SEED=0 RUN_ID=seed0 DATA_PATH=shards TOKENIZER_PATH=my.model NPROC_PER_NODE=4 ./run.sh
 # `python train_gpt.py --help` explains each one. NPROC_PER_NODE is the number of GPUs when not given: 1, 2, 4 or 8.
 # SKIP_CHECK=1 starts without the preflight.
@@ -105,7 +105,11 @@ command=${1:-}
 case $command in
     "" | one-gpu | frontier)
         [[ $command != frontier ]] || needs caseops_merges.py
-        (($# <= 1)) || { echo "error: '${*:2}': $command takes no arguments; settings are variables: NAME=value ./run.sh $command" >&2; exit 2; }
+        (($# <= 1)) || {
+            echo "error: '${*:2}': $command takes no arguments; settings are variables:" \
+                 "NAME=value ./run.sh $command" >&2
+            exit 2
+        }
         choose_python ;;
     check) needs check.py; choose_python ;;
     proxy) needs demo.py; choose_python; "$python" demo.py corpus .data/proxy "${@:2}" ;;
@@ -115,8 +119,9 @@ case $command in
         stamp=$(date +%Y%m%d_%H%M%S) logs=()
         for seed in "$@"; do
             [[ $seed =~ ^[0-9]+$ ]] || { echo "error: seed '$seed': expected a whole number" >&2; exit 2; }
-            [[ " ${logs[*]} " != *" logs/seed${seed}_$stamp.txt "* ]] || { echo "error: seed $seed is named twice" >&2; exit 2; }
-            logs+=("logs/seed${seed}_$stamp.txt")
+            log=logs/seed${seed}_$stamp.txt
+            [[ " ${logs[*]} " != *" $log "* ]] || { echo "error: seed $seed is named twice" >&2; exit 2; }
+            logs+=("$log")
         done
         needs report.py
         choose_python
@@ -176,8 +181,7 @@ case $command in
     frontier)
         # What each is worth: README.md, "Beyond the record".
         export HALF_ROWS_UNTIL=0.35                # two steps for one until layers loop
-        export RDO_LAMBDA=1 FILL_ARTIFACT=1        # trellis rounding, in steps that fill the size limit
-        ;;                                         # and tokens joined into all ids that no text can give
+        export RDO_LAMBDA=1 FILL_ARTIFACT=1 ;;     # trellis rounding, in steps that fill the size limit
     one-gpu)
         # The update does not depend on the number of GPUs: the same schedule in GPU seconds gives the same model.
         ((gpus)) || [[ ${NPROC_PER_NODE:-0} != 0 ]] || { echo "error: no GPU found; ./run.sh demo runs on a CPU" >&2; exit 2; }
@@ -195,6 +199,7 @@ export FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1
 eval "$outside"
 
 if [[ $command == frontier ]]; then
+    # Its shards have tokens joined into all ids that no text can give; joined ones are taken as they are.
     shards=${DATA_PATH:-data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved}
     shards=${shards%/}
     DATA_PATH=$shards

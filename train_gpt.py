@@ -514,8 +514,7 @@ class Run:
     def _close_log(self) -> None:
         self._write_log()
         if not os.fstat(self._log_file).st_size:
-            for suffix in (".txt", ".source.py.xz"):    # a start that failed leaves no log
-                self.log_path.with_suffix(suffix).unlink(missing_ok=True)
+            self.log_path.unlink(missing_ok=True)       # a start that failed leaves no log
         os.close(self._log_file)
         self._log_file = None
 

@@ -18,7 +18,6 @@ import sys
 
 import numpy as np
 
-LANES = 8                        # lanes of a run; a file may hold several
 BOOSTS = (0.0, 0.66, 1.31, 1.97, 2.62, 3.28, 3.94, 5.25)
 
 
@@ -59,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(f"--boosts {options.boosts}: expected numbers and commas, found: {error}")
     candidates, lanes, other_nats, num_bytes, hinted, count = [], [], 0.0, 0, 0, 0
-    for number, path in enumerate(options.scores):
+    for path in options.scores:
         try:
             with np.load(path, allow_pickle=False) as file:
                 saved = {name: file[name] for name in ("nll", "log_q_hint", "boost", "is_hit", "lane", "bytes")}
@@ -71,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         num_bytes += int(saved["bytes"])
         is_hit = saved["is_hit"][has_hint].astype(np.float64)
         candidates.append(boosted_nll(nll[has_hint], log_q_hint[has_hint], is_hit, boosts))
-        lanes.append(saved["lane"][has_hint] + LANES * number)
+        lanes.append(saved["lane"][has_hint])              # no two ranks share a lane
         hinted, count = hinted + int(has_hint.sum()), count + len(nll)
     candidates, lanes = np.concatenate(candidates), np.concatenate(lanes)
     print(f"hedge targets:{count} hinted:{hinted} lanes:{len(np.unique(lanes))}")

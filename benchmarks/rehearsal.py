@@ -13,8 +13,8 @@
         two rendezvous members against one launch
 
 Each takes --processes (1, 2, 4 or 8; default: the GPUs; without one, a run is one process on the CPU, `faults`
-and `nodes` are two) and --set NAME=VALUE. `faults` and `nodes` run a small model, on a CPU too; their data are made unless --data
-names shards. Linux only: ranks are found in /proc. Exit codes: 0 done, 1 something did not hold, 2 bad usage.
+and `nodes` are two) and --set NAME=VALUE. `faults` and `nodes` run a small model, on a CPU too; their data are
+made unless --data names shards. Linux only: ranks are found in /proc. Exit codes: 0 done, 1 something did not hold, 2 bad usage.
 """
 from __future__ import annotations
 
@@ -748,7 +748,8 @@ def make_parser() -> argparse.ArgumentParser:
     for command in (run, table):
         command.add_argument("--against", type=Path, metavar="LOG", help="log of one GPU of the same machine")
     faults = add("faults", faults_command, "kill and stop a rank in three stages", max(2, gpus))
-    faults.add_argument("--together", action="store_true", help="a case begins as soon as a rank of the one before was hit")
+    faults.add_argument("--together", action="store_true",
+                        help="a case begins as soon as a rank of the one before was hit")
     faults.add_argument("--only", action="append", metavar="FAULT:STAGE", help="such as killed:training",
                         choices=[f"{fault}:{stage}" for fault in FAULTS for stage in STAGES])
     nodes = add("nodes", nodes_command, "two rendezvous members against one launch", max(2, gpus))

@@ -247,13 +247,15 @@ def measure(options: argparse.Namespace, report: Report) -> None:
             torch.cuda.empty_cache()
             report.add(peaks=peaks)
             parts_of_run = cfg, run, model, optimizer, average
-            states = [("loops_off", loader, False), ("loops_on", loader, True)]
+            tokens = cfg.train_batch_tokens
+            states = [("loops_off", loader, False, tokens), ("loops_on", loader, True, tokens)]
             if cfg.half_rows_until:
-                states.append(("half_rows", gpt.half_rows(loader, gpt.ROWS_PER_STEP), False))
-            for name, rows, looping in states:
+                states.append(("half_rows", gpt.half_rows(loader, gpt.ROWS_PER_STEP), False, tokens // 2))
+            for name, rows, looping, tokens in states:
                 found = report.attempt(name, measure_steps, *parts_of_run, rows, looping, options.steps)
                 if found is None:
                     continue
+                found["tokens"] = tokens
                 report.add(**{name: found})
                 if is_gpu:
                     parts = report.attempt(f"profile of {name}", measure_parts, *parts_of_run, rows, looping)
@@ -263,7 +265,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
 
 def measure_steps(cfg: Any, run: Any, model: Any, optimizer: Any, average: Any, loader: Any, looping: bool,
                   steps: int) -> dict[str, Any]:
-    """Milliseconds of every step that counts, the tokens of a step, the peak of memory, and the last loss."""
+    """Milliseconds of every step that counts, the peak of memory, and the last loss."""
     import torch
 
     import train_gpt as gpt
@@ -278,8 +280,7 @@ def measure_steps(cfg: Any, run: Any, model: Any, optimizer: Any, average: Any, 
         clock.step_done()
     run.sync()
     times = [1000 * (b - a) for a, b in zip(clock.ends, clock.ends[1:])]
-    tokens = gpt.ROWS_PER_STEP * len(next(loader).inputs)
-    found = {"step_ms": times[-steps:], "tokens": tokens, "loss": loss.item() / gpt.ROWS_PER_STEP}
+    found = {"step_ms": times[-steps:], "loss": loss.item() / gpt.ROWS_PER_STEP}
     if is_gpu:
         found["peak_allocated_mib"] = torch.cuda.max_memory_allocated(run.device) >> 20
         found["peak_reserved_mib"] = torch.cuda.max_memory_reserved(run.device) >> 20

@@ -126,7 +126,7 @@ def test_half_rows_take_twice_the_steps_for_the_same_tokens(train_tiny):
     assert off == pytest.approx(8 * 96 / 2, rel=0.02) and on == pytest.approx(8 * 96, rel=0.02)
 
 
-def test_half_rows_change_nothing_once_they_are_over(train_tiny):
+def test_half_rows_change_the_training_and_zero_does_not(train_tiny):
     plain, _ = train_tiny(iterations=4)
     assert same_weights(plain, train_tiny(iterations=4, half_rows_until=0.0)[0])
     assert not same_weights(plain, train_tiny(iterations=4, half_rows_until=0.3)[0])
