@@ -263,8 +263,8 @@ def technique(run: Run) -> str:
         loops = f"layers {setting('loop_start'):g} to {setting('loop_end'):g} run {setting('num_loops') + 1:g} times, "
     if run.merges:
         levers += f"{run.merges} frequent token pairs joined into ids that no text can give; "
-    if run.setting("half_rows_until") > 0:
-        levers += "half rows for the first steps; "
+    if run.setting("half_rows_until") > 0 or run.setting("quarter_rows_until") > 0:
+        levers += "smaller steps at first; "
     if run.setting("rdo_lambda") > 0:
         levers += "trellis-coded rounding; "
     return (

@@ -53,6 +53,7 @@ NAMING = {
     "skip_check",
     "audit",
 }
+ROW_PARTS = {"whole": 1, "half": 2, "quarter": 4}  # steps that one training row makes
 WATCHING = {"val_loss_every", "train_log_every"}  # say what is logged; the reference's clock stops meanwhile
 
 
@@ -122,7 +123,7 @@ class Run:
     effective_ms: float | None = None
     warmup_s: float | None = None
     curve: list[Point] = field(default_factory=list)
-    half_step: int | None = None  # the first step of whole rows
+    row_parts: list[tuple[int, int]] = field(default_factory=list)  # (first step, steps that one row makes)
     loop_step: int | None = None
     loop_progress: float | None = None
     stop_ms: float | None = None  # optimizer steps only
@@ -165,13 +166,16 @@ class Run:
             return math.nan
 
     def tokens_at(self, step: int) -> float:
-        """Training tokens that the first `step` steps took: those of half rows count half. NaN if not said."""
-        batch = self.setting("train_batch_tokens")
-        if not self.setting("half_rows_until") > 0:
-            return step * batch
-        switch = self.half_step if self.half_step is not None else self.loop_step
-        half_steps = step if switch is None else min(step, switch)
-        return step * batch - half_steps * (batch / 2)
+        """Training tokens that the first `step` steps took: of rows in parts, as many as the parts hold. NaN if
+        not said."""
+        parts = self.row_parts
+        if not parts and self.setting("half_rows_until") > 0:  # said nothing: halves until layers looped
+            parts = [(0, 2)] if self.loop_step is None else [(0, 2), (self.loop_step, 1)]
+        tokens, since, now = 0.0, 0, 1
+        for change, following in [*parts, (step, 1)]:
+            tokens += (min(step, change) - since) / now
+            since, now = min(step, change), following
+        return tokens * self.setting("train_batch_tokens")
 
     @property
     def budget_s(self) -> float | None:
@@ -380,8 +384,8 @@ def _read_line(run: Run, line: str) -> None:
                 number(fields["tok/s"]),
             )
         )
-    elif line.startswith("half_rows:ended"):
-        run.half_step = count(fields["step"])
+    elif line.startswith("rows:") and fields["rows"] in ROW_PARTS:
+        run.row_parts.append((count(fields["step"]), ROW_PARTS[fields["rows"]]))
     elif line.startswith("layer_loop:enabled"):
         run.loop_step, run.loop_progress = count(fields["step"]), number(fields["frac"])
     elif line.startswith("stopping_early:"):

@@ -148,7 +148,7 @@ class Config:
     compile: bool = knob(True, "0 runs every graph without torch.compile")
     block_kernels: bool = knob(
         True, "0 runs the blocks through torch.compile also on a Hopper GPU; to compare the two")
-    cuda_graphs: bool = knob(True, "0 runs chunk steps one launch after the other; to compare the two")
+    cuda_graphs: bool = knob(True, "0 runs training rows and chunk steps launch by launch; to compare")
     allow_slow: bool = knob(False, "1 lets a CUDA run go on without FlashAttention-3/4 or the block kernels")
     allow_unverified: bool = knob(False, "1 lets a run use shards without manifest or check figures")
     prequant_only: bool = knob(False, "1 stops after training and the first diagnostic")
@@ -183,6 +183,8 @@ class Config:
         600.0, "training budget, calibration included; 0: schedule by step", 0.0)
     gptq_reserve_seconds: float = knob(4.0, "part of the budget kept for calibration", 0.0)
     train_batch_tokens: int = knob(786432, "tokens per optimizer step, always 8 rows", 8)
+    quarter_rows_until: float = knob(
+        0.0, "progress until which a step takes quarter rows, at half the learning rates", 0.0, 1.0)
     half_rows_until: float = knob(
         0.0, "progress until which a step takes half rows, at 1/sqrt(2) of the learning rates", 0.0, 1.0)
     train_seq_len: int = knob(2048, "longest attention segment in training; calibration sequence length", 1)
@@ -324,8 +326,9 @@ def _relations(cfg: Config) -> tuple[tuple, ...]:
         (cfg.half_rows_until == 0 or cfg.row_tokens % 2 == 0,
          f"with {{}} {{}} must be a multiple of {2 * ROWS_PER_STEP}",
          "HALF_ROWS_UNTIL", "TRAIN_BATCH_TOKENS"),
-        (cfg.half_rows_until <= cfg.enable_looping_at or cfg.num_loops == 0,
-         "{} must be at most {}: steps that loop take whole rows", "HALF_ROWS_UNTIL", "ENABLE_LOOPING_AT"),
+        (cfg.quarter_rows_until == 0 or cfg.row_tokens % 4 == 0,
+         f"with {{}} {{}} must be a multiple of {4 * ROWS_PER_STEP}",
+         "QUARTER_ROWS_UNTIL", "TRAIN_BATCH_TOKENS"),
         (cfg.val_batch_tokens // ROWS_PER_STEP >= cfg.eval_seq_len,
          f"{{}}/{ROWS_PER_STEP} must hold one sequence of {{}}", "VAL_BATCH_TOKENS", "EVAL_SEQ_LEN"),
         (cfg.ttt_chunk_size < cfg.ttt_eval_seq_len,
@@ -699,6 +702,7 @@ def catch_signals(give_up: Callable[[int], None]) -> Iterator[None]:
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 SEGMENT_PAD = 64             # cu_seqlens are padded to a multiple of this many entries
+GRAPH_TOKENS_PER_SEGMENT = 384     # rows of shorter segments are rare: they get no CUDA graph of their own
 CHECKED_NAME = ".checked.json"                   # beside the shards: what reading every value has found
 # Of the published CaseOps export.
 CHECK_FIGURES = {"train_shards": 80, "val_tokens": (47_851_521, 47_853_568),
@@ -949,16 +953,29 @@ def segment_bounds(tokens: np.ndarray, cap: int, pad: int = SEGMENT_PAD) -> np.n
     starts = np.union1d(0, np.flatnonzero(tokens == BOS))
     pieces = -(-np.diff(starts, append=n) // cap)
     within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    bounds = np.append(np.repeat(starts, pieces) + within * cap, n)
-    return np.pad(bounds, (0, -len(bounds) % pad), constant_values=n).astype(np.int32)
+    return pad_bounds(np.append(np.repeat(starts, pieces) + within * cap, n), pad)
+
+
+def pad_bounds(bounds: np.ndarray, pad: int = SEGMENT_PAD) -> np.ndarray:
+    """`bounds` as int32, the last one repeated up to a multiple of `pad` entries."""
+    return np.pad(bounds, (0, -len(bounds) % pad), mode="edge").astype(np.int32)
 
 
 class Row(NamedTuple):
-    """One flat training row on the run's device; `shard` is the index of the file it came from."""
+    """One flat training row on the run's device; `shard` is the index of the file it came from. A loader
+    leaves cu_seqlens in the host's memory, where RowGradients picks it up."""
     inputs: Tensor          # (T,) int64
     targets: Tensor         # (T,) int64
     cu_seqlens: Tensor      # (segments + 1,) int32, padded
     shard: int
+
+    def part(self, begin: int, end: int) -> Row:
+        """Positions [begin, end) of a loader's row, whose documents are cut there."""
+        bounds = self.cu_seqlens.numpy()
+        inside = bounds[(bounds > begin) & (bounds < end)] - begin
+        local = torch.from_numpy(pad_bounds(np.concatenate([[0], inside, [end - begin]])))
+        cu_seqlens = local.pin_memory() if self.inputs.is_cuda else local
+        return Row(self.inputs[begin:end], self.targets[begin:end], cu_seqlens, self.shard)
 
 
 class PackingLoader:
@@ -980,10 +997,11 @@ class PackingLoader:
 
     def __next__(self) -> Row:
         self._ahead.append(self._reader.submit(next, self._rows))
-        *tensors, shard = self._ahead[0].result()     # an error stays first: the next call meets it too
-        del self._ahead[0]
+        inputs, targets, bounds, shard = self._ahead[0].result()
+        del self._ahead[0]                            # an error stays first: the next call meets it too
         # From pinned memory, so the copies overlap with what the GPU is doing.
-        return Row(*(x.to(self.device, non_blocking=True) for x in tensors), shard)
+        on_device = (x.to(self.device, non_blocking=True) for x in (inputs, targets))
+        return Row(*on_device, bounds, shard)
 
     def spans(self) -> Iterator[tuple[np.ndarray, int]]:
         """All spans of row_tokens + 1 tokens with their shard index, for ever."""
@@ -1011,17 +1029,14 @@ class PackingLoader:
             yield *(x.pin_memory() if self.device.type == "cuda" else x for x in tensors), shard
 
 
-def half_rows(rows: Iterator[Row], count: int) -> Iterator[Row]:
-    """The first halves of `count` rows, then their second halves, and so on: two steps for one."""
+def split_rows(rows: Iterator[Row], count: int, parts: int) -> Iterator[Row]:
+    """The first parts of `count` rows, then their second parts, and so on: `parts` steps for one."""
     while True:
         whole = [next(rows) for _ in range(count)]
-        middle = len(whole[0].inputs) // 2
-        for row in whole:
-            bounds = row.cu_seqlens.clamp(max=middle)
-            yield Row(row.inputs[:middle], row.targets[:middle], bounds, row.shard)
-        for row in whole:
-            bounds = (row.cu_seqlens - middle).clamp(min=0)
-            yield Row(row.inputs[middle:], row.targets[middle:], bounds, row.shard)
+        size = len(whole[0].inputs) // parts
+        for begin in range(0, parts * size, size):
+            for row in whole:
+                yield row.part(begin, begin + size)
 
 
 def calibration_batches(paths: Sequence[Path], seq_len: int, batch_seqs: int,
@@ -1682,21 +1697,27 @@ class Optimizer:
             [{"params": groups[name], "name": name, "weight_decay": weight_decay[name]}
              for name in self.base_lr],
             betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
-        self.grad_sum: list[Tensor] = []
+        self.grad_sum = [torch.zeros_like(p) for p in self.params]     # of num_rows rows, clipped
         self.num_rows = 0
 
     def reset(self) -> None:
         """Forget all state, as if no step had been taken."""
         self.muon.momentum_buffers.clear()
         self.adamw.state.clear()
-        self.grad_sum, self.num_rows = [], 0
+        self.clear()
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Forget the rows since the last step."""
+        torch._foreach_zero_(self.grad_sum)
+        self.num_rows = 0
         self.model.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def add_row(self, grads: Mapping[str, Tensor]) -> Tensor:
-        """Take over the gradient of one row's mean loss by parameter name, clipped to GRAD_CLIP_NORM (in
-        place). Returns its norm before clipping (0-d tensor). Raises ValueError for a parameter without
-        gradient, unless the model's shape leaves it unused."""
+        """Add the gradient of one row's mean loss, by parameter name, clipped to GRAD_CLIP_NORM. Returns its
+        norm before clipping (0-d tensor). Raises ValueError for a parameter without gradient, unless the
+        model's shape leaves it unused."""
         missing = sorted(set(self.names) - grads.keys() - self.unused)
         if missing:
             raise ValueError(f"expected a gradient of every trained parameter, found none of {missing}; the "
@@ -1707,13 +1728,9 @@ class Optimizer:
             row.append(grads[name] if name in grads else torch.zeros_like(p))
         norm = torch.nn.utils.get_total_norm(row)
         limit = self.cfg.grad_clip_norm
-        factor = torch.where(norm > limit, limit / (norm + 1e-6), 1.0)
-        if self.num_rows:
-            for total, grad in zip(self.grad_sum, row):
-                total.addcmul_(grad, factor)              # clipped and added in one pass
-        else:
-            self.grad_sum = row
-            torch._foreach_mul_(row, factor)
+        factor = torch.where(norm > limit, limit / (norm + 1e-6), torch.ones_like(norm))
+        for total, grad in zip(self.grad_sum, row):
+            total.addcmul_(grad, factor)                  # clipped and added in one pass
         self.num_rows += 1
         return norm
 
@@ -1730,8 +1747,7 @@ class Optimizer:
         self.muon.step(grads, self.cfg.matrix_lr * lr_factor, muon_momentum(self.cfg, step))
         # A cap below one nat could not express a confident token.
         torch._foreach_clamp_min_([self.model.softcap_pos, self.model.softcap_neg], 1.0)
-        self.grad_sum, self.num_rows = [], 0
-        self.model.zero_grad(set_to_none=True)
+        self.clear()
 
 
 # --- 7 training ---------------------------------------------------------------------------------------------
@@ -1775,18 +1791,88 @@ def plan_step(cfg: Config, step: int, clock_s: float, step_s: float,
     return progress, progress >= 1 or clock_s + step_s + calibration_s > cfg.max_wallclock_seconds
 
 
-def train_rows(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, loader: Iterator[Row], rows: int,
-               looping: bool) -> Tensor:
-    """Add the gradients of this rank's next rows to the optimizer's. Returns the sum of their mean losses."""
-    total = torch.zeros((), device=run.device)
-    cast = model.ops.cast(model)
-    for _ in range(rows):
-        run.beat()
-        loss, grads = model.ops.row_gradients(model, next(loader), looping=looping,
-                                              segment_cap=cfg.longest_segment, cast=cast)
-        optimizer.add_row(grads)
-        total += loss
-    return total
+class RowGradients:
+    """What a rank does with a training row: its gradient goes, clipped, into the optimizer's sum and its mean
+    loss into `loss` (0-d fp32), all at fixed addresses. After `capture` it is one CUDA graph for each number
+    of tokens, number of segments and state of the loops; rows of more segments than usual run without."""
+
+    def __init__(self, cfg: Config, run: Run, model: GPT, optimizer: Optimizer) -> None:
+        self.cfg, self.run, self.model, self.optimizer = cfg, run, model, optimizer
+        self.loss = torch.zeros((), device=run.device)
+        self.cast: Any = None
+        self.replay: CapturedSteps | None = None
+        self.bounds: dict[int, Tensor] = {}               # cu_seqlens by number of tokens
+        self.missed = 0                                   # rows that found no graph
+
+    def begin(self) -> None:
+        """Before the first row of a step: the weights have changed."""
+        self.loss.zero_()
+        self.cast = self.model.ops.cast(self.model, self.cast)
+
+    def capture(self, states: Sequence[tuple[int, bool]]) -> None:
+        """Make the graphs of rows in that many parts, with and without loops, from random tokens."""
+        cfg = self.cfg
+        zeros = functools.partial(torch.zeros, device=self.run.device)
+        self.inputs, self.targets = (zeros(cfg.row_tokens, dtype=torch.int64) for _ in range(2))
+        for buffer in (self.inputs, self.targets):
+            buffer.random_(2, cfg.vocab_size)
+        keys = []
+        for length, looping in {(cfg.row_tokens // parts, looping) for parts, looping in states}:
+            most = SEGMENT_PAD * max(length // GRAPH_TOKENS_PER_SEGMENT // SEGMENT_PAD, 1)
+            self.bounds[length] = torch.linspace(0, length, most, device=self.run.device).int()
+            keys += [(length, segments, looping) for segments in range(SEGMENT_PAD, most + 1, SEGMENT_PAD)]
+        keys.sort(key=lambda key: (key[2], key), reverse=True)
+        loads = [key for key in keys if key[1] == len(self.bounds[key[0]])]
+        self.begin()
+        self.replay = CapturedSteps(self.run, self.add_loaded, keys, loads)
+
+    def add_loaded(self, length: int, segments: int, looping: bool) -> None:
+        bounds = self.bounds[length][:segments]
+        self.add(Row(self.inputs[:length], self.targets[:length], bounds, 0), looping)
+
+    def add(self, row: Row, looping: bool) -> None:
+        loss, grads = self.model.ops.row_gradients(self.model, row, looping=looping, cast=self.cast,
+                                                   segment_cap=self.cfg.longest_segment)
+        self.optimizer.add_row(grads)
+        self.loss += loss
+
+    def __call__(self, row: Row, looping: bool) -> None:
+        num_rows = self.optimizer.num_rows
+        key = len(row.inputs), len(row.cu_seqlens), looping
+        if self.replay and key in self.replay.graphs:
+            self.inputs[:key[0]].copy_(row.inputs)
+            self.targets[:key[0]].copy_(row.targets)
+            self.bounds[key[0]][:key[1]].copy_(row.cu_seqlens, non_blocking=True)
+            self.replay(*key)
+        else:
+            self.missed += self.replay is not None
+            cu_seqlens = row.cu_seqlens.to(self.run.device, non_blocking=True)
+            self.add(row._replace(cu_seqlens=cu_seqlens), looping)
+        self.optimizer.num_rows = num_rows + 1            # a graph does not count
+
+
+def train_rows(work: RowGradients, rows: Iterator[Row], count: int, looping: bool) -> Tensor:
+    """The gradients of this rank's next rows, into the optimizer's sum. Returns the sum of their losses."""
+    work.begin()
+    for _ in range(count):
+        work.run.beat()
+        work(next(rows), looping)
+    return work.loss.clone()
+
+
+ROW_PARTS = {1: "whole", 2: "half", 4: "quarter"}
+
+
+def row_parts(cfg: Config, progress: float) -> int:
+    """Of how many steps a row is."""
+    return 4 if progress < cfg.quarter_rows_until else 2 if progress < cfg.half_rows_until else 1
+
+
+def row_states(cfg: Config) -> list[tuple[int, bool]]:
+    """(parts of a row, looping?) of every kind of step that training may come to, in order."""
+    looping_at = cfg.enable_looping_at if cfg.num_loops else 1.0
+    changes = sorted({0.0, cfg.quarter_rows_until, cfg.half_rows_until, looping_at} - {1.0})
+    return list(dict.fromkeys((row_parts(cfg, at), at >= looping_at) for at in changes))
 
 
 def estimate_calibration(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
@@ -1799,18 +1885,22 @@ def estimate_calibration(cfg: Config, run: Run, data: Dataset, model: GPT) -> fl
     return 1.2 * batch_s * -(-cfg.gptq_calibration_batches // run.world_size)
 
 
-def warm_up(cfg: Config, run: Run, data: Dataset, model: GPT, optimizer: Optimizer) -> float:
-    """Compile and run every training graph, then put everything back. Returns seconds of calibration."""
-    timer, calibration_s = Timer(run), 0.0
+def warm_up(cfg: Config, run: Run, data: Dataset, work: RowGradients) -> float:
+    """Compile, capture and run every training graph, then put everything back. Returns seconds of
+    calibration."""
+    timer, calibration_s, states = Timer(run), 0.0, row_states(cfg)
+    model, optimizer = work.model, work.optimizer
     before = WeightAverage(model, decay=1.0)              # never updated: a copy to go back to
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+        if run.device.type == "cuda" and cfg.cuda_graphs and model.ops.cast is not no_cast:
+            work.capture(states)
+            optimizer.clear()
         loader = make_loader(cfg, run, data)
-        states = [("warmup_step", loader, False), ("loop_warmup_step", loader, True)]
-        if cfg.half_rows_until:
-            states.append(("half_warmup_step", half_rows(loader, 1), False))
-        for name, rows, looping in states:
+        for parts, looping in states:
+            name = f"{ROW_PARTS[parts]}_" * (parts > 1) + "loop_" * looping + "warmup_step"
+            rows = split_rows(loader, 1, parts) if parts > 1 else loader
             for step in range(cfg.warmup_steps):
-                train_rows(cfg, run, model, optimizer, rows, 1, looping)
+                train_rows(work, rows, 1, looping)
                 optimizer.step(step, 1.0)
                 if step < 3 or (step + 1) % 10 == 0 or step + 1 == cfg.warmup_steps:
                     run.log(f"{name}: {step + 1}/{cfg.warmup_steps}")
@@ -1819,6 +1909,7 @@ def warm_up(cfg: Config, run: Run, data: Dataset, model: GPT, optimizer: Optimiz
             calibration_s = estimate_calibration(cfg, run, data, model)
     before.apply()
     optimizer.reset()
+    work.missed = 0
     run.log(f"warmup elapsed_s:{timer.seconds():.1f} calibration_estimate_s:{calibration_s:.1f}")
     return calibration_s
 
@@ -1851,8 +1942,8 @@ class Mark(NamedTuple):
     seconds: float
 
 
-def log_speed(run: Run, loop_on: Mark | None, end: Mark) -> None:
-    """Speed before and after looping began, and the peak of GPU memory."""
+def log_speed(run: Run, loop_on: Mark | None, end: Mark, work: RowGradients) -> None:
+    """Speed before and after looping began, rows without a graph, and the peak of GPU memory."""
     speeds = ""
     switch = loop_on or end
     for name, since, until in (("loops_off", Mark(0, 0, 0.0), switch), ("loops_on", switch, end)):
@@ -1860,7 +1951,8 @@ def log_speed(run: Run, loop_on: Mark | None, end: Mark) -> None:
             seconds = until.seconds - since.seconds
             speeds += (f"{name}_tok_per_s:{(until.tokens - since.tokens) / seconds:.0f} "
                        f"{name}_step_ms:{1000 * seconds / count:.1f} ")
-    run.log(f"train speed {speeds}steps:{end.steps}")
+    graphs = f"graphs:{work.replay.captures} rows_without_graph:{work.missed} " if work.replay else ""
+    run.log(f"train speed {speeds}{graphs}steps:{end.steps}")
     if run.device.type == "cuda":
         run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated(run.device) >> 20} MiB "
                 f"reserved: {torch.cuda.max_memory_reserved(run.device) >> 20} MiB")
@@ -1873,15 +1965,15 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
         run.log(f"gptq:reserving {cfg.gptq_reserve_seconds:g}s, effective="
                 f"{1000 * (cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds):.0f}ms")
     run.stage("compilation", START_LIMIT_S)
-    calibration_s = warm_up(cfg, run, data, model, optimizer)
+    work = RowGradients(cfg, run, model, optimizer)
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)    # a graph's memory is counted where it is captured
+    calibration_s = warm_up(cfg, run, data, work)
     average = WeightAverage(model, cfg.ema_decay)
     loader = make_loader(cfg, run, data)
     rows_per_rank = ROWS_PER_STEP // run.world_size
-    halves = half_rows(loader, rows_per_rank)
-    tokens, is_half = 0, cfg.half_rows_until > 0
+    rows, parts, tokens = loader, 1, 0
     loop_on: Mark | None = None
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(run.device)
     run.barrier()
     run.stage("training")
     clock, loss_sum = StepClock(run), torch.zeros((), device=run.device)
@@ -1889,9 +1981,9 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
         progress, stop = run.agree(plan_step(cfg, step, clock.now(), clock.longest_recent(), calibration_s))
         if stop:
             break
-        if is_half and progress >= cfg.half_rows_until:
-            is_half = False
-            run.log(f"half_rows:ended step:{step} frac:{progress:.3f}")
+        if (now := row_parts(cfg, progress)) != parts:
+            parts, rows = now, split_rows(loader, rows_per_rank, now) if now > 1 else loader
+            run.log(f"rows:{ROW_PARTS[parts]} step:{step} frac:{progress:.3f}")
         if loop_on is None and cfg.num_loops and progress >= cfg.enable_looping_at:
             loop_on = Mark(step, tokens, clock.now())
             encoder, decoder = execution_order(cfg, True)
@@ -1901,12 +1993,11 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
             run.progress(f"step {step}/{cfg.iterations}, {run.last_good}, {left_s:.0f} s left")
 
         # The step: gradients of all rows, Muon and AdamW, the average.
-        loss = train_rows(cfg, run, model, optimizer, halves if is_half else loader, rows_per_rank,
-                          looping=loop_on is not None)
+        loss = train_rows(work, rows, rows_per_rank, looping=loop_on is not None)
         loss_sum += loss                                  # NaN and infinity stay: no step goes unchecked
-        optimizer.step(step, lr_factor(cfg, progress) * (math.sqrt(0.5) if is_half else 1.0))
+        optimizer.step(step, lr_factor(cfg, progress) * parts ** -0.5)
         average.update()
-        tokens += cfg.train_batch_tokens // 2 if is_half else cfg.train_batch_tokens
+        tokens += cfg.train_batch_tokens // parts
 
         clock.step_done()
         if is_logged(cfg, step + 1):
@@ -1925,7 +2016,8 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
     if stop:
         run.log(f"stopping_early: wallclock_cap train_time: {1000 * train_s:.0f}ms "
                 f"step: {steps}/{cfg.iterations}")
-    log_speed(run, loop_on, Mark(steps, tokens, train_s))
+    log_speed(run, loop_on, Mark(steps, tokens, train_s), work)
+    work.replay = None                                    # gives the graphs' memory back
     run.log("ema:applying EMA weights")
     average.apply()
     require_finite(run, f"the averaged weights after step {steps}", *model.parameters())

@@ -8,7 +8,7 @@
 Each path runs in a process of its own, on shards made here: random tokens with the frequencies of Zipf's law, in
 documents as long as the record's validation documents. It does what train() does: warm_up, then steps of train_rows,
 Optimizer and WeightAverage, at record settings unless the environment names others, and times STEPS of them without and
-with loops, and with half rows where HALF_ROWS_UNTIL is set. Then a profile of two steps adds up the GPU's kernels by name.
+with loops, and with the parts of rows that the settings name. Then a profile of two steps adds up the GPU's kernels by name.
 
 Columns: ms is milliseconds of one step of 8 rows; share is the part's floor over its time. Floors:
   products     their arithmetic at the speed of one large product measured on the same GPU
@@ -233,64 +233,65 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         model = gpt.build_model(cfg, run)
         report.add(backends=[line for line in lines if " backend:" in line])
         optimizer = gpt.Optimizer(cfg, run, model)
-        report.attempt("warm-up", gpt.warm_up, cfg, run, data, model, optimizer)
+        if is_gpu := run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(run.device)
+        work = gpt.RowGradients(cfg, run, model, optimizer)
+        report.attempt("warm-up", gpt.warm_up, cfg, run, data, work)
         average = gpt.WeightAverage(model, cfg.ema_decay)
         loader = gpt.make_loader(cfg, run, data)
         run.sync()
         report.add(start_s=time.time() - options.started,
                    warm_up_s=[line for line in lines if line.startswith("warmup elapsed_s")])
-        is_gpu = run.device.type == "cuda"
         if is_gpu:
             report.add(device=torch.cuda.get_device_name(run.device), cuda=torch.version.cuda)
         if not options.only_start:
             peaks = report.attempt("peaks", measured_peaks, run.device) if is_gpu else None
             torch.cuda.empty_cache()
             report.add(peaks=peaks)
-            parts_of_run = cfg, run, model, optimizer, average
-            tokens = cfg.train_batch_tokens
-            states = [("loops_off", loader, False, tokens), ("loops_on", loader, True, tokens)]
-            if cfg.half_rows_until:
-                states.append(("half_rows", gpt.half_rows(loader, gpt.ROWS_PER_STEP), False, tokens // 2))
-            for name, rows, looping, tokens in states:
-                found = report.attempt(name, measure_steps, *parts_of_run, rows, looping, options.steps)
+            for parts, looping in gpt.row_states(cfg):
+                name = state_name(parts, looping)
+                rows = gpt.split_rows(loader, gpt.ROWS_PER_STEP, parts) if parts > 1 else loader
+                found = report.attempt(name, measure_steps, work, average, rows, looping, options.steps)
                 if found is None:
                     continue
-                found["tokens"] = tokens
+                found["tokens"] = cfg.train_batch_tokens // parts
                 report.add(**{name: found})
                 if is_gpu:
-                    parts = report.attempt(f"profile of {name}", measure_parts, *parts_of_run, rows, looping)
-                    report.add(**{name: {**found, **(parts or {})}})
+                    profiled = report.attempt(f"profile of {name}", measure_parts, work, average, rows, looping)
+                    report.add(**{name: {**found, **(profiled or {})}})
+            if work.replay:
+                report.add(graphs=work.replay.captures, rows_without_graph=work.missed)
+            if is_gpu:
+                report.add(peak_allocated_mib=torch.cuda.max_memory_allocated(run.device) >> 20,
+                           peak_reserved_mib=torch.cuda.max_memory_reserved(run.device) >> 20)
         loader.close()
 
 
-def measure_steps(cfg: Any, run: Any, model: Any, optimizer: Any, average: Any, loader: Any, looping: bool,
-                  steps: int) -> dict[str, Any]:
-    """Milliseconds of every step that counts, the peak of memory, and the last loss."""
-    import torch
-
+def state_name(parts: int, looping: bool) -> str:
+    """What the table calls steps of rows in that many parts: loops_off, half_loops_on and so on."""
     import train_gpt as gpt
-    is_gpu = run.device.type == "cuda"
-    if is_gpu:
-        torch.cuda.reset_peak_memory_stats(run.device)
-    clock = gpt.StepClock(run)
+    prefix = f"{gpt.ROW_PARTS[parts]}_" if parts > 1 else ""
+    return f"{prefix}loops_{'on' if looping else 'off'}"
+
+
+def measure_steps(work: Any, average: Any, rows: Any, looping: bool, steps: int) -> dict[str, Any]:
+    """Milliseconds of every step that counts, and the last loss."""
+    import train_gpt as gpt
+    clock = gpt.StepClock(work.run)
     for step in range(steps + SKIPPED_STEPS + 1):          # the clock knows of a step's end one step later
-        loss = gpt.train_rows(cfg, run, model, optimizer, loader, gpt.ROWS_PER_STEP, looping)
-        optimizer.step(step, 1.0)
+        loss = gpt.train_rows(work, rows, gpt.ROWS_PER_STEP, looping)
+        work.optimizer.step(step, 1.0)
         average.update()
         clock.step_done()
-    run.sync()
+    work.run.sync()
     times = [1000 * (b - a) for a, b in zip(clock.ends, clock.ends[1:])]
-    found = {"step_ms": times[-steps:], "loss": loss.item() / gpt.ROWS_PER_STEP}
-    if is_gpu:
-        found["peak_allocated_mib"] = torch.cuda.max_memory_allocated(run.device) >> 20
-        found["peak_reserved_mib"] = torch.cuda.max_memory_reserved(run.device) >> 20
-    return found
+    return {"step_ms": times[-steps:], "loss": loss.item() / gpt.ROWS_PER_STEP}
 
 
-def measure_parts(cfg: Any, run: Any, model: Any, optimizer: Any, average: Any, loader: Any,
-                  looping: bool) -> dict[str, Any]:
+def measure_parts(work: Any, average: Any, loader: Any, looping: bool) -> dict[str, Any]:
     """The kernels of the gradients' and the optimizer's half of a step, and what the floors are computed from."""
     import train_gpt as gpt
+    cfg, run, optimizer = work.cfg, work.run, work.optimizer
     rows = []
 
     class Recorded:
@@ -300,7 +301,7 @@ def measure_parts(cfg: Any, run: Any, model: Any, optimizer: Any, average: Any, 
             return rows[-1]
 
     def gradients() -> None:
-        gpt.train_rows(cfg, run, model, optimizer, Recorded(), gpt.ROWS_PER_STEP, looping)
+        gpt.train_rows(work, Recorded(), gpt.ROWS_PER_STEP, looping)
 
     def update() -> None:
         optimizer.step(0, 1.0)
@@ -311,8 +312,8 @@ def measure_parts(cfg: Any, run: Any, model: Any, optimizer: Any, average: Any, 
     rows.clear()
     kernels: dict[str, dict[str, list[float]]] = {"gradients": {}, "update": {}}
     for _ in range(PROFILED_STEPS):
-        for half, work in (("gradients", gradients), ("update", update)):
-            for name, (ms, launches) in profile(work, run.sync).items():
+        for half, queue in (("gradients", gradients), ("update", update)):
+            for name, (ms, launches) in profile(queue, run.sync).items():
                 before = kernels[half].get(name, (0.0, 0))
                 kernels[half][name] = [before[0] + ms / PROFILED_STEPS, before[1] + launches / PROFILED_STEPS]
     lengths = np.concatenate([row.cu_seqlens.diff().cpu().numpy() for row in rows])
@@ -356,8 +357,13 @@ def describe_path(path: str, found: dict[str, Any], warm: dict[str, Any] | None)
         if start and "start_s" in start:
             lines.append(f"  start to first timed step, {label}: {start['start_s']:.1f} s  "
                          f"{'; '.join(start['warm_up_s'])}")
-    for name in ("loops_off", "loops_on", "half_rows"):
-        if name in found:
+    if "peak_allocated_mib" in found:
+        lines.append(f"  peak memory: {found['peak_allocated_mib']:,} MiB allocated, "
+                     f"{found['peak_reserved_mib']:,} MiB reserved")
+    if "graphs" in found:
+        lines.append(f"  CUDA graphs: {found['graphs']}; rows that found none: {found['rows_without_graph']}")
+    for name in found:
+        if name.endswith(("loops_off", "loops_on")):
             lines += ["", *describe_state(name, found[name], found.get("peaks"))]
     for label, errors in (("", found.get("errors", {})), ("warm start: ", (warm or {}).get("errors", {}))):
         lines += [f"  FAILED {label}{piece}: {error}" for piece, error in errors.items()]
@@ -369,9 +375,6 @@ def describe_state(name: str, state: dict[str, Any], peaks: dict[str, float] | N
     median = statistics.median(times)
     lines = [f"  {name}: {1000 * state['tokens'] / median:,.0f} tokens/s, {median:.2f} ms per step (median of "
              f"{len(times)}; {min(times):.2f} to {max(times):.2f}), loss {state['loss']:.4f}"]
-    if "peak_allocated_mib" in state:
-        lines.append(f"    peak memory: {state['peak_allocated_mib']:,} MiB allocated, "
-                     f"{state['peak_reserved_mib']:,} MiB reserved")
     if "kernels" not in state:
         return lines
     floors = part_floors(state, peaks) if peaks else {}

@@ -41,7 +41,7 @@ def lines(*text: str) -> str:
 
 
 RULES, TTT, HINTS = "tests/test_rules.py -k ", "tests/test_ttt.py -k ", "tests/test_hints.py -k "
-STEP = "        optimizer.step(step, lr_factor(cfg, progress) * (math.sqrt(0.5) if is_half else 1.0))"
+STEP = "        optimizer.step(step, lr_factor(cfg, progress) * parts ** -0.5)"
 CALIBRATION_READS = RULES + "calibration_reads"
 AVERAGE = RULES + "average_takes_in"
 TRAIN_CLOCK = RULES + "training_clock"

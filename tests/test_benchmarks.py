@@ -39,7 +39,7 @@ def test_the_training_benchmark_prints_a_table_and_writes_the_same_to_a_file(ear
     assert done.returncode == 0, done.stderr
     assert written == done.stdout
     for expected in ("device:", "torch ", "settings:", "VOCAB_SIZE=64", "== kernels ==", "== compiled ==", "blocks backend:",
-                     "cold:", "loops_off:", "loops_on:", "half_rows:", "tokens/s", "median of 2"):
+                     "cold:", "loops_off:", "loops_on:", "half_loops_off:", "tokens/s", "median of 2"):
         assert expected in done.stdout
     assert "FAILED" not in done.stdout
 
@@ -81,7 +81,6 @@ def test_a_step_with_loops_moves_more_bytes_and_narrower_keys_fewer(bench):
 
 def test_the_table_shows_every_part_of_a_profiled_step(bench):
     state = {"step_ms": [12.0, 10.0, 11.0], "tokens": 1000, "loss": 3.0,
-             "peak_allocated_mib": 40000, "peak_reserved_mib": 41000,
              "kernels": {"gradients": {"nvjet_a": [4.0, 7], "_softcap_ce_kernel": [1.0, 8], "fill": [0.5, 2]},
                          "update": {"nvjet_b": [2.0, 3]}},
              "flops": 2e9, "attention_flops": 1e9, "block_bytes": 1e9, "loss_bytes": 5e8}
@@ -90,7 +89,11 @@ def test_the_table_shows_every_part_of_a_profiled_step(bench):
     assert sum(ms for ms, _ in parts.values()) == pytest.approx(11.0)
     lines = bench.describe_state("loops_off", state, {"flops_per_s": 1e12, "copy_bytes_per_s": 1e12})
     text = "\n".join(lines)
-    assert "90,909 tokens/s" in text and "40,000 MiB allocated" in text
+    assert "90,909 tokens/s" in text
+    whole = bench.describe_path("kernels", {"loops_off": state, "peak_allocated_mib": 40000, "graphs": 8,
+                                            "peak_reserved_mib": 41000, "rows_without_graph": 1}, None)
+    assert "  peak memory: 40,000 MiB allocated, 41,000 MiB reserved" in whole
+    assert "  CUDA graphs: 8; rows that found none: 1" in whole
     products = next(line for line in lines if line.lstrip().startswith("products"))
     assert products.split() == ["products", "4.00", "36.4%", "7", "2.00", "50%"]
     assert [line.split()[0] for line in lines if line.split()[0] in {part.split()[0] for part in bench.PARTS}]
@@ -129,6 +132,7 @@ def test_both_halves_of_a_step_are_profiled_apart(bench, monkeypatch):
     run = gpt.Run(cfg)
     model = gpt.GPT(cfg)
     optimizer, average = gpt.Optimizer(cfg, run, model), gpt.WeightAverage(model, 0.9)
+    work = gpt.RowGradients(cfg, run, model, optimizer)
     bounds = torch.tensor([0, 5, cfg.row_tokens, cfg.row_tokens], dtype=torch.int32)
     tokens = torch.arange(cfg.row_tokens) % cfg.vocab_size
 
@@ -138,7 +142,7 @@ def test_both_halves_of_a_step_are_profiled_apart(bench, monkeypatch):
 
     monkeypatch.setattr(bench, "profile", profiled)
     rows = itertools.repeat(gpt.Row(tokens, tokens.flip(0), bounds, 0))
-    found = bench.measure_parts(cfg, run, model, optimizer, average, rows, False)
+    found = bench.measure_parts(work, average, rows, False)
     assert found["kernels"] == {"gradients": {"rows": [1.0, 2.0]}, "update": {"optimizer": [1.0, 2.0]}}
     lengths = bounds.diff().numpy().repeat(gpt.ROWS_PER_STEP)
     assert found["attention_flops"] == bench.attention_flops(cfg, lengths, cfg.num_layers)

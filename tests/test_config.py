@@ -20,7 +20,7 @@ def test_every_model_training_and_evaluation_setting_has_a_record_value():
                        "prequant_only", "quantize_only", "ttt_eval_only", "audit", "eval_wallclock_seconds",
                        "fill_artifact", "rdo_lambda", "tilt_mode", "skip_check", "ttt_stop_after",
                        "block_kernels", "cuda_graphs", "checkpoint_dir", "quiet",
-                       "half_rows_until"}
+                       "half_rows_until", "quarter_rows_until"}
     names = {field.name for field in dataclasses.fields(gpt.Config)}
     assert {name.lower() for name in RECORD_SETTINGS} == names - of_this_project
 

@@ -153,7 +153,8 @@ def test_each_row_is_clipped_by_itself_and_rows_are_averaged():
     for found, wanted in zip(optimizer.grad_sum, expected):
         torch.testing.assert_close(found, wanted)
     seen = {}
-    optimizer.muon.step = lambda grads, lr, momentum: seen.update(grads=grads, lr=lr, momentum=momentum)
+    optimizer.muon.step = lambda grads, lr, momentum: seen.update(
+        grads={p: grad.clone() for p, grad in grads.items()}, lr=lr, momentum=momentum)
     optimizer.step(3, 0.5)
     assert seen["lr"] == cfg.matrix_lr * 0.5 and seen["momentum"] == gpt.muon_momentum(cfg, 3)
     for p, wanted in zip(optimizer.params, expected):

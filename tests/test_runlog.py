@@ -339,11 +339,19 @@ def half_rows_log(folder, until: str, switch: str, tokens_per_s: int):
     return read(path)
 
 
-@pytest.mark.parametrize(("switch", "half_steps"), [("", 2146), ("half_rows:ended step:1000 frac:0.2\n", 1000)])
+@pytest.mark.parametrize(("switch", "half_steps"), [
+    ("", 2146), ("rows:half step:0 frac:0.0\nrows:whole step:1000 frac:0.2\n", 1000)])
 def test_half_rows_count_half(tmp_path, switch, half_steps):
     run = half_rows_log(tmp_path, "0.35", switch, 4_076_361)
     assert run.tokens_at(0) == 0 and run.tokens_at(500) == 500 * 393216
     assert run.tokens_at(4852) == half_steps * 393216 + (4852 - half_steps) * 786432
+
+
+def test_quarter_rows_count_a_quarter(tmp_path):
+    changes = "rows:quarter step:0 frac:0.0\nrows:half step:100 frac:0.1\nrows:whole step:300 frac:0.3\n"
+    run = half_rows_log(tmp_path, "0.35", changes, 4_076_361)
+    assert [run.tokens_at(step) for step in (40, 100, 200, 400)] == [
+        786432 * rows for rows in (10, 25, 75, 225)]
 
 
 def test_a_run_of_half_rows_fits_its_own_clock(tmp_path):

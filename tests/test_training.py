@@ -1,4 +1,7 @@
 """Section 7: training as a whole, the wall clock, compile warm-up, and two processes that equal one."""
+import dataclasses
+import functools
+import itertools
 import os
 import re
 import subprocess
@@ -9,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train_gpt as gpt
 import two_process
@@ -67,12 +71,14 @@ def test_warm_up_restores_weights_optimizer_and_random_state(tmp_path, seconds):
     run, model = gpt.Run(cfg), random_model(cfg)
     optimizer = gpt.Optimizer(cfg, run, model)
     weights, state = [p.detach().clone() for p in model.parameters()], torch.get_rng_state()
-    calibration_s = gpt.warm_up(cfg, run, gpt.Dataset.open(cfg), model, optimizer)
+    work = gpt.RowGradients(cfg, run, model, optimizer)
+    calibration_s = gpt.warm_up(cfg, run, gpt.Dataset.open(cfg), work)
     assert (calibration_s > 0) == (seconds > 0)
     assert all(torch.equal(p, saved) for p, saved in zip(model.parameters(), weights))
     assert torch.equal(torch.get_rng_state(), state)
     assert not optimizer.adamw.state and not optimizer.muon.momentum_buffers
-    assert not optimizer.grad_sum and optimizer.num_rows == 0 and all(p.grad is None for p in model.parameters())
+    assert optimizer.num_rows == 0 and not any(total.any() for total in optimizer.grad_sum)
+    assert all(p.grad is None for p in model.parameters())
 
 
 # Schedule and stop
@@ -93,26 +99,26 @@ def test_looping_from_the_first_step_is_reported_as_such(train_tiny):
     assert "loops_on_tok_per_s" in speed and "loops_off_tok_per_s" not in speed
 
 
-def test_half_rows_hold_the_tokens_and_documents_of_the_whole_ones(tmp_path):
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_of_rows_hold_the_tokens_and_documents_of_the_whole_ones(tmp_path, parts):
     write_dataset(tmp_path)
     cfg = tiny_config(data_path=str(tmp_path))
     data = gpt.Dataset.open(cfg)
-    whole = gpt.make_loader(cfg, gpt.Run(cfg), data)
-    source = gpt.make_loader(cfg, gpt.Run(cfg), data)
-    halves = gpt.half_rows(source, 2)
+    whole, source = (gpt.make_loader(cfg, gpt.Run(cfg), data) for _ in range(2))
+    split, size = gpt.split_rows(source, 2, parts), cfg.row_tokens // parts
     for _ in range(3):
         rows = [next(whole), next(whole)]
-        first, second = [next(halves), next(halves)], [next(halves), next(halves)]
-        for row, a, b in zip(rows, first, second):
-            middle = len(row.inputs) // 2
-            assert len(a.inputs) == len(b.inputs) == middle
-            assert torch.equal(torch.cat([a.inputs, b.inputs]), row.inputs)
-            assert torch.equal(torch.cat([a.targets, b.targets]), row.targets)
-            bounds = set(a.cu_seqlens.tolist()) | {middle + end for end in b.cu_seqlens.tolist()}
-            assert bounds == set(row.cu_seqlens.tolist()) | {middle}
-            for half in (a, b):
-                assert half.cu_seqlens[0] == 0 and half.cu_seqlens[-1] == middle
-                assert (half.cu_seqlens.diff() >= 0).all() and half.cu_seqlens.dtype == torch.int32
+        steps = [[next(split), next(split)] for _ in range(parts)]
+        for row, found in zip(rows, zip(*steps)):
+            assert all(len(part.inputs) == len(part.targets) == size for part in found)
+            assert torch.equal(torch.cat([part.inputs for part in found]), row.inputs)
+            assert torch.equal(torch.cat([part.targets for part in found]), row.targets)
+            bounds = {number * size + end for number, part in enumerate(found) for end in part.cu_seqlens.tolist()}
+            assert bounds == set(row.cu_seqlens.tolist()) | {number * size for number in range(parts)}
+            for part in found:
+                assert part.cu_seqlens[0] == 0 and part.cu_seqlens[-1] == size
+                assert (part.cu_seqlens.diff() >= 0).all() and part.cu_seqlens.dtype == torch.int32
+                assert len(part.cu_seqlens) % gpt.SEGMENT_PAD == 0
     whole.close()
     source.close()
 
@@ -126,27 +132,86 @@ def test_half_rows_take_twice_the_steps_for_the_same_tokens(train_tiny):
     assert off == pytest.approx(8 * 96 / 2, rel=0.02) and on == pytest.approx(8 * 96, rel=0.02)
 
 
+def test_every_change_of_rows_is_logged_and_warmed_up(train_tiny):
+    _, lines = train_tiny(iterations=8, quarter_rows_until=0.25, half_rows_until=0.625, enable_looping_at=0.5,
+                          warmup_steps=1)
+    assert [line for line in lines if line.startswith("rows:")] == [
+        "rows:quarter step:0 frac:0.000", "rows:half step:2 frac:0.250", "rows:whole step:5 frac:0.625"]
+    assert [line for line in lines if "warmup_step" in line] == [
+        f"{name}warmup_step: 1/1" for name in ("quarter_", "half_", "half_loop_", "loop_")]
+
+
+@pytest.mark.parametrize(("settings", "states"), [
+    ({}, [(1, False), (1, True)]),
+    ({"num_loops": 0}, [(1, False)]),
+    ({"enable_looping_at": 0.0}, [(1, True)]),
+    ({"half_rows_until": 0.35}, [(2, False), (1, True)]),
+    ({"quarter_rows_until": 0.1, "half_rows_until": 0.5}, [(4, False), (2, False), (2, True), (1, True)]),
+    ({"quarter_rows_until": 0.2, "half_rows_until": 0.1}, [(4, False), (1, False), (1, True)]),
+    ({"half_rows_until": 1.0}, [(2, False), (2, True)])])
+def test_the_states_that_training_may_come_to(settings, states):
+    assert gpt.row_states(tiny_config(**{"enable_looping_at": 0.35, **settings})) == states
+
+
 def test_half_rows_change_the_training_and_zero_does_not(train_tiny):
     plain, _ = train_tiny(iterations=4)
     assert same_weights(plain, train_tiny(iterations=4, half_rows_until=0.0)[0])
     assert not same_weights(plain, train_tiny(iterations=4, half_rows_until=0.3)[0])
 
 
-def test_half_rows_scale_the_learning_rates(train_tiny, monkeypatch):
+def test_parts_of_rows_scale_the_learning_rates(train_tiny, monkeypatch):
     factors = []
     step = gpt.Optimizer.step
     monkeypatch.setattr(gpt.Optimizer, "step", lambda self, number, factor: (factors.append(factor),
                                                                              step(self, number, factor)))
-    train_tiny(iterations=4, warmdown_frac=0.0, half_rows_until=0.3)
-    assert factors == [0.5**0.5, 0.5**0.5, 1.0, 1.0]
+    train_tiny(iterations=4, warmdown_frac=0.0, quarter_rows_until=0.25, half_rows_until=0.55)
+    assert factors == [0.5, 0.5**0.5, 0.5**0.5, 1.0]
 
 
-def test_a_step_that_loops_takes_whole_rows():
-    with pytest.raises(gpt.ConfigError, match="HALF_ROWS_UNTIL must be at most ENABLE_LOOPING_AT"):
-        tiny_config(half_rows_until=0.5, enable_looping_at=0.35)
-    tiny_config(half_rows_until=0.5, num_loops=0)
-    with pytest.raises(gpt.ConfigError, match="TRAIN_BATCH_TOKENS must be a multiple of 16"):
-        tiny_config(half_rows_until=0.3, train_batch_tokens=8 * 33, train_seq_len=33)
+@pytest.mark.parametrize(("name", "multiple"), [("half_rows_until", 16), ("quarter_rows_until", 32)])
+def test_rows_must_have_parts_of_equal_length(name, multiple):
+    with pytest.raises(gpt.ConfigError, match=f"TRAIN_BATCH_TOKENS must be a multiple of {multiple}"):
+        tiny_config(**{name: 0.3}, train_batch_tokens=8 * 33, train_seq_len=33)
+
+
+class Replayed:
+    """CapturedSteps without a GPU: a replayed step does the same work, but counts nothing on the host."""
+
+    def __init__(self, run, step, keys, loads):
+        assert set(loads) <= set(keys)
+        self.step, self.graphs, self.captures = step, dict.fromkeys(keys), len(keys)
+        for key in loads:
+            step(*key)
+
+    def __call__(self, *key):
+        self.step(*key)
+
+
+@pytest.mark.parametrize("segments", [64, 128])
+def test_captured_rows_do_the_work_of_rows_without_graph(tmp_path, monkeypatch, segments):
+    monkeypatch.setattr(gpt, "CapturedSteps", Replayed)
+    write_dataset(tmp_path)
+    cfg = tiny_config(data_path=str(tmp_path))
+    run, found = gpt.Run(cfg), []
+    for is_captured in (False, True):
+        model = random_model(cfg)
+        work = gpt.RowGradients(cfg, run, model, gpt.Optimizer(cfg, run, model))
+        if is_captured:
+            work.capture([(1, False), (2, True)])
+            work.optimizer.clear()
+        loader = gpt.make_loader(cfg, run, gpt.Dataset.open(cfg))
+        for rows, looping in ((loader, False), (gpt.split_rows(loader, 2, 2), True)):
+            padded = (row._replace(cu_seqlens=F.pad(row.cu_seqlens, (0, segments - 64), value=len(row.inputs)))
+                      for row in iter(functools.partial(next, rows), None))
+            for _ in range(2):
+                loss = gpt.train_rows(work, padded, 2, looping)
+                assert work.optimizer.num_rows == 2
+                found.append([loss, *(total.clone() for total in work.optimizer.grad_sum)])
+                work.optimizer.step(0, 1.0)
+        loader.close()
+    assert work.missed == (0 if segments == 64 else 8)
+    for plain, captured in zip(found[:4], found[4:]):
+        torch.testing.assert_close(captured, plain, rtol=0, atol=0)
 
 
 def test_without_a_wallclock_the_schedule_follows_the_steps():
@@ -305,3 +370,38 @@ def test_only_rank_0_writes_the_log(one_and_two):
     lines = one_and_two[3].splitlines()
     assert lines.count("ema:applying EMA weights") == 1
     assert sum(line.startswith(f"{two_process.STEPS}/{two_process.STEPS} train_loss:") for line in lines) == 1
+
+
+@pytest.mark.gpu
+def test_rows_replayed_on_a_gpu_train_as_rows_without_graph():
+    """Steps of whole and half rows, with more and fewer documents, at the record's widths: losses and weights."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    cfg = dataclasses.replace(gpt.Config(), train_batch_tokens=8 * 8192, val_batch_tokens=8 * 4096, allow_slow=True,
+                              compile=False, train_seq_len=2048)
+    run, rng = gpt.Run(cfg, device=torch.device("cuda")), np.random.default_rng(0)
+    rows = []
+    for num_documents in (3, 50, 90):                      # the last one has too many segments for a graph
+        tokens = rng.integers(2, cfg.vocab_size, cfg.row_tokens + 1)
+        tokens[rng.choice(cfg.row_tokens, num_documents, replace=False)] = gpt.BOS
+        inputs, targets = (torch.from_numpy(part).cuda() for part in (tokens[:-1], tokens[1:]))
+        rows.append(gpt.Row(inputs, targets, torch.from_numpy(gpt.segment_bounds(tokens[:-1], 2048)), 0))
+    results = []
+    for is_captured in (False, True):
+        torch.manual_seed(0)
+        model = gpt.build_model(cfg, run)
+        work = gpt.RowGradients(cfg, run, model, gpt.Optimizer(cfg, run, model))
+        if is_captured:
+            work.capture([(1, True), (2, False)])
+            work.optimizer.clear()
+        losses = []
+        for step, (parts, looping) in enumerate([(2, False), (2, False), (1, True), (1, True)]):
+            source = itertools.cycle(rows)
+            losses.append(gpt.train_rows(work, gpt.split_rows(source, 3, parts) if parts > 1 else source, 3, looping))
+            work.optimizer.step(step, 0.1)
+        assert work.missed == (2 if is_captured else 0)
+        results.append((torch.stack(losses), torch.cat([p.detach().flatten() for p in model.parameters()])))
+    (loss, weights), (captured_loss, captured_weights) = results
+    torch.testing.assert_close(captured_loss, loss, rtol=1e-3, atol=0)
+    # A GPU may add gradients in another order.
+    assert (captured_weights - weights).norm() <= 1e-3 * weights.norm()
