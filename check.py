@@ -359,7 +359,16 @@ def check_memory(cfg, free_mib: list[float]) -> Iterator[Item]:
         if cfg is None
         else find_log(
             cfg,
-            ("train_batch_tokens", "model_dim", "num_layers", "num_loops", "mlp_mult", "vocab_size"),
+            (
+                "train_batch_tokens",
+                "half_rows_until",
+                "quarter_rows_until",
+                "model_dim",
+                "num_layers",
+                "num_loops",
+                "mlp_mult",
+                "vocab_size",
+            ),
             "peak_mib",
         )
     )
@@ -448,6 +457,10 @@ def find_log(cfg, same: tuple[str, ...], having: str):
     """The newest run in logs/ with these settings equal that knows `having`; None if there is none."""
     import runlog
 
+    def told(run: runlog.Run, name: str) -> float:
+        """A log from before this setting ran with what is its default."""
+        return run.setting(name) if name in run.settings else float(getattr(type(cfg), name))
+
     found = []
     for path in sorted((REPO / "logs").glob("*.txt")):
         try:
@@ -458,7 +471,7 @@ def find_log(cfg, same: tuple[str, ...], having: str):
         run
         for run in found
         if getattr(run, having) is not None
-        and all(run.setting(name) == float(getattr(cfg, name)) for name in same)
+        and all(told(run, name) == float(getattr(cfg, name)) for name in same)
     ]
     # Dates are whole days: of equal ones the last by name counts.
     ranked = [(run.identity.get("date", ""), place) for place, run in enumerate(fitting)]

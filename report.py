@@ -442,8 +442,12 @@ EXPLAINED = (
     ),
     (r"layer_loop:enabled", "from here the looped layers run three times"),
     (r"stopping_early", "the budget ended training: time of the steps alone, number of steps"),
-    (r"train speed", "tokens/s and milliseconds per step, loops off and on"),
-    (r"peak memory", "of training"),
+    (r"rows:", "from here a step takes whole, half or quarter rows"),
+    (
+        r"train speed",
+        "tokens/s and milliseconds per step, loops off and on; CUDA graphs of rows, rows that found none",
+    ),
+    (r"peak memory", "of warm-up and training"),
     (r"GPTQ:collected", "calibration on training data"),
     (r"train clock", "steps and calibration, the clock that the rule limits"),
     (

@@ -53,7 +53,7 @@ NAMING = {
     "skip_check",
     "audit",
 }
-ROW_PARTS = {"whole": 1, "half": 2, "quarter": 4}  # steps that one training row makes
+STEPS_OF_ROW = {"whole": 1, "half": 2, "quarter": 4}  # steps that one training row makes
 WATCHING = {"val_loss_every", "train_log_every"}  # say what is logged; the reference's clock stops meanwhile
 
 
@@ -384,8 +384,8 @@ def _read_line(run: Run, line: str) -> None:
                 number(fields["tok/s"]),
             )
         )
-    elif line.startswith("rows:") and fields["rows"] in ROW_PARTS:
-        run.row_parts.append((count(fields["step"]), ROW_PARTS[fields["rows"]]))
+    elif line.startswith("rows:") and fields["rows"] in STEPS_OF_ROW:
+        run.row_parts.append((count(fields["step"]), STEPS_OF_ROW[fields["rows"]]))
     elif line.startswith("layer_loop:enabled"):
         run.loop_step, run.loop_progress = count(fields["step"]), number(fields["frac"])
     elif line.startswith("stopping_early:"):

@@ -148,7 +148,7 @@ class Config:
     compile: bool = knob(True, "0 runs every graph without torch.compile")
     block_kernels: bool = knob(
         True, "0 runs the blocks through torch.compile also on a Hopper GPU; to compare the two")
-    cuda_graphs: bool = knob(True, "0 runs training rows and chunk steps launch by launch; to compare")
+    cuda_graphs: bool = knob(True, "0 runs the kernels' rows and chunk steps launch by launch; to compare")
     allow_slow: bool = knob(False, "1 lets a CUDA run go on without FlashAttention-3/4 or the block kernels")
     allow_unverified: bool = knob(False, "1 lets a run use shards without manifest or check figures")
     prequant_only: bool = knob(False, "1 stops after training and the first diagnostic")
@@ -188,7 +188,7 @@ class Config:
     half_rows_until: float = knob(
         0.0, "progress until which a step takes half rows, at 1/sqrt(2) of the learning rates", 0.0, 1.0)
     train_seq_len: int = knob(2048, "longest attention segment in training; calibration sequence length", 1)
-    warmup_steps: int = knob(20, "compile warm-up steps per loop state, undone afterwards", 0)
+    warmup_steps: int = knob(20, "warm-up steps of every kind of row, with and without loops; undone", 0)
     warmdown_frac: float = knob(0.75, "part of the budget over which the learning rate falls", 0.0, 1.0)
     min_lr: float = knob(0.1, "floor of the learning-rate factor", 0.0, 1.0)
     enable_looping_at: float = knob(0.35, "progress at which looping switches on", 0.0, 1.0)
@@ -329,6 +329,8 @@ def _relations(cfg: Config) -> tuple[tuple, ...]:
         (cfg.quarter_rows_until == 0 or cfg.row_tokens % 4 == 0,
          f"with {{}} {{}} must be a multiple of {4 * ROWS_PER_STEP}",
          "QUARTER_ROWS_UNTIL", "TRAIN_BATCH_TOKENS"),
+        (cfg.quarter_rows_until <= cfg.half_rows_until or cfg.half_rows_until == 0,
+         "{} must be at most {}, unless that is 0", "QUARTER_ROWS_UNTIL", "HALF_ROWS_UNTIL"),
         (cfg.val_batch_tokens // ROWS_PER_STEP >= cfg.eval_seq_len,
          f"{{}}/{ROWS_PER_STEP} must hold one sequence of {{}}", "VAL_BATCH_TOKENS", "EVAL_SEQ_LEN"),
         (cfg.ttt_chunk_size < cfg.ttt_eval_seq_len,
@@ -1793,15 +1795,18 @@ def plan_step(cfg: Config, step: int, clock_s: float, step_s: float,
 
 class RowGradients:
     """What a rank does with a training row: its gradient goes, clipped, into the optimizer's sum and its mean
-    loss into `loss` (0-d fp32), all at fixed addresses. After `capture` it is one CUDA graph for each number
-    of tokens, number of segments and state of the loops; rows of more segments than usual run without."""
+    loss into `loss` (0-d fp32), all at fixed addresses. With the block kernels and after `capture` it is one
+    CUDA graph for each number of tokens, number of segments and state of the loops; a row of more segments
+    than usual runs without, in memory of its own beside that of the graphs."""
 
     def __init__(self, cfg: Config, run: Run, model: GPT, optimizer: Optimizer) -> None:
         self.cfg, self.run, self.model, self.optimizer = cfg, run, model, optimizer
         self.loss = torch.zeros((), device=run.device)
         self.cast: Any = None
         self.replay: CapturedSteps | None = None
-        self.bounds: dict[int, Tensor] = {}               # cu_seqlens by number of tokens
+        # What graphs read: inputs and targets (row_tokens,) int64, cu_seqlens int32 by number of tokens.
+        self.inputs, self.targets = (torch.zeros(0, dtype=torch.int64) for _ in range(2))
+        self.bounds: dict[int, Tensor] = {}
         self.missed = 0                                   # rows that found no graph
 
     def begin(self) -> None:
@@ -1810,33 +1815,35 @@ class RowGradients:
         self.cast = self.model.ops.cast(self.model, self.cast)
 
     def capture(self, states: Sequence[tuple[int, bool]]) -> None:
-        """Make the graphs of rows in that many parts, with and without loops, from random tokens."""
+        """Make the graphs of rows, from random tokens; states: (parts of a row, looping?)."""
         cfg = self.cfg
-        zeros = functools.partial(torch.zeros, device=self.run.device)
-        self.inputs, self.targets = (zeros(cfg.row_tokens, dtype=torch.int64) for _ in range(2))
-        for buffer in (self.inputs, self.targets):
-            buffer.random_(2, cfg.vocab_size)
-        keys = []
+        size, device = (cfg.row_tokens,), self.run.device
+        self.inputs, self.targets = (torch.randint(2, cfg.vocab_size, size, device=device) for _ in range(2))
+        keys, usual = [], min(GRAPH_TOKENS_PER_SEGMENT, max(cfg.train_seq_len // 2, 1))
         for length, looping in {(cfg.row_tokens // parts, looping) for parts, looping in states}:
-            most = SEGMENT_PAD * max(length // GRAPH_TOKENS_PER_SEGMENT // SEGMENT_PAD, 1)
+            most = SEGMENT_PAD * max(length // usual // SEGMENT_PAD, 1)
             self.bounds[length] = torch.linspace(0, length, most, device=self.run.device).int()
             keys += [(length, segments, looping) for segments in range(SEGMENT_PAD, most + 1, SEGMENT_PAD)]
         keys.sort(key=lambda key: (key[2], key), reverse=True)
         loads = [key for key in keys if key[1] == len(self.bounds[key[0]])]
         self.begin()
         self.replay = CapturedSteps(self.run, self.add_loaded, keys, loads)
+        self.optimizer.clear()                            # capturing has added rows
 
     def add_loaded(self, length: int, segments: int, looping: bool) -> None:
+        """`add` of the row that lies in the buffers."""
         bounds = self.bounds[length][:segments]
         self.add(Row(self.inputs[:length], self.targets[:length], bounds, 0), looping)
 
     def add(self, row: Row, looping: bool) -> None:
+        """The gradient and the loss of a row, all of it on the run's device."""
         loss, grads = self.model.ops.row_gradients(self.model, row, looping=looping, cast=self.cast,
                                                    segment_cap=self.cfg.longest_segment)
         self.optimizer.add_row(grads)
         self.loss += loss
 
     def __call__(self, row: Row, looping: bool) -> None:
+        """`add` of a loader's row, by a graph where there is one for it."""
         num_rows = self.optimizer.num_rows
         key = len(row.inputs), len(row.cu_seqlens), looping
         if self.replay and key in self.replay.graphs:
@@ -1892,9 +1899,8 @@ def warm_up(cfg: Config, run: Run, data: Dataset, work: RowGradients) -> float:
     model, optimizer = work.model, work.optimizer
     before = WeightAverage(model, decay=1.0)              # never updated: a copy to go back to
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
-        if run.device.type == "cuda" and cfg.cuda_graphs and model.ops.cast is not no_cast:
+        if run.device.type == "cuda" and cfg.cuda_graphs and model.ops.cast is not no_cast:    # the kernels
             work.capture(states)
-            optimizer.clear()
         loader = make_loader(cfg, run, data)
         for parts, looping in states:
             name = f"{ROW_PARTS[parts]}_" * (parts > 1) + "loop_" * looping + "warmup_step"
@@ -2798,7 +2804,8 @@ def read_container(path: Path, magic: bytes, cfg: Config, run: Run | None = None
         raise ArtifactError(f"{path}: format version {version}, expected {FORMAT_VERSION}; write it again "
                             "with this script")
     header = json.loads(zlib.decompress(data[16:16 + header_bytes]))
-    made, now = header["settings"], shaping_settings(magic, cfg)
+    now = shaping_settings(magic, cfg)
+    made = {name: getattr(Config, name) for name in now} | header["settings"]     # newer ones were as default
     differing = [name for name in {**made, **now} if made.get(name) != now.get(name)]
     if differing:
         changes = ", ".join(f"{name.upper()}={made.get(name)} (now {now.get(name)})" for name in differing)
@@ -5929,10 +5936,10 @@ def compile_ops(ops: Ops, whole_graphs: bool) -> Ops:
     return ops._replace(**compiled)
 
 
-# CUDA graphs of chunk steps
+# CUDA graphs of training rows and chunk steps
 
 class CapturedSteps:
-    """step(*key) as one CUDA graph per key: replaying it is one launch instead of thousands. The step must do
+    """step(*key) as one CUDA graph per key: replaying it is one launch instead of hundreds. The step must do
     the same work on the same addresses whenever it is called with that key, and read nothing back. All graphs
     share one memory pool, because no two run at a time and what they leave behind is in the step's own
     buffers, which the caller clears: capturing runs every step once.

@@ -7,8 +7,9 @@
 
 Each path runs in a process of its own, on shards made here: random tokens with the frequencies of Zipf's law, in
 documents as long as the record's validation documents. It does what train() does: warm_up, then steps of train_rows,
-Optimizer and WeightAverage, at record settings unless the environment names others, and times STEPS of them without and
-with loops, and with the parts of rows that the settings name. Then a profile of two steps adds up the GPU's kernels by name.
+Optimizer and WeightAverage, at record settings unless the environment names others, and times STEPS of every kind
+that training would come to: with and without loops, of whole rows and of parts. Then a profile of two steps adds up
+the GPU's kernels by name.
 
 Columns: ms is milliseconds of one step of 8 rows; share is the part's floor over its time. Floors:
   products     their arithmetic at the speed of one large product measured on the same GPU

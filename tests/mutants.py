@@ -188,6 +188,11 @@ BROKEN_RULES: dict[str, dict[str, Mutation]] = {
             "            scorer.renew_cast()\n",
             "",
             TTT + "cast_of_the_base_as_it_is", is_fast=True)},
+    "gradients come from the weights as they are": {
+        "stale_training_cast": Mutation(
+            "        self.cast = self.model.ops.cast(self.model, self.cast)\n",
+            "        self.cast = self.cast or self.model.ops.cast(self.model, self.cast)\n",
+            "tests/test_training.py -k cast_of_the_weights")},
     "the base learns from scored documents only": {
         "global_phase_on_unscored_documents": Mutation(
             "is_last = (scored.phase == 0) &",

@@ -249,6 +249,18 @@ def test_another_format_version_is_refused(container, monkeypatch):
     refuse(path, cfg, f"format version {gpt.FORMAT_VERSION + 1}, expected {gpt.FORMAT_VERSION}")
 
 
+def test_a_setting_younger_than_the_file_counts_as_its_default(container, monkeypatch):
+    path, cfg = container
+    with monkeypatch.context() as before:
+        shaping = gpt.shaping_settings
+        before.setattr(gpt, "shaping_settings", lambda *args: {
+            name: value for name, value in shaping(*args).items() if name != "half_rows_until"})
+        gpt.write_file(path, gpt.build_container(gpt.ARTIFACT_MAGIC, cfg, {}))
+    gpt.read_container(path, gpt.ARTIFACT_MAGIC, cfg)
+    with pytest.raises(gpt.ArtifactError, match=r"HALF_ROWS_UNTIL=0\.0 \(now 0\.3\)"):
+        gpt.read_container(path, gpt.ARTIFACT_MAGIC, dataclasses.replace(cfg, half_rows_until=0.3))
+
+
 def test_other_model_settings_are_refused_by_name_and_value(container):
     path, cfg = container
     refuse(path, dataclasses.replace(cfg, num_loops=3, rope_base=500.0), r"NUM_LOOPS=2 \(now 3\).*ROPE_BASE=10000.0 \(now 500.0\)")

@@ -39,7 +39,7 @@ def test_the_training_benchmark_prints_a_table_and_writes_the_same_to_a_file(ear
     assert done.returncode == 0, done.stderr
     assert written == done.stdout
     for expected in ("device:", "torch ", "settings:", "VOCAB_SIZE=64", "== kernels ==", "== compiled ==", "blocks backend:",
-                     "cold:", "loops_off:", "loops_on:", "half_loops_off:", "tokens/s", "median of 2"):
+                     "cold:", "loops_off:", "\n  loops_on:", "\n  half_loops_off:", "tokens/s", "median of 2"):
         assert expected in done.stdout
     assert "FAILED" not in done.stdout
 

@@ -14,9 +14,9 @@ STEPS = 4
 
 
 def config(folder: Path) -> gpt.Config:
-    # Half rows until looping switches on halfway; the caps, the skips and both loaders take part.
-    return tiny_config(data_path=str(folder), iterations=STEPS, half_rows_until=0.5, enable_looping_at=0.5,
-                       run_id="two_process", gptq_calibration_batches=5, rdo_lambda=1.0)
+    # One step each of quarter rows, half rows, half rows that loop, and whole rows that loop.
+    return tiny_config(data_path=str(folder), iterations=STEPS, quarter_rows_until=0.25, half_rows_until=0.75,
+                       enable_looping_at=0.5, run_id="two_process", gptq_calibration_batches=5, rdo_lambda=1.0)
 
 
 def results(cfg: gpt.Config, run: gpt.Run) -> dict[str, np.ndarray]:
