@@ -3,7 +3,7 @@
 #   ./run.sh                          the record run: check, train, quantize, score; one process per GPU
 #   ./run.sh check                    what could waste a run, in seconds: machine, settings, data, disk; starts nothing
 #   ./run.sh seeds 42 0 1234          the record run for each seed, then table, checks and the submission folder
-#   ./run.sh frontier                 beyond the record: joined tokens, half rows at first, trellis rounding; same rules
+#   ./run.sh frontier                 beyond the record: joined tokens, small steps at first, trellis rounding; same rules
 #   ./run.sh one-gpu                  the record run on fewer GPUs: all budgets times 8 / GPUs, the same update
 #   ./run.sh proxy [--docs FILE]      minutes on one GPU for trying ideas, no download: a corpus from what is installed
 #   ./run.sh demo                     the same pipeline on a small CPU model and text that Python ships, minutes
@@ -180,7 +180,7 @@ export NGRAM_TILT_ENABLED=1 NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 TOKEN_ORDER=16 TOKEN
 case $command in
     frontier)
         # What each is worth: README.md, "Beyond the record".
-        export HALF_ROWS_UNTIL=0.35                # two steps for one until layers loop
+        export QUARTER_ROWS_UNTIL=0.1 HALF_ROWS_UNTIL=0.5    # four steps for one at first, then two
         export RDO_LAMBDA=1 FILL_ARTIFACT=1 ;;     # trellis rounding, in steps that fill the size limit
     one-gpu)
         # The update does not depend on the number of GPUs: the same schedule in GPU seconds gives the same model.

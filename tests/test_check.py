@@ -475,7 +475,7 @@ def frontier_run(repo, tmp_path):
         "import pathlib, sys; print('prepare', *sys.argv[1:6]); out = pathlib.Path(sys.argv[3]); out.mkdir(parents=True)\n"
         "for name in ('manifest.json', 'merges.json'): (out / name).write_text('{}')\n"
     )
-    names = ("HALF_ROWS_UNTIL", "RDO_LAMBDA", "FILL_ARTIFACT", "MAX_WALLCLOCK_SECONDS", "DATA_PATH")
+    names = ("QUARTER_ROWS_UNTIL", "HALF_ROWS_UNTIL", "RDO_LAMBDA", "FILL_ARTIFACT", "MAX_WALLCLOCK_SECONDS", "DATA_PATH")
     (folder / "train_gpt.py").write_text(
         f"import os; print('train', *(os.environ.get(n) for n in {names}))\n"
     )
@@ -489,7 +489,7 @@ def test_frontier_joins_tokens_once_and_states_its_levers(repo, tmp_path):
         assert told.returncode == 0, told.stderr
         lines = [line for line in told.stdout.splitlines() if line.startswith(("prepare", "checked", "train"))]
         made = ["prepare fuse shards shards_fused --merges all"] if times == 1 else []
-        assert lines == [*made, "checked --quiet", "train 0.35 1 1 600 shards_fused"]
+        assert lines == [*made, "checked --quiet", "train 0.1 0.5 1 1 600 shards_fused"]
 
 
 def test_frontier_knows_where_the_published_shards_lie(repo, tmp_path):
