@@ -504,7 +504,7 @@ def test_frontier_takes_joined_shards_as_they_are_and_outside_values_win(repo, t
     (folder / "joined").mkdir()
     (folder / "joined" / "merges.json").write_text("{}")
     told = run_sh(folder, "frontier", DATA_PATH="joined", RDO_LAMBDA="0", PYTHON="./python")
-    assert "prepare" not in told.stdout and "train 0.35 0 1 600 joined" in told.stdout
+    assert "prepare" not in told.stdout and "train 0.1 0.5 0 1 600 joined" in told.stdout
 
 
 def test_frontier_stops_when_tokens_cannot_be_joined(repo, tmp_path):
