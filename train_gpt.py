@@ -1033,6 +1033,8 @@ class PackingLoader:
 
 def split_rows(rows: Iterator[Row], count: int, parts: int) -> Iterator[Row]:
     """The first parts of `count` rows, then their second parts, and so on: `parts` steps for one."""
+    while parts == 1:
+        yield next(rows)
     while True:
         whole = [next(rows) for _ in range(count)]
         size = len(whole[0].inputs) // parts
@@ -1807,7 +1809,6 @@ class RowGradients:
         # What graphs read: inputs and targets (row_tokens,) int64, cu_seqlens int32 by number of tokens.
         self.inputs, self.targets = (torch.zeros(0, dtype=torch.int64) for _ in range(2))
         self.bounds: dict[int, Tensor] = {}
-        self.missed = 0                                   # rows that found no graph
 
     def begin(self) -> None:
         """Before the first row of a step: the weights have changed."""
@@ -1845,14 +1846,15 @@ class RowGradients:
     def __call__(self, row: Row, looping: bool) -> None:
         """`add` of a loader's row, by a graph where there is one for it."""
         num_rows = self.optimizer.num_rows
-        key = len(row.inputs), len(row.cu_seqlens), looping
-        if self.replay and key in self.replay.graphs:
-            self.inputs[:key[0]].copy_(row.inputs)
-            self.targets[:key[0]].copy_(row.targets)
-            self.bounds[key[0]][:key[1]].copy_(row.cu_seqlens, non_blocking=True)
-            self.replay(*key)
+        length, segments = len(row.inputs), len(row.cu_seqlens)
+        if self.replay and (length, segments, looping) in self.replay.graphs:
+            self.inputs[:length].copy_(row.inputs)
+            self.targets[:length].copy_(row.targets)
+            self.bounds[length][:segments].copy_(row.cu_seqlens, non_blocking=True)
+            self.replay(length, segments, looping)
         else:
-            self.missed += self.replay is not None
+            if self.replay:
+                self.replay.missed += 1
             cu_seqlens = row.cu_seqlens.to(self.run.device, non_blocking=True)
             self.add(row._replace(cu_seqlens=cu_seqlens), looping)
         self.optimizer.num_rows = num_rows + 1            # a graph does not count
@@ -1904,7 +1906,7 @@ def warm_up(cfg: Config, run: Run, data: Dataset, work: RowGradients) -> float:
         loader = make_loader(cfg, run, data)
         for parts, looping in states:
             name = f"{ROW_PARTS[parts]}_" * (parts > 1) + "loop_" * looping + "warmup_step"
-            rows = split_rows(loader, 1, parts) if parts > 1 else loader
+            rows = split_rows(loader, 1, parts)
             for step in range(cfg.warmup_steps):
                 train_rows(work, rows, 1, looping)
                 optimizer.step(step, 1.0)
@@ -1915,7 +1917,8 @@ def warm_up(cfg: Config, run: Run, data: Dataset, work: RowGradients) -> float:
             calibration_s = estimate_calibration(cfg, run, data, model)
     before.apply()
     optimizer.reset()
-    work.missed = 0
+    if work.replay:
+        work.replay.missed = 0
     run.log(f"warmup elapsed_s:{timer.seconds():.1f} calibration_estimate_s:{calibration_s:.1f}")
     return calibration_s
 
@@ -1948,7 +1951,7 @@ class Mark(NamedTuple):
     seconds: float
 
 
-def log_speed(run: Run, loop_on: Mark | None, end: Mark, work: RowGradients) -> None:
+def log_speed(run: Run, loop_on: Mark | None, end: Mark, replay: CapturedSteps | None) -> None:
     """Speed before and after looping began, rows without a graph, and the peak of GPU memory."""
     speeds = ""
     switch = loop_on or end
@@ -1957,7 +1960,7 @@ def log_speed(run: Run, loop_on: Mark | None, end: Mark, work: RowGradients) -> 
             seconds = until.seconds - since.seconds
             speeds += (f"{name}_tok_per_s:{(until.tokens - since.tokens) / seconds:.0f} "
                        f"{name}_step_ms:{1000 * seconds / count:.1f} ")
-    graphs = f"graphs:{work.replay.captures} rows_without_graph:{work.missed} " if work.replay else ""
+    graphs = f"graphs:{replay.captures} rows_without_graph:{replay.missed} " if replay else ""
     run.log(f"train speed {speeds}{graphs}steps:{end.steps}")
     if run.device.type == "cuda":
         run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated(run.device) >> 20} MiB "
@@ -1988,7 +1991,7 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
         if stop:
             break
         if (now := row_parts(cfg, progress)) != parts:
-            parts, rows = now, split_rows(loader, rows_per_rank, now) if now > 1 else loader
+            parts, rows = now, split_rows(loader, rows_per_rank, now)
             run.log(f"rows:{ROW_PARTS[parts]} step:{step} frac:{progress:.3f}")
         if loop_on is None and cfg.num_loops and progress >= cfg.enable_looping_at:
             loop_on = Mark(step, tokens, clock.now())
@@ -2022,7 +2025,7 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
     if stop:
         run.log(f"stopping_early: wallclock_cap train_time: {1000 * train_s:.0f}ms "
                 f"step: {steps}/{cfg.iterations}")
-    log_speed(run, loop_on, Mark(steps, tokens, train_s), work)
+    log_speed(run, loop_on, Mark(steps, tokens, train_s), work.replay)
     work.replay = None                                    # gives the graphs' memory back
     run.log("ema:applying EMA weights")
     average.apply()
@@ -5944,7 +5947,7 @@ class CapturedSteps:
     share one memory pool, because no two run at a time and what they leave behind is in the step's own
     buffers, which the caller clears: capturing runs every step once.
 
-    captures  graphs made; missed  calls without a graph, which ran eagerly
+    captures  graphs made; missed  steps without a graph, which ran eagerly
     """
 
     def __init__(self, run: Run, step: Callable[..., None], keys: Sequence[tuple],

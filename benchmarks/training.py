@@ -251,7 +251,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
             report.add(peaks=peaks)
             for parts, looping in gpt.row_states(cfg):
                 name = state_name(parts, looping)
-                rows = gpt.split_rows(loader, gpt.ROWS_PER_STEP, parts) if parts > 1 else loader
+                rows = gpt.split_rows(loader, gpt.ROWS_PER_STEP, parts)
                 found = report.attempt(name, measure_steps, work, average, rows, looping, options.steps)
                 if found is None:
                     continue
@@ -261,7 +261,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
                     profiled = report.attempt(f"profile of {name}", measure_parts, work, average, rows, looping)
                     report.add(**{name: {**found, **(profiled or {})}})
             if work.replay:
-                report.add(graphs=work.replay.captures, rows_without_graph=work.missed)
+                report.add(graphs=work.replay.captures, rows_without_graph=work.replay.missed)
             if is_gpu:
                 report.add(peak_allocated_mib=torch.cuda.max_memory_allocated(run.device) >> 20,
                            peak_reserved_mib=torch.cuda.max_memory_reserved(run.device) >> 20)
