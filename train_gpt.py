@@ -304,7 +304,6 @@ class Config:
 
 ROWS_PER_STEP = 8            # one optimizer step is 8 rows on any number of GPUs
 BOS = 1
-JOINED_IDS = (8, 264)        # the official tokenizer's byte tokens, from which `fuse` takes the ids of its pairs
 OPERATOR_IDS = (4, 5, 6, 7)  # the four CaseOps operators
 SIZE_LIMIT = 16_000_000      # bytes of code plus weights
 CODE_MARGIN = 256            # left free, should another liblzma pack the same script a little longer
@@ -1262,9 +1261,7 @@ def embed(tokens_BT: Tensor, tok_emb: Tensor, smear_w: Tensor, smear_lambda: Ten
     """Normed embedding after SmearGate, which adds a gated copy of the previous one unless this is BOS."""
     e = F.embedding(tokens_BT, tok_emb).to(dtype)
     gate = smear_lambda * torch.sigmoid((e[..., :len(smear_w)].float() * smear_w).sum(-1, keepdim=True))
-    before_BT = F.pad(tokens_BT[:, :-1], (1, 0))
-    after_joined_BT = (before_BT >= JOINED_IDS[0]) & (before_BT < JOINED_IDS[1])
-    gate = (gate * ((tokens_BT != BOS) & ~after_joined_BT)[..., None]).to(dtype)
+    gate = (gate * (tokens_BT != BOS)[..., None]).to(dtype)
     return rms_norm(e + gate * F.pad(e[:, :-1], (0, 0, 1, 0)))
 
 
@@ -4741,14 +4738,12 @@ def _finish_forward_kernel(lane0_ptr, lane1_ptr, out_ptr, rstd_ptr, N, D: tl.con
 @jit
 def _embed_forward_kernel(tokens_ptr, emb_ptr, smear_w_ptr, smear_lambda_ptr, x0_ptr, rstd_ptr, N, T,
                           BOS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
-                          ROWS: tl.constexpr, EPS: tl.constexpr, FIRST_JOINED: tl.constexpr,
-                          END_JOINED: tl.constexpr):
+                          ROWS: tl.constexpr, EPS: tl.constexpr):
     row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     inside = (row < N)[:, None] & (col < D)[None]
     token = tl.load(tokens_ptr + row, mask=row < N, other=0)
     smeared = (row < N) & (row % T > 0) & (token != BOS)
     before = tl.load(tokens_ptr + row - 1, mask=smeared, other=0)
-    smeared = smeared & ((before < FIRST_JOINED) | (before >= END_JOINED))
     e = tl.load(emb_ptr + token[:, None] * D + col[None], mask=inside, other=0.0).to(tl.float32)
     previous = tl.load(emb_ptr + before[:, None] * D + col[None], mask=inside & smeared[:, None],
                        other=0.0).to(tl.float32)
@@ -4764,8 +4759,7 @@ def _embed_forward_kernel(tokens_ptr, emb_ptr, smear_w_ptr, smear_lambda_ptr, x0
 @jit
 def _embed_backward_kernel(tokens_ptr, emb_ptr, smear_w_ptr, smear_lambda_ptr, x0_ptr, rstd_ptr, dx0_ptr,
                            dx_ptr, demb_ptr, dsmear_w_ptr, dsmear_lambda_ptr, N, T, BOS: tl.constexpr,
-                           D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr,
-                           FIRST_JOINED: tl.constexpr, END_JOINED: tl.constexpr):
+                           D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr):
     col = tl.arange(0, BLOCK_D)
     in_width = col < D
     weight = tl.load(smear_w_ptr + col, mask=col < WINDOW, other=0.0)[None]
@@ -4779,7 +4773,6 @@ def _embed_backward_kernel(tokens_ptr, emb_ptr, smear_w_ptr, smear_lambda_ptr, x
         token = tl.load(tokens_ptr + row, mask=row < N, other=0)
         smeared = (row < N) & (row % T > 0) & (token != BOS)
         before = tl.load(tokens_ptr + row - 1, mask=smeared, other=0)
-        smeared = smeared & ((before < FIRST_JOINED) | (before >= END_JOINED))
         e = tl.load(emb_ptr + token[:, None] * D + col[None], mask=inside, other=0.0).to(tl.float32)
         previous = tl.load(emb_ptr + before[:, None] * D + col[None], mask=inside & smeared[:, None],
                            other=0.0).to(tl.float32)
@@ -5527,8 +5520,7 @@ def forward_pass(model: GPT, w: KernelWeights, tokens_N: Tensor, at: Layout, loo
     rstd0, rstd = torch.empty(2, N, device=x0.device)
     _embed_forward_kernel[row_grid(NORM_TILE, N)](
         tokens_N, w.tok_emb, w.smear_w, w.smear_lambda, x0, rstd0, N, at.T,
-        BOS=BOS, D=D, BLOCK_D=block_d, WINDOW=len(w.smear_w), EPS=RMS_EPS, FIRST_JOINED=JOINED_IDS[0],
-        END_JOINED=JOINED_IDS[1], **NORM_TILE)
+        BOS=BOS, D=D, BLOCK_D=block_d, WINDOW=len(w.smear_w), EPS=RMS_EPS, **NORM_TILE)
     lane0, lane1 = x0, None
     blocks, kept = [], {}
     plan = execution_plan(model.cfg, looping)
@@ -5588,8 +5580,7 @@ def backward_pass(model: GPT, w: KernelWeights, tape: Tape, dhidden: Tensor, at:
         _embed_backward_kernel[walking_grid(NORM_TILE, N)](
             tape.tokens, w.tok_emb, w.smear_w, w.smear_lambda, tape.x0, tape.rstd0, b.dx0, d0,
             grads.tok_emb, grads.smear_w, grads.smear_lambda, N, at.T,
-            BOS=BOS, D=D, BLOCK_D=triton.next_power_of_2(D), WINDOW=len(w.smear_w),
-            FIRST_JOINED=JOINED_IDS[0], END_JOINED=JOINED_IDS[1], **NORM_TILE)
+            BOS=BOS, D=D, BLOCK_D=triton.next_power_of_2(D), WINDOW=len(w.smear_w), **NORM_TILE)
 
 
 # softcap_loss, score_tokens, row_gradients.

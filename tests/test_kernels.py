@@ -270,12 +270,10 @@ def test_embed_with_bos_and_rows_shorter_than_the_batch():
         x0, rstd = torch.empty(N, D, device=DEVICE), torch.empty(N, device=DEVICE)
         gpt._embed_forward_kernel[gpt.row_grid(gpt.NORM_TILE, N)](
             tokens.flatten(), w.tok_emb, w.smear_w, w.smear_lambda, x0, rstd, N, T, BOS=gpt.BOS, D=D, BLOCK_D=32,
-            WINDOW=window, EPS=gpt.RMS_EPS, FIRST_JOINED=gpt.JOINED_IDS[0],
-            END_JOINED=gpt.JOINED_IDS[1], **gpt.NORM_TILE)
+            WINDOW=window, EPS=gpt.RMS_EPS, **gpt.NORM_TILE)
         gpt._embed_backward_kernel[gpt.walking_grid(gpt.NORM_TILE, N)](
             tokens.flatten(), w.tok_emb, w.smear_w, w.smear_lambda, x0, rstd, dx0, dx, grads.tok_emb, grads.smear_w,
-            grads.smear_lambda, N, T, BOS=gpt.BOS, D=D, BLOCK_D=32, WINDOW=window,
-            FIRST_JOINED=gpt.JOINED_IDS[0], END_JOINED=gpt.JOINED_IDS[1], **gpt.NORM_TILE)
+            grads.smear_lambda, N, T, BOS=gpt.BOS, D=D, BLOCK_D=32, WINDOW=window, **gpt.NORM_TILE)
     assert_same({"x0": x0} | {name: buffers[name] for name in names}, {"x0": expected_x0} | expected)
 
 
