@@ -606,10 +606,18 @@ class Run:
         work = dist.all_reduce(box, dist.ReduceOp.MAX, group=self._host_group, async_op=True)
         return lambda: (work.wait(), box.item())[1]
 
-    def barrier(self) -> None:
+    def barrier(self, before: str) -> None:
+        """Wait for all ranks to have come this far; the log tells how long each waited for the last one."""
         if self.world_size > 1:
+            self.sync()
+            begin = time.perf_counter()
             dist.barrier(group=self._host_group)
-            self.beat()
+            waits_s = [torch.zeros((), dtype=torch.float64) for _ in range(self.world_size)]
+            mine_s = torch.tensor(time.perf_counter() - begin, dtype=torch.float64)
+            dist.all_gather(waits_s, mine_s, group=self._host_group)
+            waits_ms = [round(1000 * wait_s.item(), 1) for wait_s in waits_s]
+            last = waits_ms.index(min(waits_ms))
+            self.log(f'barrier before:"{before}" last_rank:{last} waits_ms:{waits_ms}')
 
     def sync(self) -> None:
         if self.device.type == "cuda":
@@ -1983,7 +1991,7 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
     rows_per_rank = ROWS_PER_STEP // run.world_size
     rows, parts, tokens = loader, 1, 0
     loop_on: Mark | None = None
-    run.barrier()
+    run.barrier("training")
     run.stage("training")
     clock, loss_sum = StepClock(run), torch.zeros((), device=run.device)
     for step in range(cfg.iterations):
@@ -2850,7 +2858,7 @@ def write_checkpoint(cfg: Config, run: Run, model: GPT) -> None:
         data = build_container(CHECKPOINT_MAGIC, cfg, streams, origin=run.origin)
         save(run, checkpoint_path(run), data)
         run.log(f"Serialized model: {len(data)} bytes")
-    run.barrier()
+    run.barrier("calibration")
 
 
 def read_checkpoint(cfg: Config, run: Run, model: GPT) -> None:
@@ -3420,7 +3428,7 @@ class HintFeed:
                     self.maker = threading.Thread(target=self._make, daemon=True)
                 except FileExistsError:
                     self.file = open(path, "rb")
-            run.barrier()
+            run.barrier("hints")
         if self.maker:
             path.unlink()
             self.maker.start()
@@ -4012,7 +4020,7 @@ def warm_up_ttt(cfg: Config, run: Run, model: GPT, num_tokens: int) -> tuple[Sco
 def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset) -> Score:
     """The final score: every target once, in the certified order; the data are read inside its clock."""
     scorer, base = warm_up_ttt(cfg, run, model, data.val_tokens)
-    run.barrier()
+    run.barrier("scoring")
     made_before = graphs_made(scorer.steps)
     run.stage("scoring")
     timer = Timer(run)
@@ -4033,13 +4041,14 @@ def evaluate_ttt(cfg: Config, run: Run, model: GPT, data: Dataset) -> Score:
         limit.begin_phase(number)
         score_phase(scorer, phase, draws, f"{number + 1}/{len(phases)}", limit)
         if number == 0 and len(phases) > 1 and limit.base_may_learn():
-            run.barrier()
+            run.barrier("base adaptation")
             phase_timer = Timer(run)
             chosen = select_prefix(scored, docs, C, prefix)
             steps = adapt_base(cfg, run, model, tokens, docs, chosen, base)
             scorer.renew_cast()
             run.log(f"ttt adapted_base documents:{len(chosen)} sgd_steps:{steps} "
                     f"elapsed_s:{phase_timer.seconds():.1f} eval_time_s:{timer.seconds():.1f}")
+    run.barrier("the score")
     score, seconds = scorer.meter.result(), timer.seconds()
     run.clocks["eval"] = seconds
     made, missed = (b - a for a, b in zip(made_before, graphs_made(scorer.steps)))

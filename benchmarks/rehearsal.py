@@ -369,7 +369,19 @@ def measurements(run: runlog.Run, against: runlog.Run | None) -> Iterator[tuple[
         yield "artifact and code", f"{run.total_bytes:,} of {runlog.SIZE_LIMIT:,} bytes"
     scores = [score and score.bpb for score in (run.pre, run.quantized, run.ttt)]
     yield "BPB before quantization / after / with test-time training", pair(scores, "{:.5f}")
-    yield "time of the slowest rank at each barrier", "not in the log"
+
+
+def barrier_rows(log: Path) -> Iterator[tuple[str, str]]:
+    """Which rank came last to each barrier, and how long the others waited for it, by the log."""
+    found = False
+    for line in log.read_text(encoding="utf-8").splitlines():
+        event, fields = runlog.parse_line(line)
+        if event == "barrier":
+            found = True
+            yield (f"barrier before {fields['before']}: last rank, wait of each",
+                   f"{fields['last_rank']}; {fields['waits_ms'].strip('[]')} ms")
+    if not found:
+        yield "barriers", "not in the log, as of one process"
 
 
 def predicted_seconds(cfg: gpt.Config, lengths: np.ndarray, prefix_docs: int, ranks: int) -> float:
@@ -416,7 +428,8 @@ def as_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def describe(log: Path, data: Path | None, against: Path | None, busy: Path) -> str:
     run = read_log(log)
     other = read_log(against) if against else None
-    rows = [*measurements(run, other), *scale_evaluation(run, notes_of(data)), *busy_rows(busy)]
+    rows = [*measurements(run, other), *barrier_rows(log), *scale_evaluation(run, notes_of(data)),
+            *busy_rows(busy)]
     return as_table(("measured", run.name), rows)
 
 

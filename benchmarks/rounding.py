@@ -66,7 +66,7 @@ def measure(sizes: list[int]) -> None:
             artifact = gpt.fit_artifact(variant, run, model, stats, limit)
             if run.rank == 0:
                 gpt.write_file(gpt.artifact_path(run), artifact)
-            run.barrier()
+            run.barrier("reading the artifact")
             gpt.read_artifact(variant, run, model)
             score = bpb()
             model.load_state_dict(weights)

@@ -746,3 +746,12 @@ def test_two_processes_follow_the_same_plan_and_log_once(whole, one_and_two):
     audits = [line for line in lines if line.startswith("audit ")]
     assert audits == [whole.one("audit .*")[0]]
     assert sum(line.startswith(TTT) for line in lines) == 1
+
+
+@pytest.mark.two_process
+def test_the_log_tells_which_rank_came_last_to_a_barrier(one_and_two):
+    barriers = [re.fullmatch(r'barrier before:"(.*)" last_rank:([01]) waits_ms:\[([\d.]+), ([\d.]+)\]', line)
+                for line in one_and_two[-1] if line.startswith("barrier ")]
+    assert [found[1] for found in barriers] == ["scoring", "hints", "hints", "base adaptation", "the score"]
+    for found in barriers:
+        assert float(found[3 + int(found[2])]) == min(float(found[3]), float(found[4]))

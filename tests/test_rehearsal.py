@@ -87,7 +87,10 @@ def test_the_table_follows_from_the_logs(rehearsal, tmp_path, capsys):
     assert rows["time: scoring with test-time training"] == "521.1 s"
     assert rows["peak memory allocated per GPU, training"] == "41,737 MiB"
     assert rows["GPU without a kernel in training, mean by GPU (2 samples)"] == "5 %, 20 %"
-    assert rows["time of the slowest rank at each barrier"] == "not in the log"
+    assert rows["barriers"] == "not in the log, as of one process"
+    eight.write_text(eight.read_text() + 'barrier before:"the score" last_rank:1 waits_ms:[812.4, 0.1]\n')
+    assert rehearsal.main(["table", str(eight)]) == 0
+    assert "| barrier before the score: last rank, wait of each | 1; 812.4, 0.1 ms |" in capsys.readouterr().out
 
 
 def test_a_stage_is_known_by_the_line_that_begins_it(rehearsal, tmp_path):

@@ -45,7 +45,7 @@ def test_collectives_of_one_process_change_nothing():
     for collective in (run.sum, run.broadcast):
         assert collective(x) is x and x.tolist() == [1.0, 2.0]
     assert run.agree((0.5, True)) == [0.5, True]
-    run.barrier()
+    run.barrier("nothing")
 
 
 def test_log_lines_reach_stdout_and_the_log_file_alike(in_tmp, capsys):

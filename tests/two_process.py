@@ -40,7 +40,7 @@ def results(cfg: gpt.Config, run: gpt.Run) -> dict[str, np.ndarray]:
     rank = torch.tensor([float(run.rank)])
     found.update(world_size=np.array(run.world_size), sum=run.sum(rank + 1).numpy(),
                  broadcast=run.broadcast(rank + 5).numpy(), agree=np.array(run.agree([run.rank + 0.1, 1e300])))
-    run.barrier()
+    run.barrier("the end")
     return found
 
 
