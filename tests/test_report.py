@@ -441,7 +441,7 @@ def test_watch_counts_time_and_batches(tmp_path, repo):
         (["tabel", "x"], 2, "invalid choice"),
         (["table"], 2, "required"),
         (["html", "x"], 2, "--out"),
-        (["table", "absent.txt"], 1, "absent.txt: expected a log file"),
+        (["table", "absent.txt"], 2, "absent.txt: expected a log file"),
     ],
 )
 def test_usage(arguments, code, words, capsys):
