@@ -784,10 +784,21 @@ def _sound(options: argparse.Namespace) -> tuple[list[Run], list[runlog.Finding]
     return runs, findings
 
 
-def start_of(run: Run) -> str:
-    """The command that makes this run from the published shards."""
-    words = [f"SEED={run.seed}", *changed_settings(run), "./run.sh"]
-    return " ".join(words + (["frontier"] if run.merges else []))
+def starts_of(runs: Sequence[Run]) -> list[str]:
+    """The commands that make these runs from the published shards. Not `frontier`: it joins all pairs and has
+    settings of its own, and these runs may have joined fewer or kept the record's."""
+    import train_gpt as gpt
+
+    shards = gpt.Config().data_path
+    joined = {run.merges: f"{shards}_fused{run.merges}" for run in runs if run.merges}
+    lines = [
+        f"python3 prepare_caseops_data.py fuse {shards} {folder} --merges {count}"
+        for count, folder in joined.items()
+    ]
+    for run in runs:
+        data = [f"DATA_PATH={joined[run.merges]}"] if run.merges else []
+        lines.append(" ".join([f"SEED={run.seed}", *data, *changed_settings(run), "./run.sh"]))
+    return lines
 
 
 def pull_request(runs: Sequence[Run], findings: Sequence[runlog.Finding], against: Sequence[Run] = ()) -> str:
@@ -828,7 +839,7 @@ def pull_request(runs: Sequence[Run], findings: Sequence[runlog.Finding], agains
         "## Reproduce",
         "```\npython3 -m pip install -r requirements.txt -r requirements-gpu.txt\n"
         "python3 prepare_caseops_data.py download\n"
-        + "\n".join(start_of(run) for run in runs)
+        + "\n".join(starts_of(runs))
         + "\n```",
     ]
     if commits:
