@@ -34,6 +34,12 @@ OFFICIAL_CHARSMAP_SHA256 = "51d3684747b35ef99cd4802f37cc1ee0c6bec4d060814f774efb
 
 class PrepareError(Exception):
     """Something a user or a file caused; the message says what was expected and found, and how to fix it."""
+    exit_code = 1
+
+
+class UsageError(PrepareError):
+    """What the user named is wrong: not there, of another kind, or there already where a new one is wanted."""
+    exit_code = 2
 
 
 # -----------------------------------------------------------------------------
@@ -122,8 +128,8 @@ class ModelFile:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise PrepareError(f"{path}: expected a SentencePiece model, found: {error.strerror}; name one "
-                               "with --sp or train one with --train-tokenizer") from None
+            raise UsageError(f"{path}: expected a SentencePiece model, found: {error.strerror}; name one "
+                             "with --sp or train one with --train-tokenizer") from None
         pieces, trainer, normalizer = [], {}, {}
         try:
             for field, value, _ in proto_fields(data):
@@ -137,8 +143,8 @@ class ModelFile:
                 elif field == NORMALIZER_SPEC:
                     normalizer = _proto_dict(value)
         except (IndexError, KeyError, AttributeError, TypeError, ValueError, struct.error):
-            raise PrepareError(f"{path}: expected a SentencePiece model file, found {len(data):,} bytes of "
-                               "something else or a damaged file; fetch it again") from None
+            raise UsageError(f"{path}: expected a SentencePiece model file, found {len(data):,} bytes of "
+                             "something else or a damaged file; fetch it again") from None
         _check_layout(path, pieces)
         charsmap = normalizer.get(CHARSMAP, b"")
         return cls(path, data, hashlib.sha256(data).hexdigest(), pieces, charsmap,
@@ -149,18 +155,18 @@ def _check_layout(path: Path, pieces: list[Piece]) -> None:
     """Raise PrepareError unless BOS, operators and bytes have the ids that the format promises."""
     hint = "use a tokenizer made by --train-tokenizer or the official CaseOps one"
     if not FIRST_BYTE_ID + 256 <= len(pieces) <= 65536:
-        raise PrepareError(f"{path}: expected {FIRST_BYTE_ID + 256} to 65,536 pieces, found {len(pieces):,}; "
-                           f"{hint}")
+        raise UsageError(f"{path}: expected {FIRST_BYTE_ID + 256} to 65,536 pieces, found {len(pieces):,}; "
+                         f"{hint}")
     found = [pieces[at] for at in OPERATOR_IDS]
     wanted = [(operator, _USER_DEFINED) for operator in lossless_caps.OPERATORS]
     if [(piece.text, piece.kind) for piece in found] != wanted:
-        raise PrepareError(f"{path}: expected the operators U+E001 to U+E004 as user-defined ids 4 to 7, "
-                           f"found {', '.join(ascii(piece.text) for piece in found)}; {hint}")
+        raise UsageError(f"{path}: expected the operators U+E001 to U+E004 as user-defined ids 4 to 7, "
+                         f"found {', '.join(ascii(piece.text) for piece in found)}; {hint}")
     if pieces[BOS_ID].text != "<s>":
-        raise PrepareError(f"{path}: expected <s> with id {BOS_ID}, found {pieces[BOS_ID].text!r}; {hint}")
+        raise UsageError(f"{path}: expected <s> with id {BOS_ID}, found {pieces[BOS_ID].text!r}; {hint}")
     if any(piece.kind != _BYTE for piece in pieces[FIRST_BYTE_ID:FIRST_BYTE_ID + 256]):
-        raise PrepareError(f"{path}: expected the 256 byte pieces from id {FIRST_BYTE_ID} on, found others; "
-                           f"{hint}")
+        raise UsageError(f"{path}: expected the 256 byte pieces from id {FIRST_BYTE_ID} on, found others; "
+                         f"{hint}")
 
 
 def _slow_reason(pieces: list[Piece], trainer: dict, normalizer: dict, charsmap: bytes) -> str:

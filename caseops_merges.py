@@ -29,6 +29,7 @@ from caseops_encoder import (
     CompileError,
     ModelFile,
     PrepareError,
+    UsageError,
     compile_c,
 )
 
@@ -163,8 +164,8 @@ class Merges:
                 type(value) is int and 0 <= value < _NUM_IDS
                 for row in rows for value in (row.left, row.right, row.id))
         except OSError as error:
-            raise PrepareError(f"{path}: expected the list of merges, found: {error.strerror}; copy "
-                               f"{path.name} from where the shards were made") from None
+            raise UsageError(f"{path}: expected the list of merges, found: {error.strerror}; copy "
+                             f"{path.name} from where the shards were made") from None
         except (ValueError, KeyError, TypeError):
             is_sound = False
         if not is_sound or not rows:
@@ -411,8 +412,8 @@ def learn(tokens: np.ndarray, num_merges: int, targets: Sequence[int]) -> list[M
     or the pairs that occur at least twice run out.
     """
     if not 1 <= num_merges <= len(targets):
-        raise PrepareError(f"--merges {num_merges}: expected 1 to {len(targets)}, the number of ids that the "
-                           "tokenizer never gives")
+        raise UsageError(f"--merges {num_merges}: expected 1 to {len(targets)}, the number of ids that the "
+                         "tokenizer never gives")
     merges: list[Merge] = []
     frequency = np.zeros(_NUM_IDS, np.int64)
     for part in np.array_split(tokens, 1 + len(tokens) // (1 << 22)):

@@ -302,7 +302,10 @@ def main(argv: list[str]) -> int:
                 manifest = write_proxy(options.folder, options.docs)
             except PrepareError as error:
                 print(f"error: {error}", file=sys.stderr)
-                return 1
+                return error.exit_code
+            except (FileExistsError, NotADirectoryError, PermissionError) as error:
+                print(f"error: {error.filename}: {error.strerror}; name a folder that can be made", file=sys.stderr)
+                return 2
             print(f"proxy folder:{options.folder} train_tokens:{manifest['train']['tokens']} "
                   f"val_tokens:{manifest['val']['tokens']}")
             return 0

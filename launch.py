@@ -5,7 +5,8 @@
 
 Sets the variables that torchrun sets (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 Unlike torchrun it adds nothing to what the script says and keeps its exit code: 0 when every rank succeeded, 130
-or 143 after SIGINT or SIGTERM, else the largest code of a rank that ended by itself. `torchrun` works too.
+or 143 after SIGINT or SIGTERM, else the largest code of a rank that ended by itself; 2 without a SCRIPT to start.
+`torchrun` works too.
 """
 from __future__ import annotations
 
@@ -48,6 +49,9 @@ def wait(processes: list[subprocess.Popen], seconds: float = float("inf")) -> No
 def main(arguments: list[str]) -> int:
     if len(arguments) < 2 or not arguments[0].isdigit() or int(arguments[0]) < 1:
         print(__doc__, file=sys.stderr)
+        return 2
+    if not os.path.isfile(arguments[1]):          # else every rank would say so
+        print(f"error: {arguments[1]}: expected a script, found no such file; correct the path", file=sys.stderr)
         return 2
     received: list[int] = []
 

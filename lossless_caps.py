@@ -227,7 +227,7 @@ def _transform_stream(source: BinaryIO, sink: BinaryIO, action: str, strict: boo
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line tool; return its exit code (0 done, 1 bad input, 2 bad usage)."""
+    """Run the command line tool; return its exit code (0 done, 1 bad input, 2 bad usage, 130 interrupted)."""
     parser = argparse.ArgumentParser(prog="lossless_caps.py", description="CaseOps transform, stdin to "
                                                                           "stdout (UTF-8).")
     parser.add_argument("action", choices=("encode", "decode"))
@@ -248,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print(f"lossless_caps.py {options.action}: interrupted", file=sys.stderr)
-        return 1
+        return 130
     except ValueError as error:
         sys.stdout.flush()
         print(f"lossless_caps.py {options.action}: {error}", file=sys.stderr)

@@ -288,6 +288,9 @@ def main(argv: list[str]) -> int:
     except FileExistsError:
         print(f"error: {folder} exists; name a new folder or remove it", file=sys.stderr)
         return 2
+    except (NotADirectoryError, PermissionError) as error:
+        print(f"error: {folder}: {error.strerror}; name a folder that can be made", file=sys.stderr)
+        return 2
     found = compare((folder / "train_gpt.py").resolve(), REPO / "train_gpt.py")
     print(f"pack folder:{folder} code_bytes:{code_bytes} same_program:{int(not found)}")
     for difference in found:

@@ -57,6 +57,7 @@ from caseops_encoder import (
     ModelFile,
     PrepareError,
     Tokenizer,
+    UsageError,
     compile_encoder,
     proto_bytes_field,
     proto_fields,
@@ -101,8 +102,8 @@ class DocumentFile:
         try:
             self._raw = _HashingReader(self.path)
         except OSError as error:
-            raise PrepareError(f"{path}: expected a readable document file, found: {error.strerror}; "
-                               "check the path") from None
+            raise UsageError(f"{path}: expected a readable document file, found: {error.strerror}; "
+                             "check the path") from None
         self.size = self.path.stat().st_size
         suffix = self.path.suffix
         if suffix == ".gz":
@@ -487,11 +488,11 @@ def build(docs: Path, out: Path, sp: Path = SHIPPED_TOKENIZER, val_docs: int | N
     docs, out = Path(docs), Path(out)
     model = ModelFile.read(sp)
     if not 0 < shard_tokens < 2**31:
-        raise PrepareError(f"--shard-tokens {shard_tokens}: expected 1 to {2**31 - 1:,}")
+        raise UsageError(f"--shard-tokens {shard_tokens}: expected 1 to {2**31 - 1:,}")
     if edge_bytes not in ("drop", "attach"):
-        raise PrepareError(f"--edge-bytes {edge_bytes!r}: expected drop or attach")
+        raise UsageError(f"--edge-bytes {edge_bytes!r}: expected drop or attach")
     if workers < 1:
-        raise PrepareError(f"--workers {workers}: expected at least 1")
+        raise UsageError(f"--workers {workers}: expected at least 1")
     sources = _sources(docs, val_docs_file, val_docs, train_docs)
     settings = {"sources": [source.identity() for source, _ in sources],
                 "val_docs": val_docs, "tokenizer": model.sha256,
@@ -542,9 +543,9 @@ def _sources(docs: Path, val_docs_file: Path | None, val_docs: int | None,
     if val_docs_file is None:
         return [(DocumentFile(docs), SplitRule(resolve_val_docs(docs, val_docs), train_docs))]
     if docs.resolve() == Path(val_docs_file).resolve():
-        raise PrepareError(f"--val-docs-file {val_docs_file}: expected another file than --docs, found the "
-                           "same, so every validation document would be trained on; leave it out and use "
-                           "--val-docs")
+        raise UsageError(f"--val-docs-file {val_docs_file}: expected another file than --docs, found the "
+                         "same, so every validation document would be trained on; leave it out and use "
+                         "--val-docs")
     everything = 2**62
     return [(DocumentFile(val_docs_file), SplitRule(everything if val_docs is None else val_docs, 0)),
             (DocumentFile(docs), SplitRule(0, train_docs))]
@@ -569,8 +570,8 @@ def resolve_val_docs(docs: Path, val_docs: int | None) -> int:
     if stated is None:
         return DEFAULT_VAL_DOCS if val_docs is None else val_docs
     if val_docs not in (None, stated):
-        raise PrepareError(f"--val-docs {val_docs:,}: expected {stated:,}, as {path.name} beside the "
-                           "documents states; leave the option out")
+        raise UsageError(f"--val-docs {val_docs:,}: expected {stated:,}, as {path.name} beside the "
+                         "documents states; leave the option out")
     return stated
 
 
@@ -592,8 +593,8 @@ def _claim(out: Path, settings: dict, overwrite: bool) -> dict | None:
         staging.mkdir()
         _write_json(staging / "settings.json", settings)
     except OSError as error:
-        raise PrepareError(f"{out}: expected a directory to write to, found: {error.strerror or error}; "
-                           "choose another --out") from None
+        raise UsageError(f"{out}: expected a directory to write to, found: {error.strerror or error}; "
+                         "choose another --out") from None
     return None
 
 
@@ -611,8 +612,8 @@ def _old_shards(out: Path, overwrite: bool) -> list[Path]:
     """Return the shards that `out` has; raise PrepareError if there are any that may not be replaced."""
     old = sorted(out.glob("fineweb_*.bin"))
     if old and not overwrite:
-        raise PrepareError(f"{out}: expected no shards, found {len(old)} (first {old[0].name}); choose "
-                           "another --out, or pass --overwrite to remove them")
+        raise UsageError(f"{out}: expected no shards, found {len(old)} (first {old[0].name}); choose "
+                         "another --out, or pass --overwrite to remove them")
     return old
 
 
@@ -861,8 +862,8 @@ def write_tokenizer(path: Path, data: bytes) -> ModelFile:
             temporary.write_bytes(content)
             os.replace(temporary, target)
     except OSError as error:
-        raise PrepareError(f"{path}: expected a place to write the tokenizer to, found: {error.strerror}; "
-                           "choose another --sp") from None
+        raise UsageError(f"{path}: expected a place to write the tokenizer to, found: {error.strerror}; "
+                         "choose another --sp") from None
     return ModelFile.read(path)
 
 
@@ -930,7 +931,7 @@ class DirectoryCheck:
         self._values: dict[str, int] = {}             # per sound file, from its header
         self._checked: dict[str, list] = {}           # per file that was read: its stamp and facts
         if not self.folder.is_dir():
-            raise PrepareError(f"{folder}: expected a directory of shards, found none; check the path")
+            raise UsageError(f"{folder}: expected a directory of shards, found none; check the path")
         self._manifest = self._read_manifest()
         self._model: ModelFile | None = None
         self._vocab_size = self._read_vocab_size()
@@ -1320,8 +1321,8 @@ def download(root: Path = DEFAULT_DOWNLOAD_ROOT, repo: str = PUBLISHED_REPO, rev
             _check_download(staged, file, staging)
             os.replace(staged, folder / name)
     except HFValidationError as error:
-        raise PrepareError(f"{repo}: expected a repository name like {PUBLISHED_REPO}, found: {error} "
-                           "Check --repo") from None
+        raise UsageError(f"{repo}: expected a repository name like {PUBLISHED_REPO}, found: {error} "
+                         "Check --repo") from None
     except (HTTPError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise PrepareError(f"{repo}: expected to download it, found: {reason}; {again}") from error
@@ -1348,8 +1349,8 @@ def _choose_files(repo: str, files: list, train_shards: int) -> list:
                            f"{[file.rfilename for file in models]}; check --repo and --revision")
     available = len(series.get("train", {}))
     if train_shards > available:
-        raise PrepareError(f"{repo}: expected {train_shards} training shards, found {available}; "
-                           f"pass --train-shards {available}")
+        raise UsageError(f"{repo}: expected {train_shards} training shards, found {available}; "
+                         f"pass --train-shards {available}")
     manifest = [file for file in files if Path(file.rfilename) == folders[0] / MANIFEST_NAME]
     wanted = models + manifest
     for name, count in (("val", None), ("val_bytes", None), ("train", train_shards)):
@@ -1419,8 +1420,8 @@ def fuse(folder: Path, out: Path, num_merges: int | None, sp: Path | None = None
     """
     source = _ShardFolder(folder, sp)
     if source.manifest is not None and "merges" in source.manifest:
-        raise PrepareError(f"{folder}: expected shards as a tokenizer gives them, found pairs joined "
-                           "already; `unfuse` them first")
+        raise UsageError(f"{folder}: expected shards as a tokenizer gives them, found pairs joined "
+                         "already; `unfuse` them first")
     if source.manifest is None:
         violations = verify(folder, show_progress=show_progress)
         if violations:
@@ -1432,8 +1433,8 @@ def fuse(folder: Path, out: Path, num_merges: int | None, sp: Path | None = None
     limit = len(free) if given is None else len(given.merges)
     num_merges = limit if num_merges is None else num_merges
     if not 1 <= num_merges <= limit:
-        raise PrepareError(f"--merges {num_merges}: expected 1 to {limit}, the number of "
-                           f"{'ids that the tokenizer never gives' if given is None else 'merges given'}")
+        raise UsageError(f"--merges {num_merges}: expected 1 to {limit}, the number of "
+                         f"{'ids that the tokenizer never gives' if given is None else 'merges given'}")
     settings = {"source": source.identity(), "merges": num_merges, "learn_tokens": learn_tokens,
                 "merges_from": given and given.sha256}
     with _continued(out, settings) as staging:
@@ -1463,8 +1464,8 @@ def unfuse(folder: Path, out: Path, sp: Path | None = None, workers: int = 1,
     """
     source = _ShardFolder(folder, sp)
     if source.manifest is None or not isinstance(source.manifest.get("fused_from"), dict):
-        raise PrepareError(f"{folder}: expected shards made by `fuse`, found none that a manifest calls so; "
-                           "nothing to undo")
+        raise UsageError(f"{folder}: expected shards made by `fuse`, found none that a manifest calls so; "
+                         "nothing to undo")
     merges = _merges_of(source.folder, source.manifest, source.model)
     original = source.manifest["fused_from"]
     with _continued(out, {"source": source.identity(), "unfuse": True}) as staging:
@@ -1482,7 +1483,7 @@ class _ShardFolder:
     def __init__(self, folder: Path, sp: Path | None):
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise PrepareError(f"{folder}: expected a directory of shards, found none; check the path")
+            raise UsageError(f"{folder}: expected a directory of shards, found none; check the path")
         self.manifest = None
         if (self.folder / MANIFEST_NAME).exists():
             try:
@@ -1517,8 +1518,8 @@ class _ShardFolder:
         stated = {} if self.manifest is None else self.manifest["tokenizer"]
         inside = [self.folder / stated["file"]] if stated else sorted(self.folder.glob("*.model"))
         if sp is None and len(inside) != 1:
-            raise PrepareError(f"{self.folder}: expected one tokenizer file, found {len(inside)}; name one "
-                               "with --sp")
+            raise UsageError(f"{self.folder}: expected one tokenizer file, found {len(inside)}; name one "
+                             "with --sp")
         model = ModelFile.read(sp or inside[0])
         wanted = stated.get("sha256", PUBLISHED_TOKENIZER_SHA256)
         if model.sha256 != wanted:
@@ -1553,8 +1554,8 @@ def _continued(out: Path, settings: dict) -> Iterator[Path]:
     """
     out = Path(out)
     if out.exists():
-        raise PrepareError(f"{out}: expected a new directory to write to, found one that exists; choose "
-                           "another OUT")
+        raise UsageError(f"{out}: expected a new directory to write to, found one that exists; choose "
+                         "another OUT")
     staging = out.with_name(out.name + STAGING_NAME)
     recorded = staging / FUSED_SETTINGS_NAME
     settings = json.loads(json.dumps(settings))
@@ -1580,7 +1581,7 @@ def _convert_shards(convert, source: _ShardFolder, staging: Path, workers: int, 
                     show_progress: bool) -> dict[str, dict]:
     """Call convert(name) for every shard that has no facts in `staging` yet; return the facts by name."""
     if workers < 1:
-        raise PrepareError(f"--workers {workers}: expected at least 1")
+        raise UsageError(f"--workers {workers}: expected at least 1")
     todo = [name for name in source.names if not (staging / (name + _FACTS_SUFFIX)).exists()]
     sizes = {name: (source.folder / name).stat().st_size for name in source.names}
     size, size_left = sum(sizes.values()), sum(sizes[name] for name in todo)
@@ -1758,8 +1759,8 @@ def _fused_manifest(source: _ShardFolder, merges: Merges, facts: dict[str, dict]
 # Command line
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return its exit code (0 done, 1 a check or the run failed, 2 bad usage, 130
-    interrupted)."""
+    """Run the command line; return its exit code (0 done, 1 a check or the run failed, 2 bad usage, also when
+    what is named is not there, 130 interrupted)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {"build": _build_command, "verify": _verify_command, "download": _download_command,
                 "fuse": _fuse_command, "unfuse": _unfuse_command}
@@ -1771,6 +1772,7 @@ def main(arguments: list[str] | None = None) -> int:
         return exit_code
     except PrepareError as error:
         print(f"prepare_caseops_data.py: {error}", file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         print("prepare_caseops_data.py: interrupted; no half-written file has a final name, run again",
               file=sys.stderr)

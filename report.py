@@ -12,7 +12,7 @@
 
 `table`, `check`, `pr` and the plain call need nothing beyond requirements.txt; p-values, pictures and `watch`
 need requirements-report.txt. A marked part of README.md lies between `<!-- NAME -->` and `<!-- /NAME -->`.
-Exit codes: 0 done, 1 a check failed, 2 wrong usage.
+Exit codes: 0 done, 1 a check or the work failed, 2 wrong usage, as when a LOG is not there or is no log.
 """
 
 from __future__ import annotations
@@ -44,7 +44,15 @@ RECORD_MARGIN_NATS, RECORD_P = 0.005, 0.01  # what the leaderboard asks of a new
 
 
 class ReportError(Exception):
-    """A request that cannot be fulfilled, in one sentence; exit code 1."""
+    """A request that cannot be fulfilled, in one sentence."""
+
+    exit_code = 1
+
+
+class UsageError(ReportError):
+    """What the command line names is wrong."""
+
+    exit_code = 2
 
 
 def read_all(paths: Sequence[Path]) -> list[Run]:
@@ -776,10 +784,21 @@ def _sound(options: argparse.Namespace) -> tuple[list[Run], list[runlog.Finding]
     return runs, findings
 
 
-def start_of(run: Run) -> str:
-    """The command that makes this run from the published shards."""
-    words = [f"SEED={run.seed}", *changed_settings(run), "./run.sh"]
-    return " ".join(words + (["frontier"] if run.merges else []))
+def starts_of(runs: Sequence[Run]) -> list[str]:
+    """The commands that make these runs from the published shards. Not `frontier`: it joins all pairs and has
+    settings of its own, and these runs may have joined fewer or kept the record's."""
+    import train_gpt as gpt
+
+    shards = gpt.Config().data_path
+    joined = {run.merges: f"{shards}_fused{run.merges}" for run in runs if run.merges}
+    lines = [
+        f"python3 prepare_caseops_data.py fuse {shards} {folder} --merges {count}"
+        for count, folder in joined.items()
+    ]
+    for run in runs:
+        data = [f"DATA_PATH={joined[run.merges]}"] if run.merges else []
+        lines.append(" ".join([f"SEED={run.seed}", *data, *changed_settings(run), "./run.sh"]))
+    return lines
 
 
 def pull_request(runs: Sequence[Run], findings: Sequence[runlog.Finding], against: Sequence[Run] = ()) -> str:
@@ -820,7 +839,7 @@ def pull_request(runs: Sequence[Run], findings: Sequence[runlog.Finding], agains
         "## Reproduce",
         "```\npython3 -m pip install -r requirements.txt -r requirements-gpu.txt\n"
         "python3 prepare_caseops_data.py download\n"
-        + "\n".join(start_of(run) for run in runs)
+        + "\n".join(starts_of(runs))
         + "\n```",
     ]
     if commits:
@@ -849,9 +868,9 @@ def pack_command(options: argparse.Namespace, repo: Path) -> int:
     runs, findings = _sound(options)
     folder = options.folder
     if folder.exists():
-        raise ReportError(f"{folder} exists; name a new folder or remove it")
+        raise UsageError(f"{folder} exists; name a new folder or remove it")
     if code := pack.main([str(folder)]):
-        raise ReportError(f"packing failed with exit code {code}")
+        return code  # it has said why
     packed = (folder / "train_gpt.py").read_bytes()
     if wrong := [run for run in runs if not _is_code_of(packed, run)]:
         message = (
@@ -992,10 +1011,13 @@ def main(argv: Sequence[str], repo: Path = REPO) -> int:
         return options.run(options, repo)
     except (ReportError, LogError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     except BrokenPipeError:  # `report.py table ... | head`
         sys.stderr.close()
         return 0
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        print(f"error: {error.filename}: {error.strerror}; correct the path", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

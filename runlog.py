@@ -74,8 +74,16 @@ STAGES = (
 class LogError(ValueError):
     """A file is not a log of this family, or a known line lacks a field."""
 
+    exit_code = 1  # of the command that was given the file
 
-class NotALog(LogError):
+
+class WrongFile(LogError):
+    """The file is not there or cannot be read."""
+
+    exit_code = 2
+
+
+class NotALog(WrongFile):
     """The file holds no settings, so it is something else."""
 
 
@@ -303,7 +311,7 @@ def read_runs(path: Path) -> list[Run]:
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise LogError(
+        raise WrongFile(
             f"{path}: expected a log file, found {error.strerror.lower()}; correct the path"
         ) from error
     runs: list[Run] = []

@@ -498,7 +498,9 @@ class Run:
                               "TTT_EVAL_ONLY=1")
 
     def begin(self) -> None:
-        """Call when every check of the start has passed: from here on the log is kept."""
+        """Call when every check of the start has passed: from here on log and program text are kept."""
+        if self.rank == 0 and not self._has_begun:
+            save(self, self.log_path.with_suffix(".source.py.xz"), lzma.compress(program_source().encode()))
         self._has_begun = True
         self._write_log()
 
@@ -4142,11 +4144,9 @@ def log_start(cfg: Config, run: Run, data: Dataset, tokenizer: Path, model: GPT)
                if getattr(cfg, name) != getattr(Config, name)]
     run.log(f'run command:"{" ".join([*changed, "python", Path(sys.argv[0]).name])}"')
     if run.rank == 0:
-        source = program_source().encode()
-        path = run.log_path.with_suffix(".source.py.xz")
-        save(run, path, lzma.compress(source))
         run.log(f"code commit:{find_commit()} code_sha256:{shipped_code().sha256} "
-                f"source_sha256:{hashlib.sha256(source).hexdigest()} source_file:logs/{path.name}")
+                f"source_sha256:{hashlib.sha256(program_source().encode()).hexdigest()} "
+                f"source_file:logs/{run.run_id}.source.py.xz")
     run.log(f"train_shards: {len(data.train)}")
     run.log(f"val_tokens: {data.val_tokens}")
     run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")

@@ -240,7 +240,10 @@ def main() -> None:
     parser.add_argument("--save", metavar="TABLE.json", help="save the measured table")
     parser.add_argument("--validate", type=int, metavar="DOCUMENTS", help="score that many documents and compare")
     options = parser.parse_args()
-    cfg = gpt.Config.from_env(os.environ)
+    try:
+        cfg = gpt.Config.from_env(os.environ)
+    except gpt.ConfigError as error:
+        parser.error(str(error))
     if options.plan_only:
         try:
             table = json.loads(Path(options.plan_only).read_text())

@@ -53,13 +53,21 @@ def whole(docs: Path, split: str, model: Path) -> None:
         prepare.build(docs, Path(out), model, val_docs=2**31 if split == "val" else 0, show_progress=False)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--docs", type=Path, required=True, help="JSON Lines with a field `text`, also .gz or .xz")
     parser.add_argument("--sp", type=Path, default=prepare.SHIPPED_TOKENIZER)
     parser.add_argument("--megabytes", type=float, default=20.0)
     options = parser.parse_args()
+    try:
+        measure(options)
+    except prepare.PrepareError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
 
+
+def measure(options: argparse.Namespace) -> None:
     texts = read_texts(options.docs, options.megabytes)
     size = sum(len(text.encode("utf-8")) for text in texts) / 1e6
     few = texts[:len(texts) // 5]
@@ -89,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

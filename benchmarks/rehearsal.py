@@ -72,7 +72,13 @@ BEGINS = {
 
 
 class RehearsalError(Exception):
-    """A request that cannot be fulfilled, in one sentence; exit code 2."""
+    """A request that cannot be fulfilled, in one sentence."""
+    exit_code = 2
+
+
+class RunFailed(RehearsalError):
+    """A run that all others need went wrong."""
+    exit_code = 1
 
 
 # --- shards -------------------------------------------------------------------------------------------------
@@ -523,7 +529,7 @@ def make_base(options: argparse.Namespace, out: Path, data: Path) -> int:
     with Launch(out / "base", launch_command(options.processes, options.script), settings) as base:
         code = base.process.wait(START_LIMIT_S)
     if code:
-        raise RehearsalError(f"the undisturbed run failed with exit code {code}: {base.texts()[1][-1500:]}")
+        raise RunFailed(f"the undisturbed run failed with exit code {code}: {base.texts()[1][-1500:]}")
     seconds = read_log(out / "base" / "logs" / "rehearsal.txt").calibration_s
     return min(10**6, round(int(settings["GPTQ_CALIBRATION_BATCHES"]) * CALIBRATION_S / max(seconds, 0.01)))
 
@@ -791,10 +797,12 @@ def main(argv: Sequence[str]) -> int:
     try:
         if options.run is run_command and options.data is None:
             raise RehearsalError("run needs --data, a folder of shards; `validation` makes one")
+        if options.data is not None and not options.data.is_dir():
+            raise RehearsalError(f"--data {options.data}: no such folder; correct the path")
         return options.run(options)
     except (RehearsalError, runlog.LogError, gpt.ConfigError, gpt.DataError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", 2)
 
 
 if __name__ == "__main__":

@@ -28,15 +28,22 @@ VARIANTS = (                               # the first one's bytes are what the 
     {"rdo_lambda": 1.0, "lqer_enabled": False})
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", metavar="MB,...", help="sizes of the artifact, millions of bytes")
     options = parser.parse_args()
-    sizes = [round(float(size) * 1e6) for size in options.sizes.split(",")] if options.sizes else []
+    try:
+        sizes = [round(float(size) * 1e6) for size in options.sizes.split(",")] if options.sizes else []
+    except ValueError:
+        parser.error(f"--sizes {options.sizes}: expected numbers and commas")
     try:
         measure(sizes)
-    except (gpt.ConfigError, gpt.DataError, gpt.ArtifactError, gpt.RunError) as error:
+    except gpt.ConfigError as error:
         parser.error(str(error))
+    except (gpt.DataError, gpt.ArtifactError, gpt.RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def measure(sizes: list[int]) -> None:
@@ -92,4 +99,4 @@ def measure(sizes: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

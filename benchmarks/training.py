@@ -467,7 +467,10 @@ def main() -> int:
     for name in gpt.Config.__dataclass_fields__:
         if name.upper() in os.environ and name != "data_path":         # it makes its own
             settings[name.upper()] = os.environ[name.upper()]
-    cfg = gpt.Config.from_env(settings)
+    try:
+        cfg = gpt.Config.from_env({**os.environ, **settings})
+    except gpt.ConfigError as error:
+        parser.error(str(error))
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_shards(work, 16 * cfg.train_batch_tokens + 65536, cfg.vocab_size)

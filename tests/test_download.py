@@ -238,7 +238,7 @@ def test_empty_and_short_files_are_refused(download, hub, tmp_path):
 
 def test_missing_parts_of_a_repository_are_named(download, hub, tmp_path):
     done = download(tmp_path, train_shards=50)
-    assert done.returncode == 1 and "expected 50 training shards, found" in done.stderr
+    assert done.returncode == 2 and "expected 50 training shards, found" in done.stderr
     del hub.files[f"{PREFIX}/fineweb_val_bytes_000000.bin"]
     done = download(tmp_path)
     assert done.returncode == 1 and "fineweb_val_bytes_" in done.stderr
@@ -248,7 +248,7 @@ def test_missing_parts_of_a_repository_are_named(download, hub, tmp_path):
     done = download(tmp_path, "--repo", "someone/nothing")
     assert done.returncode == 1 and "someone/nothing: expected to download it" in done.stderr
     done = download(tmp_path, "--repo", "not a/name")
-    assert done.returncode == 1 and "not a/name: expected a repository name" in done.stderr
+    assert done.returncode == 2 and "not a/name: expected a repository name" in done.stderr
 
 
 def test_violations_of_the_fetched_data_set_the_exit_code(download, hub, tmp_path):

@@ -521,7 +521,7 @@ def test_command_line(repo, folder, tmp_path):
     assert done.returncode == 0 and "fuse series:train tokens_before:" in done.stdout, done.stderr
     assert f"DATA_PATH={tmp_path / 'fused'}" in done.stdout
     done = run("fuse", folder, tmp_path / "fused", "--merges", 4)
-    assert done.returncode == 1 and "choose another OUT" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "choose another OUT" in done.stderr and "Traceback" not in done.stderr
     assert run("fuse", folder, tmp_path / "new", "--merges", 4, "--learn-tokens", 0).returncode == 2
     assert run("unfuse", tmp_path / "fused", tmp_path / "back").returncode == 0
     assert contents(tmp_path / "back") == contents(folder)

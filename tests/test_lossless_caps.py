@@ -202,5 +202,5 @@ def test_tool_ends_quietly_when_interrupted(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(lossless_caps, "_transform_stream", interrupt)
-    assert lossless_caps.main(["encode"]) == 1
+    assert lossless_caps.main(["encode"]) == 130
     assert capsys.readouterr().err == "lossless_caps.py encode: interrupted\n"

@@ -545,6 +545,18 @@ def test_resuming_with_another_setting_or_tokenizer_is_refused_by_name(resumable
         assert "made with a tokenizer of SHA-256" in check_failure(Finished(resumable, **{mode: True}))
 
 
+def test_resuming_that_fails_at_its_start_leaves_everything_as_it_was(resumable):
+    source = resumable / "logs" / "toy.source.py.xz"
+    source.write_bytes(b"the text of an earlier script")
+    before = {path: path.read_bytes() for path in resumable.rglob("*") if path.is_file()}
+    for changes in (dict(quantize_only=True, seed=3), dict(ttt_eval_only=True, embed_bits=6)):
+        check_failure(Finished(resumable, **changes))
+        check_failure(Finished(resumable, run_id="nothing", **changes))
+        assert before == {path: path.read_bytes() for path in resumable.rglob("*") if path.is_file()}
+    assert Finished(resumable, ttt_eval_only=True).code == 0
+    assert lzma.decompress(source.read_bytes()) == Path(gpt.__file__).read_bytes()
+
+
 def test_settings_of_later_stages_may_change_on_resuming_and_other_code_is_a_warning(resumable, monkeypatch):
     monkeypatch.setattr(gpt, "shipped_code", lambda: gpt.ShippedCode("packed", 40_000, "0" * 64, 200_000))
     run = Finished(resumable, quantize_only=True, ttt_enabled=False, embed_bits=6, eval_seq_len=16)

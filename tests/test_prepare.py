@@ -699,7 +699,7 @@ def test_command_line_errors(tmp_path, capsys):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "fineweb_val_000000.bin").write_bytes(b"")
     done = run("--docs", docs, "--out", tmp_path / "used", "--train-tokenizer", 300)
-    assert done.returncode == 1 and "expected no shards" in done.stderr, "the tokenizer is trained first"
+    assert done.returncode == 2 and "expected no shards" in done.stderr, "the tokenizer is trained first"
     done = run("--docs", docs, "--train-tokenizer", 300, "--sp", tmp_path / "new.model")
     assert done.returncode == 1 and "after the first 50,000" in done.stderr
     docs.write_text("not json\n")

@@ -441,7 +441,7 @@ def test_watch_counts_time_and_batches(tmp_path, repo):
         (["tabel", "x"], 2, "invalid choice"),
         (["table"], 2, "required"),
         (["html", "x"], 2, "--out"),
-        (["table", "absent.txt"], 1, "absent.txt: expected a log file"),
+        (["table", "absent.txt"], 2, "absent.txt: expected a log file"),
     ],
 )
 def test_usage(arguments, code, words, capsys):
@@ -473,10 +473,30 @@ def test_tokens_of_different_text_are_not_compared(tmp_path):
     assert told[0].startswith("Read per token: not to be compared") and told[1].startswith("Read per byte: worse")
 
 
-def test_the_pull_request_starts_runs_of_joined_tokens_by_frontier(tmp_path):
-    joined = report.read_all([write_log(tmp_path, "joined", data_source="manifest merges:99")])
-    assert report.start_of(joined[0]) == "SEED=42 ./run.sh frontier"
-    assert "99 joined pairs" in report.data_of(joined[0])
+def test_the_pull_request_joins_as_many_pairs_as_the_runs_had_and_states_their_settings(tmp_path):
+    import train_gpt as gpt
+
+    paths = [write_log(tmp_path, f"joined{seed}", seed=seed, data_source="manifest merges:40") for seed in (1, 2)]
+    paths[0].write_text(paths[0].read_text().replace("  seed:", "  rdo_lambda: 1.0\n  seed:", 1))
+    runs = report.read_all([*paths, write_log(tmp_path, "plain")])
+    shards = gpt.Config().data_path
+    commands = report.pull_request(runs, []).split("## Reproduce")[1].split("```")[1].splitlines()
+    # `frontier` would join all pairs, and change settings that these runs have as the record has them.
+    assert commands[2:] == [
+        "python3 prepare_caseops_data.py download",
+        f"python3 prepare_caseops_data.py fuse {shards} {shards}_fused40 --merges 40",
+        f"SEED=1 DATA_PATH={shards}_fused40 RDO_LAMBDA=1 ./run.sh",
+        f"SEED=2 DATA_PATH={shards}_fused40 ./run.sh",
+        "SEED=42 ./run.sh",
+    ]
+    assert "40 joined pairs" in report.data_of(runs[0])
+
+
+def test_the_pull_request_names_the_folder_that_the_download_makes():
+    import prepare_caseops_data as prepare
+    import train_gpt as gpt
+
+    assert gpt.Config().data_path == str(prepare.DEFAULT_DOWNLOAD_ROOT / prepare.PUBLISHED_NAME)
 
 
 def test_what_a_run_is_follows_its_settings(tmp_path):

@@ -274,7 +274,7 @@ def test_command_line_exit_codes(repo, folder):
     done = run(folder)
     assert done.returncode == 1 and "violation: fineweb_train_000000.bin is empty" in done.stdout
     done = run(folder / "nothing")
-    assert done.returncode == 1 and "expected a directory of shards" in done.stderr
+    assert done.returncode == 2 and "expected a directory of shards" in done.stderr
     assert run(folder, "--overlap-limit", 7).returncode == 2
     (folder / "fineweb_train_000000.bin").unlink()
     (folder / "fineweb_train_000000.bin").mkdir()
