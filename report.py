@@ -467,6 +467,10 @@ EXPLAINED = (
     (r"Total submission size", "code plus weights; at most 16,000,000"),
     (r"diagnostic quantized", "plain score of the restored artifact"),
     (r"ttt_lora:compile", "compilation for test-time training, on random tokens, before its clock"),
+    (
+        r'barrier before:"scoring"',
+        "of several ranks: which came last, how long each waited; one line at every barrier",
+    ),
     (r"ngram_tilt:hints", "targets, and how many got a hint"),
     (r"ttt_phased:", "documents scored before and after the adaptation of the base"),
     (r"ttt batch:", "running score, documents of the batch, their lengths, lane and phase"),

@@ -14,7 +14,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -60,6 +60,8 @@ def read_out(cfg: gpt.Config, run: gpt.Run, model: gpt.GPT, data: gpt.Dataset, n
     """The run's diagnostic; then the same of every blend, and the checkpoint of half-way."""
     score = plain_diagnose(cfg, run, model, data, name)
     kept = KeptAverage.latest
+    if not kept.half:
+        raise gpt.RunError("training ended within one step of half-way; raise MAX_WALLCLOCK_SECONDS")
     final = {name: p.detach().clone() for name, p in model.named_parameters()}
     tokens, byte_counts = data.load_validation()
     for share in SHARES:
@@ -83,8 +85,8 @@ def read_out(cfg: gpt.Config, run: gpt.Run, model: gpt.GPT, data: gpt.Dataset, n
 plain_diagnose = gpt.diagnose
 
 
-def main(env: Mapping[str, str]) -> int:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     if int(env.get("WORLD_SIZE", 1)) > 1:
         print(f"error: WORLD_SIZE={env['WORLD_SIZE']}: expected one process, because every rank would keep its own "
               "half-way; start it with python", file=sys.stderr)
@@ -105,4 +107,4 @@ def main(env: Mapping[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(os.environ))
+    sys.exit(main(sys.argv[1:], os.environ))

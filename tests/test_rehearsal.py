@@ -138,7 +138,7 @@ def faults() -> subprocess.CompletedProcess:
 
 
 def nodes() -> subprocess.CompletedProcess:
-    return rehearse("nodes", "--processes", "2", "--set", "ITERATIONS=3", "--set", "TTT_EVAL_SEQ_LEN=64",
+    return rehearse("nodes", "--processes", "2", "--launches", "2", "--set", "ITERATIONS=3", "--set", "TTT_EVAL_SEQ_LEN=64",
                     "--set", "TTT_CHUNK_SIZE=63")
 
 
@@ -164,7 +164,7 @@ def test_every_fault_in_every_stage_is_met_as_promised(early):
 def test_two_rendezvous_members_compute_what_one_launch_does_and_write_once(early):
     done = early(nodes)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "identical:1 largest_difference:0 files_written_once:1" in done.stdout
+    assert "identical:1 largest_difference:0 of_two_equal_launches:0 files_written_once:1" in done.stdout
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
