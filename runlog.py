@@ -881,6 +881,11 @@ def _check_together(runs: Sequence[Run]) -> Iterator[Finding]:
             yield Finding(
                 "error", "all runs", f"same {label}", ", ".join(f"{v} in {run}" for run, v in values.items())
             )
+    lists = {run.name: run.identity["merges_sha256"] for run in runs if "merges_sha256" in run.identity}
+    if len(set(lists.values())) > 1:
+        yield Finding(
+            "error", "all runs", "same joined pairs", ", ".join(f"{v} in {run}" for run, v in lists.items())
+        )
     code = {
         run.name: run.identity.get("code_sha256")
         or run.identity.get("code_hash")

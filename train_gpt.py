@@ -423,7 +423,7 @@ class Run:
     """Process-wide facts and services; create with Run.start(), use as a context manager. `sum` and
     `broadcast` work in place on tensors of any dtype on the run's device.
 
-    origin      SHA-256 of tokenizer and code, written into checkpoints and artifacts.
+    origin      SHA-256 of tokenizer, joined pairs and code, written into checkpoints and artifacts.
     last_good   the last finite number that the run reported, in words, for error messages.
     clocks      seconds of "load", "compile" and "eval", for the readings of the evaluation limit.
     """
@@ -2828,6 +2828,10 @@ def read_container(path: Path, magic: bytes, cfg: Config, run: Run | None = None
     if "tokenizer" in differing:
         raise ArtifactError(f"{path}: made with a tokenizer of SHA-256 {made['tokenizer'][:16]}..., now "
                             f"{now['tokenizer'][:16]}...; set TOKENIZER_PATH and DATA_PATH as they were")
+    if "merges" in differing:
+        raise ArtifactError(f"{path}: made for tokens with other joined pairs (SHA-256 of the list "
+                            f"{made['merges'][:16] or 'none'}, now {now['merges'][:16] or 'none'}); set "
+                            "DATA_PATH as it was")
     if "code" in differing:
         run.log(f"artifact warning file:{path.name} made_with_code:{made['code'][:16]} "
                 f"code:{now['code'][:16]}")
@@ -4131,15 +4135,22 @@ def find_commit() -> str:
         return "none"
 
 
+def joined_pairs(data: Dataset) -> tuple[int, str]:
+    """How many token pairs `prepare_caseops_data.py fuse` joined in these shards, and its list's SHA-256."""
+    merges = (data.manifest or {}).get("merges", {"count": 0, "sha256": ""})
+    return merges["count"], merges["sha256"]
+
+
 def log_start(cfg: Config, run: Run, data: Dataset, tokenizer: Path, model: GPT) -> None:
     gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else platform.machine()
     run.log(f"versions python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__} "
             f"triton:{triton.__version__ if triton else 'none'} device:\"{gpu}\" world_size:{run.world_size} "
             f"compute_dtype:{str(run.compute_dtype).removeprefix('torch.')}")
     data_source = "manifest" if data.manifest else "unverified" if cfg.allow_unverified else "check_figures"
-    merges = (data.manifest or {}).get("merges", {}).get("count", 0)      # token pairs joined by `fuse`
+    count, digest = joined_pairs(data)
+    joined = f" merges:{count} merges_sha256:{digest[:16]}" if count else ""
     run.log(f"run run_id:{run.run_id} date:{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d} "
-            f"tokenizer:{tokenizer.name} data_source:{data_source}" + (f" merges:{merges}" if merges else ""))
+            f"tokenizer:{tokenizer.name} data_source:{data_source}{joined}")
     changed = [f"{name.upper()}={shlex.quote(value)}" for name, value in shown_settings(cfg).items()
                if getattr(cfg, name) != getattr(Config, name)]
     run.log(f'run command:"{" ".join([*changed, "python", Path(sys.argv[0]).name])}"')
@@ -4187,7 +4198,8 @@ def build_model(cfg: Config, run: Run) -> GPT:
 def run_pipeline(cfg: Config, run: Run) -> None:
     data = Dataset.open(cfg)
     tokenizer = check_tokenizer(cfg, data)
-    run.origin = {"tokenizer": sha256_of(tokenizer), "code": shipped_code().sha256}
+    run.origin = {"tokenizer": sha256_of(tokenizer), "merges": joined_pairs(data)[1],
+                  "code": shipped_code().sha256}
     torch.manual_seed(cfg.seed)
     for name, value in shown_settings(cfg).items():       # readers of logs take a run to begin here
         run.log(f"  {name}: {value}")

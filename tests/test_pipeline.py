@@ -535,10 +535,18 @@ def test_resuming_with_another_setting_or_tokenizer_is_refused_by_name(resumable
                              (dict(quantize_only=True, seed=3), "SEED=42 (now 3)"),
                              (dict(ttt_eval_only=True, embed_bits=6), "EMBED_BITS=7 (now 6)")):
         assert message in check_failure(Finished(resumable, **changes))
+    manifest, merges = (resumable / "data" / name for name in ("manifest.json", "merges.json"))
+    facts = json.loads(manifest.read_text())
+    merges.write_text("a list")
+    joined = {"file": merges.name, "count": 1, "sha256": hashlib.sha256(b"a list").hexdigest()}
+    manifest.write_text(json.dumps({**facts, "merges": joined}))
+    for mode in ("quantize_only", "ttt_eval_only"):
+        told = check_failure(Finished(resumable, **{mode: True}))
+        assert f"made for tokens with other joined pairs (SHA-256 of the list none, now {joined['sha256'][:16]}" in told
+    run = Finished(resumable, run_id="joined", prequant_only=True, iterations=1, **SMALL)
+    run.one(rf"run run_id:joined .* data_source:manifest merges:1 merges_sha256:{joined['sha256'][:16]}")
     model = resumable / "data" / "toy.model"
     model.write_bytes(model.read_bytes() + b"\x9a\x06\0")           # an empty field that readers skip
-    manifest = resumable / "data" / "manifest.json"
-    facts = json.loads(manifest.read_text())
     facts["tokenizer"]["sha256"] = hashlib.sha256(model.read_bytes()).hexdigest()
     manifest.write_text(json.dumps(facts))
     for mode in ("quantize_only", "ttt_eval_only"):

@@ -296,6 +296,15 @@ def test_one_seed_counts_once_and_runs_share_machine_and_data(tmp_path):
     )
 
 
+def test_runs_on_other_joined_pairs_are_not_one_recipe(tmp_path):
+    logs = [write_log(tmp_path, f"s{seed}", seed=seed, data_source=f"manifest merges:9 merges_sha256:{digest}")
+            for seed, digest in ((1, "00a1"), (2, "00a1"), (3, "00b2"))]
+    older = write_log(tmp_path, "older", seed=4, data_source="manifest merges:9")      # did not say which
+    assert found([read(path) for path in (*logs[:2], older)]) == []
+    (finding,) = found([read(path) for path in (*logs, older)])
+    assert "same joined pairs: 00a1 in s1, 00a1 in s2, 00b2 in s3" in str(finding)
+
+
 def test_other_code_is_a_warning(tmp_path):
     first, second = write_log(tmp_path, "first", seed=1), write_log(tmp_path, "second", seed=2)
     for path, code in ((first, "aa"), (second, "bb")):
