@@ -234,10 +234,18 @@ def validate(cfg: gpt.Config, run: gpt.Run, model: gpt.GPT, table: Table, count:
               f"measured_s:{measured:.1f} ratio:{measured / predicted:.3f}")
 
 
+def new_file(text: str) -> Path:
+    """An option's value: a file that can be written, told before anything is measured."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: expected a file in a folder that is there and can be written to")
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan-only", metavar="TABLE.json", help="predict from a saved table; needs no GPU")
-    parser.add_argument("--save", metavar="TABLE.json", help="save the measured table")
+    parser.add_argument("--save", type=new_file, metavar="TABLE.json", help="save the measured table")
     parser.add_argument("--validate", type=int, metavar="DOCUMENTS", help="score that many documents and compare")
     options = parser.parse_args()
     try:
@@ -264,7 +272,7 @@ def main() -> None:
             print(f"}}\nbatch_ms:{table['batch']:.2f} base_step_ms:{table['base_step']:.2f} plan_ms:{table['plan']:.0f} "
                   f"hints_ns_per_target:{table['hints_ns_per_target']:.0f} gpu_busy_share:{table['busy_share']}")
             if options.save:
-                Path(options.save).write_text(json.dumps(table, indent=1) + "\n")
+                options.save.write_text(json.dumps(table, indent=1) + "\n")
             predict(cfg, table, documents_of(record_lengths()), cfg.phased_ttt_prefix_docs, gpt.LANES)
         gc.collect()                          # graphs and the buffers they read hold each other
         if run.device.type == "cuda":

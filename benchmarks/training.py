@@ -442,13 +442,21 @@ def start_path(path: str, settings: dict[str, str], work: Path, options: argpars
     return found
 
 
+def new_file(text: str) -> Path:
+    """An option's value: a file that can be written, told before anything is measured."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: expected a file in a folder that is there and can be written to")
+    return path
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--paths", default=",".join(PATHS), help="comma-separated: kernels, compiled")
     parser.add_argument("--steps", type=int, default=30, help="timed steps per state")
     parser.add_argument("--startup", action="store_true", help="start each path again, with its compiled code kept")
     parser.add_argument("--tiny", action="store_true", help="a tiny model without compilation, for any machine")
-    parser.add_argument("--out", type=Path, help="also write the table to this file")
+    parser.add_argument("--out", type=new_file, help="also write the table to this file")
     parser.add_argument("--timeout", type=float, default=540.0, help="seconds that one path may take")
     for name, kind in (("--report", Path), ("--started", float)):      # what the processes started here are called with
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)

@@ -51,6 +51,7 @@ PREPARE, REHEARSAL = "prepare_caseops_data.py", "benchmarks/rehearsal.py"
     (PREPARE, "--docs", "absent", "--out", "new"), (PREPARE, "--docs", "docs.jsonl", "--out", "file/new", *TOKENIZER),
     (PREPARE, "--docs", "docs.jsonl", "--out", "new", "--sp", "absent"),
     (PREPARE, "--docs", "docs.jsonl", "--out", "new", "--sp", "file"),
+    ("benchmarks/evaluation.py", "--save", "absent/table.json"), ("benchmarks/training.py", "--out", "folder"),
     ("benchmarks/evaluation.py", "--plan-only", "absent"), ("benchmarks/hedge.py", "absent"),
     ("benchmarks/prepare.py", "--docs", "absent"), ("benchmarks/prepare.py", "--docs", "docs.jsonl", "--sp", "absent"),
     ("benchmarks/rounding.py", "--sizes", "large"), ("benchmarks/rounding.py",),
