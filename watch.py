@@ -112,27 +112,32 @@ def draw(run: Run, width: int = 100) -> Group:
 
 
 def watch(log: Path, once: bool = False) -> int:
-    """Redraw until the run has its final score (or Ctrl-C); returns the exit code."""
+    """Redraw until the run has its final score (or Ctrl-C); returns the exit code. LogError for what is no log
+    and does not grow."""
     console = Console()
     if not once and not log.exists():
         print(f"watch: {log} does not exist yet; waiting for it", file=sys.stderr)
-    if once:
+    if once or log.is_dir():  # which read_runs refuses
         console.print(draw(runlog.read_runs(log)[-1], console.width))
         return 0
     try:
         with Live(console=console, refresh_per_second=4) as live:
-            size = -1
+            size, broken = -1, None
             while True:
                 if log.exists() and log.stat().st_size != size:
                     size = log.stat().st_size
                     try:
                         run = runlog.read_runs(log)[-1]
-                    except runlog.LogError:  # the last line is still being written
+                        broken = None
+                    except runlog.LogError as error:  # the last line is still being written
+                        broken = error
                         time.sleep(REDRAW_S)
                         continue
                     live.update(draw(run, console.width))
                     if run.total_eval_s is not None or (run.pre and run.settings.get("prequant_only") == "1"):
                         return 0
+                elif size > 0 and isinstance(broken, runlog.NotALog):
+                    raise broken
                 elif not log.exists():
                     live.update(Text(f"waiting for {log}"))
                 time.sleep(REDRAW_S)

@@ -40,6 +40,7 @@ PREPARE, REHEARSAL = "prepare_caseops_data.py", "benchmarks/rehearsal.py"
     ("report.py", "table", "absent"), ("report.py", "check", "file"), ("report.py", "check", "folder"),
     ("report.py", "pr", "log.txt", "--against", "absent"), ("report.py", "html", "absent", "--out", "a.html"),
     ("report.py", "table", "log.txt", "--json", "absent/a.json"), ("report.py", "watch", "file", "--once"),
+    ("report.py", "watch", "file"), ("report.py", "watch", "folder"),
     ("report.py", "pack", "folder", "log.txt", "--force"), ("report.py", "nonsense"),
     ("pack.py", "folder"), ("pack.py", "file/new"), ("pack.py",),
     ("ablate.py", "absent", "--out", "new"), ("ablate.py", "file", "--out", "new"),
