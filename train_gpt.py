@@ -3784,7 +3784,7 @@ class LearningLimit:
     At checkpoint k of a phase each rank predicts when it would end if adaptation stopped at checkpoint k + 2,
     the next but one. At checkpoint k + 1 all know the latest prediction; if that is too late, adaptation
     stops there. So nobody waits for a rank that is less than a checkpoint behind. A rank with several lanes
-    decides in its first one."""
+    predicts in its first one, at its end for all checkpoints that are left, and goes on meanwhile."""
 
     def __init__(self, cfg: Config, run: Run, phases: Sequence[Phase], scored: ScoredChunks,
                  timer: Timer) -> None:
@@ -3804,7 +3804,7 @@ class LearningLimit:
     def begin_phase(self, phase: int) -> None:
         self.phase, self.checkpoint, self.at_us = phase, 0, 0
         self.interval_us = -(-max(self.lanes_us[phase]) // CHECKPOINTS)
-        self.latest: Callable[[], float] = lambda: 0.0
+        self.latest: list[Callable[[], float]] = []       # predictions of all ranks, by checkpoint
         self.phase_start_s = self.timer.seconds()
 
     def may_learn(self, lane: int, start_us: int) -> bool:
@@ -3815,16 +3815,31 @@ class LearningLimit:
         """After the current phase."""
         return (self.phase + 1,) <= self.last
 
+    def end_lane(self) -> None:
+        """Every step of a lane has been queued: other ranks must not wait for what this one does next."""
+        self.at_us = self.lanes_us[self.phase][self.run.rank]
+        self.predict_up_to(CHECKPOINTS)
+
+    def end_phase(self) -> None:
+        """Every step of the phase has been queued; all ranks learn whether adaptation stopped in it."""
+        self.pass_checkpoints(math.inf)
+        for latest in self.latest:
+            latest()
+
     def pass_checkpoints(self, at_us: float) -> None:
-        """What this rank's first lane planned before at_us has been queued; infinite: the lane has ended."""
-        self.at_us = max(self.at_us, min(at_us, self.lanes_us[self.phase][self.run.rank]))
+        """Before a step that was planned to begin at at_us, in any lane."""
         while self.is_open and self.checkpoint <= CHECKPOINTS and self.checkpoint * self.interval_us <= at_us:
-            latest = self.latest()
+            self.at_us = max(self.at_us, min(at_us, self.lanes_us[self.phase][self.run.rank]))
+            self.predict_up_to(self.checkpoint)
+            latest = self.latest[self.checkpoint - 1]() if self.checkpoint else 0.0
             if latest > BUDGET_SHARE * self.cfg.eval_wallclock_seconds:
                 self.stop(self.checkpoint * self.interval_us, latest)
-            elif self.checkpoint < CHECKPOINTS:
-                self.latest = self.run.max_later(self.predict_s((self.checkpoint + 2) * self.interval_us))
             self.checkpoint += 1
+
+    def predict_up_to(self, checkpoint: int) -> None:
+        """Take part in the predictions up to this checkpoint's: every rank in all of a phase, or in none."""
+        while self.is_open and len(self.latest) <= min(checkpoint, CHECKPOINTS - 1):
+            self.latest.append(self.run.max_later(self.predict_s((len(self.latest) + 2) * self.interval_us)))
 
     def predict_s(self, stop_us: int) -> float:
         """When this rank would end if adaptation stopped at planned time stop_us of this phase."""
@@ -3840,6 +3855,7 @@ class LearningLimit:
         return self.phase_start_s + self.slowdown * (learning_us + FORWARD_SHARE * scoring_us) / 1e6
 
     def stop(self, at_us: int, predicted_s: float) -> None:
+        self.predict_up_to(CHECKPOINTS)
         self.is_open, self.last = False, (self.phase, at_us - 1, math.inf)
         scored = self.scored
         has_learnt = (scored.phase < self.phase) | ((scored.phase == self.phase) & (scored.start_us < at_us))
@@ -3873,7 +3889,9 @@ def score_phase(scorer: Scorer, phase: Phase, draws: Sequence[DrawA], label: str
                 left_s = (time.perf_counter() - start) * (planned_us - done_us) / done_us
                 run.progress(f"phase {label}: batch {done}/{total}, bpb {bpb:.4f}, {left_s:.0f} s left")
         if limit:
-            limit.pass_checkpoints(math.inf)
+            limit.end_lane()
+    if limit:
+        limit.end_phase()
 
 
 def rank_share(bounds: np.ndarray, rank: int, world_size: int) -> tuple[int, int]:

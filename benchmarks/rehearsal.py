@@ -52,7 +52,7 @@ import train_gpt as gpt  # noqa: E402
 from launch import free_port  # noqa: E402
 
 TOY_VOCAB = 512
-PREDICTION = REPO / "benchmarks" / "evaluation_h100.json"
+STEP_TABLES = {gpu: REPO / "benchmarks" / f"evaluation_{gpu.lower()}.json" for gpu in ("H200", "H100")}
 POLL_S = 0.02
 START_LIMIT_S = 900.0                    # for a stage to be reached; a first start compiles
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -390,9 +390,14 @@ def barrier_rows(log: Path) -> Iterator[tuple[str, str]]:
         yield "barriers", "not in the log, as of one process"
 
 
-def predicted_seconds(cfg: gpt.Config, lengths: np.ndarray, prefix_docs: int, ranks: int) -> float:
+def step_table(hardware: str) -> str:
+    """The GPU whose measured steps predict those of this hardware: itself, else the H100."""
+    return next((gpu for gpu in STEP_TABLES if gpu in hardware), "H100")
+
+
+def predicted_seconds(cfg: gpt.Config, lengths: np.ndarray, prefix_docs: int, ranks: int, gpu: str) -> float:
     """Evaluation clock of these documents by benchmarks/evaluation.py's plan and its committed step times."""
-    table = json.loads(PREDICTION.read_text(encoding="utf-8"))
+    table = json.loads(STEP_TABLES[gpu].read_text(encoding="utf-8"))
     with contextlib.redirect_stdout(io.StringIO()):
         return evaluation.predict(cfg, table, evaluation.documents_of(lengths), prefix_docs, ranks)
 
@@ -409,20 +414,21 @@ def scale_evaluation(run: runlog.Run, notes: Mapping[str, int]) -> Iterator[tupl
         raise RehearsalError(f"{run.path}: scored {run.phased['total_docs']:,} documents, the folder's "
                              f"manifest says {len(part):,}; name the folder that the run read with --data")
     prefix = cfg.phased_ttt_prefix_docs
-    measured_s, of_part = run.ttt.ms / 1000, predicted_seconds(cfg, part, run.phased["prefix_docs"], ranks)
-    of_whole = predicted_seconds(cfg, whole, prefix, ranks)
+    gpu, measured_s = step_table(run.hardware), run.ttt.ms / 1000
+    of_part = predicted_seconds(cfg, part, run.phased["prefix_docs"], ranks, gpu)
+    of_whole = predicted_seconds(cfg, whole, prefix, ranks, gpu)
     ratio = record_targets(whole) / record_targets(part)
     yield "documents and targets scored, of the record's", (
         f"{len(part):,} of {len(whole):,}, {record_targets(part):,} of {record_targets(whole):,}")
     of_all = f"evaluation of all on {ranks} GPUs"
     by_plan = of_whole / of_part
-    yield (f"evaluation of these on {ranks} GPUs, measured / predicted",
+    yield (f"evaluation of these on {ranks} GPUs, measured / predicted from steps of an {gpu}",
            f"{measured_s:.1f} s / {of_part:.1f} s")
     yield f"{of_all}, measured times {ratio:.3f} (targets)", f"{measured_s * ratio:.1f} s"
     yield f"{of_all}, measured times {by_plan:.3f} (planned steps)", f"{measured_s * by_plan:.1f} s"
     yield f"{of_all}, predicted", f"{of_whole:.1f} s"
     if ranks != gpt.LANES:
-        of_eight = predicted_seconds(cfg, whole, prefix, gpt.LANES)
+        of_eight = predicted_seconds(cfg, whole, prefix, gpt.LANES, gpu)
         yield (f"evaluation of all on {gpt.LANES} GPUs, measured times {of_eight / of_part:.3f} "
                "(planned steps) / predicted", f"{measured_s * of_eight / of_part:.1f} s / {of_eight:.1f} s")
 
@@ -484,9 +490,10 @@ def validation_command(options: argparse.Namespace) -> int:
     cfg, ranks = gpt.Config(), options.processes
     print(f"validation folder:{options.folder} documents:{notes['documents']} targets:{record_targets(part)} "
           f"scale:{record_targets(whole) / record_targets(part):.4f} train_shards:{options.train_shards}")
-    of_part = predicted_seconds(cfg, part, notes["prefix_docs"], ranks)
-    of_whole = predicted_seconds(cfg, whole, cfg.phased_ttt_prefix_docs, ranks)
-    print(f"predicted processes:{ranks} these_s:{of_part:.1f} all_s:{of_whole:.1f} "
+    gpu = step_table(torch.cuda.get_device_name() if torch.cuda.is_available() else "")
+    of_part = predicted_seconds(cfg, part, notes["prefix_docs"], ranks, gpu)
+    of_whole = predicted_seconds(cfg, whole, cfg.phased_ttt_prefix_docs, ranks, gpu)
+    print(f"predicted gpu:{gpu} processes:{ranks} these_s:{of_part:.1f} all_s:{of_whole:.1f} "
           f"ratio:{of_whole / of_part:.4f}")
     print(f"use it with DATA_PATH={options.folder} PHASED_TTT_PREFIX_DOCS={notes['prefix_docs']}, as `run` "
           "does")

@@ -53,10 +53,13 @@ def test_a_stratified_share_holds_its_part_of_the_targets(rehearsal, share):
     assert rehearsal.record_targets(part) * share == pytest.approx(rehearsal.record_targets(whole), rel=0.01)
 
 
-def test_scaling_a_run_that_took_what_was_predicted_gives_what_is_predicted_for_all(rehearsal, tmp_path):
+@pytest.mark.parametrize(("hardware", "gpu"), [("4x NVIDIA H200", "H200"), ("4x NVIDIA H100 80GB HBM3", "H100"),
+                                               ("4x x86_64", "H100")])
+def test_scaling_a_run_that_took_what_was_predicted_gives_what_is_predicted_for_all(rehearsal, tmp_path, hardware,
+                                                                                   gpu):
     notes, part = {"share": 100}, rehearsal.stratified_lengths(100)
-    predicted_s = rehearsal.predicted_seconds(gpt.Config(), part, 10, 4)
-    run = SimpleNamespace(path=tmp_path / "log", world_size=4, ttt=SimpleNamespace(ms=1000 * predicted_s),
+    predicted_s = rehearsal.predicted_seconds(gpt.Config(), part, 10, 4, gpu)
+    run = SimpleNamespace(path=tmp_path / "log", world_size=4, ttt=SimpleNamespace(ms=1000 * predicted_s), hardware=hardware,
                           phased={"total_docs": len(part), "prefix_docs": 10},
                           setting=lambda name: getattr(gpt.Config(), name))
     rows = dict(rehearsal.scale_evaluation(run, notes))

@@ -6,6 +6,9 @@ import math
 import os
 import re
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -898,6 +901,21 @@ class Clock:
     max_later = gpt.Run.max_later
 
 
+class PacedScorer:
+    """Only spends the time of a batch's steps, each `slowdown` times what was planned, on the clock of its rank."""
+
+    def __init__(self, clock: Clock, slowdown: float) -> None:
+        self.run, self.cfg, self.slowdown = clock, clock.cfg, slowdown
+        self.learnt_s = self.total_s = 0.0
+
+    def score_batch(self, batch: gpt.Batch, draw: object, may_learn: Callable[[int], bool]) -> None:
+        for start_us, cost_us in zip(batch.steps.start_us.tolist(), batch.steps.cost_us.tolist()):
+            step_s, learns = self.slowdown * cost_us / 1e6, may_learn(start_us)
+            self.run.now += step_s * (1 if learns else gpt.FORWARD_SHARE)
+            self.learnt_s += step_s * learns
+            self.total_s += step_s
+
+
 @settings(max_examples=40)
 @given(slowdown=st.floats(0.05, 400.0), lengths=st.lists(st.integers(20, 400), min_size=8, max_size=40))
 def test_a_run_whose_steps_cost_what_they_cost_ends_in_time_if_scoring_alone_would(slowdown, lengths):
@@ -908,17 +926,11 @@ def test_a_run_whose_steps_cost_what_they_cost_ends_in_time_if_scoring_alone_wou
     phases = gpt.plan_batches(docs, batch_size=4, max_tokens=64, prefix_docs=6, chunk=8, window=32)
     clock = Clock(cfg)
     limit = gpt.LearningLimit(cfg, clock, phases, gpt.certified_order(phases, docs, 8), clock)
-    learnt_s = total_s = 0.0
+    scorer = PacedScorer(clock, slowdown)
     for number, phase in enumerate(phases):
         limit.begin_phase(number)
-        for lane, batches in enumerate(phase):
-            for batch in batches:
-                for start_us, cost_us in zip(batch.steps.start_us.tolist(), batch.steps.cost_us.tolist()):
-                    learns = limit.may_learn(lane, start_us)
-                    clock.now += slowdown * cost_us / 1e6 * (1 if learns else gpt.FORWARD_SHARE)
-                    learnt_s += slowdown * cost_us / 1e6 * learns
-                    total_s += slowdown * cost_us / 1e6
-            limit.pass_checkpoints(float("inf"))
+        gpt.score_phase(scorer, phase, [None] * gpt.LANES, limit=limit)
+    learnt_s, total_s = scorer.learnt_s, scorer.total_s
     if total_s < 0.9 * cfg.eval_wallclock_seconds:
         assert learnt_s == pytest.approx(total_s) and not clock.lines
     if total_s > cfg.eval_wallclock_seconds:
@@ -927,6 +939,89 @@ def test_a_run_whose_steps_cost_what_they_cost_ends_in_time_if_scoring_alone_wou
     first_s = slowdown * 8 * max(lane[-1].end_us for lane in phases[0] if lane) / 1e6
     if gpt.FORWARD_SHARE * total_s + 0.2 * first_s < 0.9 * cfg.eval_wallclock_seconds:
         assert clock.now <= cfg.eval_wallclock_seconds
+
+
+class Board:
+    """What ranks tell each other through max_later: a prediction is known when its last rank has made it."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size, self.told, self.news = world_size, {}, threading.Condition()
+
+    def max_later(self, clock: "RankClock", value: float) -> Callable[[], float]:
+        with self.news:
+            told = self.told.setdefault(clock.num_told, {})
+            told[clock.rank] = (clock.now, value)
+            clock.num_told += 1
+            self.news.notify_all()
+
+        def result() -> float:
+            with self.news:
+                assert self.news.wait_for(lambda: len(told) == self.world_size, 20), "a rank waits for ever"
+            times, values = zip(*told.values())
+            clock.waited_s += max(0.0, max(times) - clock.now)
+            clock.now = max(clock.now, *times)
+            return max(values)
+        return result
+
+
+class RankClock(Clock):
+    def __init__(self, cfg: gpt.Config, rank: int, board: Board) -> None:
+        super().__init__(cfg, rank, board.world_size)
+        self.board, self.num_told, self.waited_s = board, 0, 0.0
+
+    def max_later(self, value: float) -> Callable[[], float]:
+        return self.board.max_later(self, value)
+
+
+# Documents, and how many of them the first phase scores: ranks' first lanes take unlike times, their sums like ones.
+UNLIKE_LANES = {2: ([800, *[400] * 2, *[280] * 2, *[200] * 12, *[100] * 30], 17),
+                4: ([400] * 5 + [300] * 12 + [100] * 30, 20),
+                8: ([900, 700, 60, 50, 40, 30, *[100] * 60], 6)}
+
+
+def score_in_ranks(world_size: int, slowdown: float) -> tuple[list[PacedScorer], list[gpt.LearningLimit]]:
+    """Two phases by several ranks at once, each with its clock."""
+    cfg = tiny_config(eval_wallclock_seconds=10.0)
+    lengths, prefix_docs = np.array(UNLIKE_LANES[world_size][0]), UNLIKE_LANES[world_size][1]
+    docs = gpt.Documents(np.cumsum(lengths) - lengths, lengths)
+    phases = gpt.plan_batches(docs, batch_size=4, max_tokens=64, prefix_docs=prefix_docs, chunk=8, window=32)
+    scored, board = gpt.certified_order(phases, docs, 8), Board(world_size)
+    clocks = [RankClock(cfg, rank, board) for rank in range(world_size)]
+    limits = [gpt.LearningLimit(cfg, clock, phases, scored, clock) for clock in clocks]
+    scorers = [PacedScorer(clock, slowdown) for clock in clocks]
+
+    def work(number: int, rank: int) -> None:
+        limits[rank].begin_phase(number)
+        gpt.score_phase(scorers[rank], phases[number], [None] * gpt.LANES, limit=limits[rank])
+
+    with ThreadPoolExecutor(world_size) as pool:
+        for number in range(len(phases)):
+            ended_s = [clock.now for clock in clocks]
+            list(pool.map(work, [number] * world_size, range(world_size)))
+            assert len({clock.num_told for clock in clocks}) == 1
+            busy_s = [clock.now - start - clock.waited_s for clock, start in zip(clocks, ended_s)]
+            for clock, start in zip(clocks, ended_s):     # as long as the longest work, and a step
+                assert clock.now - start <= 1.02 * max(busy_s), (clock.rank, clock.now - start, busy_s)
+                clock.now, clock.waited_s = max(c.now for c in clocks), 0.0       # a barrier
+    return scorers, limits
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_no_rank_makes_another_wait_for_lanes_that_it_has_not_begun(world_size):
+    """A rank with several lanes must not wait at the end of its first one until the others' first ones end."""
+    scorers, limits = score_in_ranks(world_size, slowdown=1.0)
+    assert all(scorer.learnt_s == scorer.total_s for scorer in scorers)
+    assert {limit.last for limit in limits} == {(math.inf,)}
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_ranks_with_any_number_of_lanes_stop_at_the_same_step(world_size):
+    fast, _ = score_in_ranks(world_size, slowdown=1.0)
+    slowdown = 12.0 / max(scorer.total_s for scorer in fast)             # a fifth more than the budget
+    scorers, limits = score_in_ranks(world_size, slowdown)
+    assert len({limit.last for limit in limits}) == 1 and limits[0].last != (math.inf,)
+    assert sum(scorer.learnt_s for scorer in scorers) < sum(scorer.total_s for scorer in scorers)
+    assert len(scorers[0].run.lines) == 1 and max(scorer.run.now for scorer in scorers) <= 10.0
 
 
 def test_the_base_adaptation_has_run_once_before_the_clock(setup, tmp_path, monkeypatch):
