@@ -363,7 +363,7 @@ def parse_value(key: str, kind: type, text: str) -> Any:
         return text == "1"
     if kind is str:
         return text
-    if kind in (int, float) and math.isfinite(value := _number(text, kind)):
+    if kind in (int, float) and abs(value := _number(text, kind)) < math.inf:
         return value
     expected = {bool: "0 or 1", int: "a whole number", float: "a finite number"}[kind]
     raise ConfigError(f"{key}={text!r}: expected {expected}")
@@ -373,7 +373,7 @@ def _refuse_misspelt(key: str, known: Sequence[str]) -> None:
     """Raise ConfigError if `key`, which names no setting, has our prefix or is nearly one of `known`."""
     if key.startswith(OWNED_PREFIXES):
         near = difflib.get_close_matches(key, known, 3, 0.6)
-        advice = f"; did you mean {' or '.join(near)}?" if near else ""
+        advice = f"; did you mean {' or '.join(near)}?" if near else ";"
         raise ConfigError(f"unknown setting {key}{advice} `python train_gpt.py --help` lists all settings")
     for name in known:
         # Short names have innocent neighbours in any environment (EDIT is two edits from AUDIT).
@@ -439,6 +439,7 @@ class Run:
         self.clocks: dict[str, float] = {}
         self._host_group = self._store = self._log_file = None
         self._unwritten = bytearray()            # log lines that are not in the file yet
+        self._writing = threading.RLock()        # the loader's thread logs too
         self._has_begun = False
         self._ended = threading.Event()
         self._shows_progress = rank == 0 and not cfg.quiet and sys.stdout.isatty()
@@ -450,15 +451,16 @@ class Run:
         """Join the ranks that the launcher started (or run alone), pick the device, claim RUN_ID (rank 0)."""
         rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         local_rank = int(env.get("LOCAL_RANK", 0))
-        if ROWS_PER_STEP % world_size:
+        if world_size < 1 or ROWS_PER_STEP % world_size:
             raise ConfigError(f"WORLD_SIZE={world_size}: expected 1, 2, 4 or 8, because one optimizer step "
-                              f"is {ROWS_PER_STEP} rows dealt evenly to the ranks; change --nproc_per_node")
+                              f"is {ROWS_PER_STEP} rows dealt evenly to the ranks; change their number, which "
+                              "is NPROC_PER_NODE of run.sh and --nproc_per_node of torchrun")
         device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
         if device.type == "cuda":
             last = int(env.get("LOCAL_WORLD_SIZE", local_rank + 1)) - 1       # so that all ranks refuse alike
             if last >= torch.cuda.device_count():
                 raise ConfigError(f"LOCAL_RANK={last}: expected below {torch.cuda.device_count()}, the GPUs "
-                                  "of this machine; lower NPROC_PER_NODE")
+                                  "of this machine; start fewer processes")
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
         run = cls(cfg, rank, world_size, device)
@@ -475,20 +477,26 @@ class Run:
         self._store, _, _ = next(dist.rendezvous("env://", self.rank, self.world_size))
         dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.world_size,
                                 device_id=device)
-        # _watch limits every wait, with a limit of its own for each stage.
+        # _watch limits waits, with a limit of its own for each stage; NCCL's are ended by torch after 10 min.
         self._host_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _claim_run_id(self) -> None:
         """Open and lock the log; refuse the name of a run that goes on, or that has left something behind."""
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        self._log_file = os.open(self.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            self._log_file = os.open(self.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ConfigError(f"{self.log_path}: cannot be written ({error.strerror}); start where a folder "
+                              "logs can be") from None
         try:
             if fcntl is not None:              # the lock belongs to the open file: a killed run leaves none
                 fcntl.flock(self._log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"RUN_ID={self.run_id}: a run of this name is going on; wait for it, or choose "
                               "another RUN_ID") from None
+        except OSError:
+            pass                               # this file system has no locks
         left = [path for path in (self.log_path, checkpoint_path(self), artifact_path(self))
                 if path.exists() and path.stat().st_size]
         if left and not self.cfg.resumes:
@@ -527,7 +535,7 @@ class Run:
 
     def _write_log(self) -> None:
         """Write what waits. A full disk must not end a run: what does not fit waits for the next line."""
-        with contextlib.suppress(OSError):
+        with self._writing, contextlib.suppress(OSError):
             while self._has_begun and self._unwritten:
                 del self._unwritten[:os.write(self._log_file, self._unwritten)]
 
@@ -536,10 +544,17 @@ class Run:
         self.beat()
         if self.rank == 0:
             self.progress("")
-            print(line, flush=True)
-            if self._log_file is not None:
-                self._unwritten += f"{line}\n".encode()
-                self._write_log()
+            with self._writing:
+                self._show(line + "\n")
+                if self._log_file is not None:
+                    self._unwritten += f"{line}\n".encode()
+                    self._write_log()
+
+    @staticmethod
+    def _show(text: str) -> None:
+        """Print, where stdout still takes it: a full disk or a reader that is gone must not end a run."""
+        with contextlib.suppress(OSError):
+            print(text, end="", flush=True)
 
     def progress(self, text: str) -> None:
         """Show `text` in one line that rewrites itself: on a terminal, unless QUIET=1. "" removes it."""
@@ -548,7 +563,7 @@ class Run:
         is_due = now - self._progress_at >= 0.2 if text else self._progress_width > 0
         if self._shows_progress and is_due:
             text = text[:shutil.get_terminal_size().columns - 1]
-            print(f"\r{text:<{self._progress_width}}" + ("" if text else "\r"), end="", flush=True)
+            self._show(f"\r{text:<{self._progress_width}}" + ("" if text else "\r"))
             self._progress_width, self._progress_at = len(text), now
 
     def stage(self, name: str, limit_s: float = HANG_LIMIT_S) -> None:
@@ -631,9 +646,10 @@ class Run:
         return torch.Generator(self.device).manual_seed(int(state[0]) >> 1)
 
 
-def report(run: Run | None, sentence: str) -> bool:
-    """Print an error on stderr unless another rank has told one; says whether this rank was the first."""
-    is_first = os.environ.get("RANK", "0") == "0"    # before a run has begun an error is that of all ranks
+def report(run: Run | None, sentence: str, is_shared: bool = True) -> bool:
+    """Print an error on stderr unless another rank has told one; says whether this rank was the first.
+    is_shared: before ranks have joined, whether all of them meet it."""
+    is_first = os.environ.get("RANK", "0") == "0" or not is_shared
     if run is not None and run._store is not None:
         with contextlib.suppress(RuntimeError):      # the store ends with rank 0, which has told its error
             is_first = run._store.add("errors_told", 1) == 1
@@ -674,8 +690,8 @@ def save(run: Run, path: Path, data: bytes) -> None:
             return write_file(path, data)
         except OSError as error:
             if told != (told := error.strerror):
-                run.log(f'write waiting file:{path.name} bytes:{len(data)} reason:"{told}; make '
-                        f'{len(data):,} bytes of room in {path.parent.name}, the weights wait in memory"')
+                run.log(f'write waiting file:{path.name} bytes:{len(data)} reason:"{told}; mend that or make '
+                        f'{len(data):,} bytes of room in {path.parent.name}, they wait in memory"')
             time.sleep(DISK_RETRY_S)
 
 
@@ -765,12 +781,16 @@ def find_shards(folder: Path, series: str) -> list[Path]:
     return found
 
 
+SHARD_FACTS = ("sha256", "first", "largest", "total", "head_total")
+
+
 def read_facts(path: Path, head: int) -> dict[str, Any]:
     """SHA-256 of a shard and its first, largest and summed values; head_total: those of the first `head`."""
     data = np.memmap(path, mode="r")
     values = data[SHARD_HEADER_BYTES:].view("<u2")
-    return {"sha256": hashlib.sha256(data).hexdigest(), "first": int(values[0]), "largest": int(values.max()),
-            "total": int(values.sum(dtype=np.int64)), "head_total": int(values[:head].sum(dtype=np.int64))}
+    totals = (int(part.sum(dtype=np.int64)) for part in (values, values[:head]))
+    found = hashlib.sha256(data).hexdigest(), int(values[0]), int(values.max()), *totals
+    return dict(zip(SHARD_FACTS, found))
 
 
 def file_stamp(path: Path, head: int) -> list[int]:
@@ -820,10 +840,12 @@ class Dataset:
             listed = {name: int(entry["values"]) for name, entry in manifest["files"].items()}
             val, tokenizer = manifest["val"], manifest["tokenizer"]
             needed = (tokenizer["file"], val["tokens"], val["sidecar_bytes"],
-                      *(entry["sha256"] for entry in manifest["files"].values()))
+                      *(entry["sha256"] for entry in manifest["files"].values()),
+                      *(manifest["merges"][name] for name in ("file", "count", "sha256")
+                        if "merges" in manifest))
             if None in needed:
                 raise ValueError("a hash or a total is null")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: not a manifest of this family ({error}); prepare again") from error
         # A partial download may leave out training shards at the end, never a file of the validation split.
         wrong = sorted(name for name in listed.keys() | counts.keys()
@@ -871,7 +893,8 @@ class Dataset:
     def _remembered(self) -> dict[str, Any]:
         try:
             checked = json.loads((self.folder / CHECKED_NAME).read_text(encoding="utf-8"))
-            return {name: [stamp, {**facts}] for name, (stamp, facts) in checked["files"].items()}
+            return {name: [stamp, {fact: facts[fact] for fact in SHARD_FACTS}]
+                    for name, (stamp, facts) in checked["files"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}                                        # nothing remembered: read everything
 
@@ -1530,11 +1553,10 @@ class GPT(nn.Module):
         return ops.finish(vary(lane0, 0, 1), vary(lane1, 0, 1))
 
     def loss(self, tokens_T: Tensor, targets_T: Tensor, cu_seqlens: Tensor, *, looping: bool,
-             segment_cap: int, ops: Ops | None = None) -> Tensor:
+             segment_cap: int) -> Tensor:
         """Mean training nll in nats of one flat row; segment_cap bounds the segments' lengths."""
-        ops = ops or self.ops
-        hidden = self(tokens_T[None], looping=looping, segments=(cu_seqlens, segment_cap), ops=ops)[0]
-        return ops.loss(hidden, self.tok_emb, self.softcap_pos, self.softcap_neg, targets_T)
+        hidden = self(tokens_T[None], looping=looping, segments=(cu_seqlens, segment_cap))[0]
+        return self.ops.loss(hidden, self.tok_emb, self.softcap_pos, self.softcap_neg, targets_T)
 
     def score(self, hidden_ND: Tensor, targets_N: Tensor, hints_N: Tensor | None = None,
               delta_NV: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -1939,15 +1961,15 @@ def make_loader(cfg: Config, run: Run, data: Dataset) -> PackingLoader:
 
 
 def is_logged(cfg: Config, done: int) -> bool:
-    """Whether step `done`, counted from 1, gets a line: the first 5, tenths to 100, fiftieths, the last."""
+    """Whether step `done`, counted from 1, gets a line: the first 5, tenths to 100, fiftieths, ITERATIONS."""
     return done <= 5 or done % (10 if done <= 100 else 50) == 0 or done == cfg.iterations
 
 
 def log_step(cfg: Config, run: Run, clock: StepClock, done: int, tokens: int, losses: Tensor) -> None:
     """One line about step `done`, `tokens` into the run. losses (2,): this rank's sums of the rows' mean
     losses, of this step and of all; raises RunError unless both are finite."""
+    mean_loss, every_loss = (run.sum(losses) / ROWS_PER_STEP).tolist()        # waits for the step's end
     elapsed_s = time.perf_counter() - clock.timer.start
-    mean_loss, every_loss = (run.sum(losses) / ROWS_PER_STEP).tolist()
     run.log(f"{done}/{cfg.iterations} train_loss: {mean_loss:.4f} train_time: {elapsed_s / 60:.1f}m "
             f"tok/s: {tokens / elapsed_s:.0f} train_time_ms:{1000 * elapsed_s:.0f}")
     require_finite(run, f"train_loss up to step {done}", every_loss)
@@ -1966,8 +1988,8 @@ def log_speed(run: Run, loop_on: Mark | None, end: Mark, replay: CapturedSteps |
     speeds = ""
     switch = loop_on or end
     for name, since, until in (("loops_off", Mark(0, 0, 0.0), switch), ("loops_on", switch, end)):
-        if count := until.steps - since.steps:
-            seconds = until.seconds - since.seconds
+        count, seconds = until.steps - since.steps, until.seconds - since.seconds
+        if count and seconds > 0:                # looping began at an estimated time, which may be off
             speeds += (f"{name}_tok_per_s:{(until.tokens - since.tokens) / seconds:.0f} "
                        f"{name}_step_ms:{1000 * seconds / count:.1f} ")
     graphs = f"graphs:{replay.captures} rows_without_graph:{replay.missed} " if replay else ""
@@ -2000,7 +2022,8 @@ def train(cfg: Config, run: Run, data: Dataset, model: GPT) -> float:
         progress, stop = run.agree(plan_step(cfg, step, clock.now(), clock.longest_recent(), calibration_s))
         if stop:
             break
-        if (now := row_parts(cfg, progress)) != parts:
+        now = row_parts(cfg, progress)
+        if now < parts or step == 0 and now != parts:     # never back, should the clock's estimate fall
             parts, rows = now, split_rows(loader, rows_per_rank, now)
             run.log(f"rows:{ROW_PARTS[parts]} step:{step} frac:{progress:.3f}")
         if loop_on is None and cfg.num_loops and progress >= cfg.enable_looping_at:
@@ -6589,7 +6612,8 @@ def main(argv: Sequence[str]) -> int:
     except Interrupted as error:
         return interrupted(error.args[0])
     except Exception as error:
-        if report(run, f"error: unexpected {type(error).__name__} in stage {stage()}"):
+        rank = os.environ.get("RANK", "0")
+        if report(run, f"error: unexpected {type(error).__name__} of rank {rank} in stage {stage()}", False):
             raise
         return 1                                                # what follows another rank's error is no news
     return 0

@@ -80,6 +80,11 @@ def test_ill_typed_values_are_refused(name, text, expected):
         gpt.Config.from_env({name: text})
 
 
+def test_a_number_beyond_all_bounds_is_refused_like_any_other():
+    with pytest.raises(gpt.ConfigError, match="SEED=9+: expected a value between"):
+        gpt.Config.from_env({"SEED": "9" * 400})
+
+
 @pytest.mark.parametrize(("name", "text"), [
     ("ITERATIONS", "0"), ("SEED", "-1"), ("VOCAB_SIZE", "100000"), ("EMA_DECAY", "1.5"), ("MATRIX_LR", "-0.1"),
     ("WARMDOWN_FRAC", "2"), ("MUON_BACKEND_STEPS", "6"), ("MATRIX_BITS", "9"), ("MATRIX_BITS", "1"),

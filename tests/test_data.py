@@ -195,7 +195,7 @@ def test_files_that_disagree_with_the_manifest_are_refused_by_name(with_manifest
         gpt.Dataset.open(cfg)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"files": {"a": 3}}', '{"files": {"a": {"values": "x"}}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"files": []}', '{"files": {"a": 3}}', '{"files": {"a": {"values": "x"}}}'])
 def test_a_damaged_manifest_is_refused(with_manifest, text):
     folder, cfg = with_manifest
     (folder / "manifest.json").write_text(text)
@@ -204,7 +204,8 @@ def test_a_damaged_manifest_is_refused(with_manifest, text):
 
 
 @pytest.mark.parametrize("change", [lambda m: m.pop("tokenizer"), lambda m: m["tokenizer"].pop("file"),
-                                    lambda m: m.update(tokenizer=None)])
+                                    lambda m: m.update(tokenizer=None),
+                                    lambda m: m.update(merges={"file": "merges.json", "count": 3})])
 def test_a_manifest_without_tokenizer_is_refused_and_not_a_crash(with_manifest, change):
     folder, cfg = with_manifest
     edit_manifest(folder, change)
@@ -308,7 +309,10 @@ def test_the_published_export_has_its_published_bytes(tmp_path, monkeypatch, off
 
 def test_damaged_memory_of_earlier_checks_is_read_anew(with_manifest, capsys):
     folder, cfg = with_manifest
-    for text in ("", "[]", '{"files": {"fineweb_val_000000.bin": 3}}', '{"files": 7}'):
+    assert check_values(cfg) and "read:4" in capsys.readouterr().out
+    sound = json.loads((folder / gpt.CHECKED_NAME).read_text())
+    del sound["files"]["fineweb_val_000000.bin"][1]["largest"]
+    for text in ("", "[]", '{"files": {"fineweb_val_000000.bin": 3}}', '{"files": 7}', json.dumps(sound)):
         (folder / gpt.CHECKED_NAME).write_text(text)
         assert check_values(cfg) and "read:4" in capsys.readouterr().out
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -24,10 +25,10 @@ def in_tmp(monkeypatch, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("world_size", ["3", "5", "6", "7", "16"])
+@pytest.mark.parametrize("world_size", ["0", "-1", "3", "5", "6", "7", "16"])
 def test_world_sizes_that_do_not_divide_a_step_are_refused(in_tmp, world_size):
     message = f"WORLD_SIZE={world_size}: expected 1, 2, 4 or 8, because one optimizer step is 8 rows"
-    with pytest.raises(gpt.ConfigError, match=f"{message}.*change --nproc_per_node"):
+    with pytest.raises(gpt.ConfigError, match=f"{message}.*NPROC_PER_NODE of run.sh"):
         gpt.Run.start(tiny_config(), {"WORLD_SIZE": world_size, "RANK": "0"})
     assert not list(in_tmp.iterdir())
 
@@ -182,6 +183,58 @@ def test_saving_to_a_full_disk_waits_until_there_is_room(tmp_path, monkeypatch, 
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and "file:x.weights bytes:1400" in lines[0]
     assert "make 1,400 bytes of room" in lines[0]
+
+
+class Full(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_stdout_that_takes_nothing_any_more_ends_no_run(in_tmp, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Full())
+    with gpt.Run.start(tiny_config(run_id="abc"), {}) as run:
+        run.begin()
+        run.log("a line")
+        run._shows_progress = True
+        run.progress("step 1")
+    assert (in_tmp / "logs" / "abc.txt").read_text() == "a line\n"
+
+
+def test_two_threads_may_log_at_once(in_tmp, capsys, monkeypatch):
+    """A write to a slow disk must not see its buffer change."""
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: (time.sleep(0.002), write(file, data))[1])
+    with gpt.Run.start(tiny_config(run_id="abc"), {}) as run:
+        run.begin()
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda name: [run.log(f"{name} {k}") for k in range(20)], "ab"))
+    lines = (in_tmp / "logs" / "abc.txt").read_text().splitlines()
+    assert sorted(lines) == sorted(f"{name} {k}" for name in "ab" for k in range(20))
+
+
+def test_a_file_system_without_locks_is_no_hindrance(in_tmp, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with gpt.Run.start(tiny_config(run_id="abc"), {}) as run:
+        run.begin()
+        run.log("a line")
+    assert (in_tmp / "logs" / "abc.txt").read_text() == "a line\n"
+
+
+def test_a_folder_of_logs_that_cannot_be_made_is_refused(in_tmp):
+    (in_tmp / "logs").write_text("in the way")
+    with pytest.raises(gpt.ConfigError, match="logs/abc.txt: cannot be written"):
+        gpt.Run.start(tiny_config(run_id="abc"), {})
+
+
+@pytest.mark.parametrize(("rank", "is_shared", "told"), [("0", True, True), ("1", True, False), ("1", False, True)])
+def test_an_error_before_ranks_have_joined_is_told_by_those_who_meet_it(monkeypatch, capsys, rank, is_shared, told):
+    monkeypatch.setenv("RANK", rank)
+    assert gpt.report(None, "error: the GPU is busy", is_shared) is told
+    assert capsys.readouterr().err == "error: the GPU is busy\n" * told
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

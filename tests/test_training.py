@@ -143,6 +143,15 @@ def test_every_change_of_rows_is_logged_and_warmed_up(train_tiny):
         f"{name}warmup_step: 1/1" for name in ("quarter_", "half_", "half_loop_", "loop_")]
 
 
+def test_rows_are_never_cut_again_when_the_clock_is_corrected(train_tiny, monkeypatch):
+    """After a slow step the estimate of the next one's beginning may have been too late."""
+    progress = iter([0.0, 0.3, 0.6, 0.4, 0.1, 0.6, 0.7, 0.8])
+    monkeypatch.setattr(gpt, "plan_step", lambda *_: (next(progress), False))
+    _, lines = train_tiny(iterations=8, quarter_rows_until=0.25, half_rows_until=0.5, warmup_steps=0)
+    assert [line for line in lines if line.startswith("rows:")] == [
+        "rows:quarter step:0 frac:0.000", "rows:half step:1 frac:0.300", "rows:whole step:2 frac:0.600"]
+
+
 @pytest.mark.parametrize(("settings", "states"), [
     ({}, [(1, False), (1, True)]),
     ({"num_loops": 0}, [(1, False)]),
@@ -204,6 +213,15 @@ def test_rows_without_a_graph_are_logged(capsys):
     event, fields = runlog.parse_line(capsys.readouterr().out.splitlines()[0])
     assert event == "train speed" and fields["steps"] == "3"
     assert (fields["graphs"], fields["rows_without_graph"]) == ("9", "2")
+
+
+@pytest.mark.parametrize("seconds", [0.0, 5.0])
+def test_a_switch_at_a_time_that_was_estimated_wrongly_leaves_no_false_speed(capsys, seconds):
+    """On a GPU the first step has not ended when looping begins at the second one."""
+    gpt.log_speed(gpt.Run(tiny_config()), gpt.Mark(1, 100, seconds), gpt.Mark(3, 500, 4.0), None)
+    _, fields = runlog.parse_line(capsys.readouterr().out.splitlines()[0])
+    speeds = [float(value) for name, value in fields.items() if name.endswith("tok_per_s")]
+    assert len(speeds) == 1 and speeds[0] > 0
 
 
 class Replayed:
