@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 REPO = Path(__file__).resolve().parent
 # Free bytes wanted where the run writes.
-CACHE_BYTES, LOG_BYTES = 4 << 30, 64 << 20
+CACHE_BYTES, LOG_BYTES, HINT_BYTES = 4 << 30, 64 << 20, 256 << 20
 CALIBRATION_S = 3.2  # of one H100 for 16 batches, measured in warm-up: logs/h100_180s.txt
 GPU_FIELDS = ("index", "uuid", "name", "memory.total", "memory.free", "driver_version")
 GPU_MODULES = {"flash-attn-4": "flash_attn", "nvidia-cutlass-dsl": "cutlass", "quack-kernels": "quack"}
@@ -634,7 +634,7 @@ def check_places(cfg, env: Mapping[str, str]) -> Iterator[Item]:
     checkpoints = Path(env.get("CHECKPOINT_DIR") or "checkpoints")
     yield check_folder(checkpoints, 2 * weights + 32_000_000, "checkpoints")
     yield check_folder(Path("logs"), LOG_BYTES, "logs")
-    yield check_folder(Path(tempfile.gettempdir()), LOG_BYTES, "temporary files")
+    yield check_folder(Path(tempfile.gettempdir()), HINT_BYTES, "temporary files, hints among them")
     for name, default in (
         ("TORCHINDUCTOR_CACHE_DIR", Path(tempfile.gettempdir())),
         ("TRITON_CACHE_DIR", Path.home() / ".triton"),

@@ -212,7 +212,8 @@ class Config:
     # evaluation
     val_batch_tokens: int = knob(524288, "tokens of plain evaluation per 8 rows", 8)
     eval_seq_len: int = knob(2560, "sequence length and longest segment of plain evaluation", 1)
-    eval_wallclock_seconds: float = knob(600.0, "evaluation budget; exceeding it is reported", 0.0)
+    eval_wallclock_seconds: float = knob(
+        600.0, "evaluation budget: adaptation stops where its end would come too near; 0: no limit", 0.0)
     # quantization
     matrix_bits: int = knob(6, "bits of attention and MLP codes", 2, 8)
     embed_bits: int = knob(7, "bits of embedding codes", 2, 8)
@@ -259,7 +260,7 @@ class Config:
     ngram_tilt_enabled: bool = knob(True, "0 scores with the model alone")
     token_order: int = knob(16, "n-gram order: context tokens plus one", 2, 64)
     token_threshold: float = knob(0.8, "confidence from which a hint is used", 0.0, 1.0)
-    token_boost: float = knob(2.625, "log-odds added to a hinted token", 0.0)
+    token_boost: float = knob(2.625, "log-odds added to a hinted token", 0.0, 50.0)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "Config":
@@ -2844,7 +2845,9 @@ def read_container(path: Path, magic: bytes, cfg: Config, run: Run | None = None
     made = {name: getattr(Config, name) for name in now} | header["settings"]     # newer ones were as default
     differing = [name for name in {**made, **now} if made.get(name) != now.get(name)]
     if differing:
-        changes = ", ".join(f"{name.upper()}={made.get(name)} (now {now.get(name)})" for name in differing)
+        shown = {name: [int(x) if isinstance(x, bool) else x for x in (made.get(name), now.get(name))]
+                 for name in differing}
+        changes = ", ".join(f"{name.upper()}={old} (now {new})" for name, (old, new) in shown.items())
         raise ArtifactError(f"{path}: made with other settings: {changes}; set them as they were")
     made, now = header["origin"], run.origin if run else {}
     differing = [name for name in made if made[name] != now.get(name, made[name])]
@@ -3102,8 +3105,7 @@ def fit_artifact(cfg: Config, run: Run, model: GPT, stats: Calibration, limit: i
     if not fitting:
         smallest = limit - max(room for room, _ in tried.values())
         raise ArtifactError(f"no clip sigmas found that fit {limit:,} bytes in {RATE_ATTEMPTS} attempts "
-                            f"(smallest {smallest:,}); raise ATTN_, MLP_ and EMBED_CLIP_SIGMAS or shrink the "
-                            "model")
+                            f"(smallest {smallest:,}), each with coarser steps; shrink the model")
     return tried[min(fitting)][1]
 
 
@@ -3111,9 +3113,9 @@ def read_artifact(cfg: Config, run: Run, model: GPT, sha256: str = "") -> None:
     """Replace the model's weights by what ships: every rank must find the file that rank 0 wrote or reads."""
     timer = Timer(run)
     if not sha256:
-        path = artifact_path(run)
-        is_readable = run.rank == 0 and path.is_file()    # otherwise read_container says why
-        sha256 = run.share(hashlib.sha256(path.read_bytes()).hexdigest() if is_readable else "")
+        with contextlib.suppress(OSError):                # read_container says why
+            sha256 = sha256_of(artifact_path(run)) if run.rank == 0 else ""
+        sha256 = run.share(sha256)
     streams, notes = read_container(artifact_path(run), ARTIFACT_MAGIC, cfg, run, sha256)
     model.load_state_dict(decode_model(cfg, streams, notes))
     require_finite(run, "the artifact's weights", *model.parameters())
@@ -3244,7 +3246,7 @@ def tilt(nll: Tensor, log_q_hint: Tensor, is_hit: Tensor, boost: Tensor) -> Tens
 
 
 LANES = 8                    # independent sequences of batches; R ranks run 8/R lanes each
-BATCH_TOKENS = 82_000        # most rows x window tokens of a chunk step; bounds its memory
+BATCH_TOKENS = 82_000        # most rows x window tokens of a chunk step, before padding; bounds its memory
 BATCH_CHUNKS = 16_000        # most rows x chunks of the longest document; short batches balance the lanes
 # Chunk steps are padded on the right to these sizes, so that few shapes exist. Chosen by planned cost on the
 # record's document lengths: 54 windows would be 4 % faster, with four times as many graphs to capture.
@@ -3349,7 +3351,7 @@ def plan_batches(docs: Documents, *, batch_size: int, lanes: int = LANES, max_to
 
     Batches of documents of similar length have at most batch_size rows, max_tokens of rows x longest window
     and max_chunks of rows x longest document's chunks; one that a bound makes smaller gets one of ROW_BUCKETS
-    rows. They are queued longest first; each goes to the lane with the least planned time. With max_tokens
+    rows, or one. They are queued longest first; each goes to the lane with the least planned time. With max_tokens
     the longest document is a batch of its own and starts first: its chunks are the longest chain of steps.
     The first phase ends with the batch that brings the documents to prefix_docs (0: a single phase).
 
@@ -3484,7 +3486,7 @@ class HintFeed:
             hint = np.frombuffer(data, np.int32, len(data) // 4)
             if not len(hint):
                 if self.error:
-                    raise self.error
+                    raise RunError(f"hints could not be made: {self.error}") from self.error
                 time.sleep(0.0005)
                 continue
             self.gated += int((hint >= 0).sum())
@@ -3734,8 +3736,9 @@ class Scorer:
             self.index += 1
 
     def add_to_log(self, target: Tensor, nll: Tensor, parts: Tensor, scored: Tensor) -> None:
-        scored = scored.flatten()
-        spot = torch.where(scored, self.log_size + scored.cumsum(0) - 1, len(self.log_target) - 1)
+        scored, last = scored.flatten(), len(self.log_target) - 1
+        spot = torch.where(scored, self.log_size + scored.cumsum(0) - 1, last)
+        spot = spot.clamp_max(last)                       # warm-up may bank more than a small split holds
         self.log_target[spot] = target.flatten()
         self.log_nll[spot] = nll.flatten().double()
         self.log_tilt[spot] = parts.flatten(0, -2)
@@ -4144,12 +4147,15 @@ def audit_order(run: Run, scorer: Scorer, scored: ScoredChunks) -> None:
                            "once and in the certified order")
     nll, log_q_hint, is_hit, boost = scorer.log_tilt[:size].T.cpu().numpy()
     num_bytes = scorer.stream.byte_counts[torch.from_numpy(banked + 1).to(run.device)].sum().item()
-    np.savez(run.log_path.with_suffix(f".scores{run.rank}.npz"), target=banked, lane=lane[places] % LANES,
-             nll=nll, log_q_hint=log_q_hint, is_hit=is_hit > 0, boost=boost, bytes=num_bytes)
-    if run.rank == 0:
-        path, data = run.log_path.with_suffix(".order.bin"), order.astype("<i8").tobytes()
-        path.write_bytes(data)
-        run.log(f"audit targets:{len(order)} order_file:{path} sha256:{hashlib.sha256(data).hexdigest()}")
+    path, data = run.log_path.with_suffix(".order.bin"), order.astype("<i8").tobytes()
+    try:
+        np.savez(run.log_path.with_suffix(f".scores{run.rank}.npz"), target=banked, lane=lane[places] % LANES,
+                 nll=nll, log_q_hint=log_q_hint, is_hit=is_hit > 0, boost=boost, bytes=num_bytes)
+        if run.rank == 0:
+            path.write_bytes(data)
+    except OSError as error:                              # the score must not be lost
+        print(f"warning: the audit's files of rank {run.rank} are not whole: {error}", file=sys.stderr)
+    run.log(f"audit targets:{len(order)} order_file:{path} sha256:{hashlib.sha256(data).hexdigest()}")
 
 
 # --- 14 pipeline --------------------------------------------------------------------------------------------
@@ -4204,11 +4210,18 @@ def log_start(cfg: Config, run: Run, data: Dataset, tokenizer: Path, model: GPT)
     run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
 
 
-def check_ready(cfg: Config, run: Run, model: GPT) -> None:
-    """Try now whatever the run needs after training: compiler, and room for what it leaves."""
+def check_ready(cfg: Config, run: Run, data: Dataset, model: GPT) -> None:
+    """Try now whatever the run needs after training: compiler, and room for hints and for what it leaves."""
     if not cfg.prequant_only:
         compile_c(C_SOURCE)
     if run.rank != 0:
+        return
+    temporary, needed = Path(tempfile.gettempdir()), 4 * data.val_tokens
+    makes_hints = cfg.ttt_enabled and cfg.ngram_tilt_enabled and not cfg.prequant_only
+    if makes_hints and (room := shutil.disk_usage(temporary).free) < needed:
+        raise RunError(f"{temporary}: expected room for {needed:,} bytes of hints, found {room:,}; free some, "
+                       "or set TMPDIR to another folder")
+    if cfg.ttt_eval_only:                                 # leaves a log, no more
         return
     folder, needed = Path(cfg.checkpoint_dir), SIZE_LIMIT + 4 * sum(p.numel() for p in model.parameters())
     try:
@@ -4247,7 +4260,7 @@ def run_pipeline(cfg: Config, run: Run) -> None:
     model = build_model(cfg, run)
     for p in model.parameters():
         run.broadcast(p.data)                             # replicas start equal to the last bit
-    check_ready(cfg, run, model)
+    check_ready(cfg, run, data, model)
     if not cfg.ttt_eval_only:
         data.check_values(cfg, run, "train")
     # Until the last step only headers of validation files are read, and what an earlier verify remembered.
@@ -4285,7 +4298,8 @@ def run_pipeline(cfg: Config, run: Run) -> None:
     if cfg.ttt_enabled:
         run.stage("compilation for scoring", START_LIMIT_S)
         evaluate_ttt(cfg, run, model, data)
-        clocks_ms = {f"{name}_ms": 1000 * run.clocks.get(name, 0.0) for name in ("eval", "load", "compile")}
+        clocks_ms = {f"{name}_ms": 1000 * run.max_later(run.clocks.get(name, 0.0))()       # slowest ranks'
+                     for name in ("eval", "load", "compile")}
         clocks_ms |= {"sum_ms": sum(clocks_ms.values()), "limit_ms": 1000 * cfg.eval_wallclock_seconds}
         run.log("eval " + " ".join(f"{name}:{clock:.0f}" for name, clock in clocks_ms.items()))
 

@@ -1,6 +1,7 @@
 """Sections 14 and 19: a whole run on a tiny model, its log, its resumed modes and its exit codes."""
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -533,6 +534,7 @@ def test_a_run_does_not_overwrite_an_earlier_one(whole):
 def test_resuming_with_another_setting_or_tokenizer_is_refused_by_name(resumable):
     for changes, message in ((dict(quantize_only=True, matrix_lr=0.5), "MATRIX_LR=0.028 (now 0.5)"),
                              (dict(quantize_only=True, seed=3), "SEED=42 (now 3)"),
+                             (dict(quantize_only=True, muon_row_normalize=False), "MUON_ROW_NORMALIZE=1 (now 0)"),
                              (dict(ttt_eval_only=True, embed_bits=6), "EMBED_BITS=7 (now 6)")):
         assert message in check_failure(Finished(resumable, **changes))
     manifest, merges = (resumable / "data" / name for name in ("manifest.json", "merges.json"))
@@ -590,6 +592,39 @@ def test_too_little_room_and_a_missing_compiler_are_found_before_training(tmp_pa
     monkeypatch.setenv("CC", "no-such-compiler")
     gpt.compile_c.cache_clear()
     assert "no C compiler: expected `no-such-compiler`" in check_failure(Finished(tmp_path))
+
+
+def test_scoring_alone_needs_no_folder_to_write_checkpoints_to(resumable, monkeypatch):
+    write_file = gpt.write_file
+
+    def read_only(path, data):
+        if "checkpoints" in path.parts:
+            raise OSError(errno.EROFS, "Read-only file system")
+        write_file(path, data)
+    monkeypatch.setattr(gpt, "write_file", read_only)
+    assert Finished(resumable, ttt_eval_only=True).code == 0
+
+
+def test_an_artifact_that_cannot_be_read_is_an_error_in_words(resumable, monkeypatch):
+    read = Path.read_bytes
+
+    def locked(path):
+        if path.suffix == ".artifact":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return read(path)
+    monkeypatch.setattr(Path, "read_bytes", locked)
+    assert "toy.artifact: cannot be read (Permission denied)" in check_failure(Finished(resumable, ttt_eval_only=True))
+
+
+def test_too_little_room_for_hints_is_found_before_training(tmp_path, monkeypatch):
+    write_run_data(tmp_path / "data")
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 900)
+                        if Path(folder) == Path(tempfile.gettempdir()) else usage(folder))
+    run = Finished(tmp_path)
+    assert f"expected room for {4 * sum(VAL_LENGTHS)} bytes of hints, found 900" in check_failure(run)
+    assert not run.matches(".*train_loss.*")
+    assert Finished(tmp_path, ngram_tilt_enabled=False, prequant_only=True, iterations=1, **SMALL).code == 0
 
 
 def test_checkpoint_dir_holds_checkpoint_and_artifact(tmp_path):

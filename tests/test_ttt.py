@@ -1,5 +1,6 @@
 """Section 13: planner, certified order, adapters, score-first phases, adaptation of the base."""
 import dataclasses
+import errno
 import importlib.util
 import json
 import math
@@ -1049,6 +1050,24 @@ def test_every_kind_of_compilation_counts_as_made_in_the_clock(monkeypatch):
     late = SimpleNamespace(_flash_attn_fwd=attention(2), _flash_attn_bwd=attention(5))
     monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", late)
     assert gpt.graphs_made(SimpleNamespace(captures=7, missed=1)) == (before[0] + 17, before[1] + 1)
+
+
+def test_the_audit_log_of_a_small_split_bears_all_that_warm_up_banks(setup):
+    scorer = setup.scorer()
+    count = len(scorer.log_target) + 5
+    scorer.add_to_log(torch.arange(count), torch.ones(count), torch.ones(count, 4), torch.ones(count, dtype=torch.bool))
+    assert scorer.log_size == count                       # and is cleared, with the rest, before the clock
+    scorer.clear()
+    assert scorer.log_size == 0
+
+
+def test_audit_files_that_cannot_be_written_cost_a_warning_and_not_the_score(setup, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(np, "savez", full)
+    evaluate(setup, dataclasses.replace(setup.cfg, audit=True), tmp_path)
+    out, err = capsys.readouterr()
+    assert "quantized_ttt_phased val_loss:" in out and "warning: the audit's files of rank 0 are not whole" in err
 
 
 def test_audit_writes_the_order_in_which_targets_were_banked(setup, tmp_path):
