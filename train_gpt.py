@@ -454,8 +454,8 @@ class Run:
         local_rank = int(env.get("LOCAL_RANK", 0))
         if world_size < 1 or ROWS_PER_STEP % world_size:
             raise ConfigError(f"WORLD_SIZE={world_size}: expected 1, 2, 4 or 8, because one optimizer step "
-                              f"is {ROWS_PER_STEP} rows dealt evenly to the ranks; change their number, which "
-                              "is NPROC_PER_NODE of run.sh and --nproc_per_node of torchrun")
+                              f"is {ROWS_PER_STEP} rows dealt evenly to the ranks; change their number, "
+                              "which is NPROC_PER_NODE of run.sh and --nproc_per_node of torchrun")
         device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
         if device.type == "cuda":
             last = int(env.get("LOCAL_WORLD_SIZE", local_rank + 1)) - 1       # so that all ranks refuse alike
@@ -3351,7 +3351,7 @@ def plan_batches(docs: Documents, *, batch_size: int, lanes: int = LANES, max_to
 
     Batches of documents of similar length have at most batch_size rows, max_tokens of rows x longest window
     and max_chunks of rows x longest document's chunks; one that a bound makes smaller gets one of ROW_BUCKETS
-    rows, or one. They are queued longest first; each goes to the lane with the least planned time. With max_tokens
+    rows, or one. They are queued longest first; each goes to the lane with least planned time. With max_tokens
     the longest document is a batch of its own and starts first: its chunks are the longest chain of steps.
     The first phase ends with the batch that brings the documents to prefix_docs (0: a single phase).
 
@@ -4219,7 +4219,7 @@ def check_ready(cfg: Config, run: Run, data: Dataset, model: GPT) -> None:
     temporary, needed = Path(tempfile.gettempdir()), 4 * data.val_tokens
     makes_hints = cfg.ttt_enabled and cfg.ngram_tilt_enabled and not cfg.prequant_only
     if makes_hints and (room := shutil.disk_usage(temporary).free) < needed:
-        raise RunError(f"{temporary}: expected room for {needed:,} bytes of hints, found {room:,}; free some, "
+        raise RunError(f"{temporary}: expected room for {needed:,} bytes of hints, found {room:,}; free some "
                        "or set TMPDIR to another folder")
     if cfg.ttt_eval_only:                                 # leaves a log, no more
         return

@@ -797,7 +797,7 @@ def test_an_error_while_hints_are_made_reaches_the_scoring(setup, monkeypatch):
     scored = gpt.certified_order(phases, setup.docs, setup.cfg.ttt_chunk_size)
     scorer = gpt.Scorer(setup.cfg, gpt.Run(setup.cfg), setup.model, len(setup.tokens))
     feed = gpt.HintFeed(setup.cfg, scorer.run, setup.tokens, setup.docs, scored)
-    with pytest.raises(MemoryError, match="n-grams"):
+    with pytest.raises(gpt.RunError, match="hints could not be made: no memory for n-grams"):
         feed.load(scorer.stream, 1)
 
 
