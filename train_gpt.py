@@ -3351,7 +3351,7 @@ def plan_batches(docs: Documents, *, batch_size: int, lanes: int = LANES, max_to
 
     Batches of documents of similar length have at most batch_size rows, max_tokens of rows x longest window
     and max_chunks of rows x longest document's chunks; one that a bound makes smaller gets one of ROW_BUCKETS
-    rows, or one. They are queued longest first; each goes to the lane with least planned time. With max_tokens
+    rows, or one. They are queued longest first, each in the lane with least planned time. With max_tokens
     the longest document is a batch of its own and starts first: its chunks are the longest chain of steps.
     The first phase ends with the batch that brings the documents to prefix_docs (0: a single phase).
 
