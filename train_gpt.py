@@ -454,8 +454,8 @@ class Run:
         local_rank = int(env.get("LOCAL_RANK", 0))
         if world_size < 1 or ROWS_PER_STEP % world_size:
             raise ConfigError(f"WORLD_SIZE={world_size}: expected 1, 2, 4 or 8, because one optimizer step "
-                              f"is {ROWS_PER_STEP} rows dealt evenly to the ranks; change their number, "
-                              "which is NPROC_PER_NODE of run.sh and --nproc_per_node of torchrun")
+                              f"is {ROWS_PER_STEP} rows dealt evenly to the ranks; set NPROC_PER_NODE "
+                              "for run.sh, --nproc_per_node for torchrun")
         device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
         if device.type == "cuda":
             last = int(env.get("LOCAL_WORLD_SIZE", local_rank + 1)) - 1       # so that all ranks refuse alike
@@ -488,8 +488,8 @@ class Run:
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             self._log_file = os.open(self.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         except OSError as error:
-            raise ConfigError(f"{self.log_path}: cannot be written ({error.strerror}); start where a folder "
-                              "logs can be") from None
+            raise ConfigError(f"{self.log_path}: cannot be written ({error.strerror}); correct the folder's "
+                              "permissions") from None
         try:
             if fcntl is not None:              # the lock belongs to the open file: a killed run leaves none
                 fcntl.flock(self._log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -998,12 +998,11 @@ def pad_bounds(bounds: np.ndarray, pad: int = SEGMENT_PAD) -> np.ndarray:
 
 
 class Row(NamedTuple):
-    """One flat training row on the run's device; `shard` is the index of the file it came from. A loader
-    leaves cu_seqlens in the host's memory, where RowGradients picks it up."""
+    """One flat training row on the run's device. A loader leaves cu_seqlens in the host's memory, where
+    RowGradients picks it up."""
     inputs: Tensor          # (T,) int64
     targets: Tensor         # (T,) int64
     cu_seqlens: Tensor      # (segments + 1,) int32, padded
-    shard: int
 
     def part(self, begin: int, end: int) -> Row:
         """Positions [begin, end) of a loader's row, whose documents are cut there."""
@@ -1011,7 +1010,7 @@ class Row(NamedTuple):
         inside = bounds[(bounds > begin) & (bounds < end)] - begin
         local = torch.from_numpy(pad_bounds(np.concatenate([[0], inside, [end - begin]])))
         cu_seqlens = local.pin_memory() if self.inputs.is_cuda else local
-        return Row(self.inputs[begin:end], self.targets[begin:end], cu_seqlens, self.shard)
+        return Row(self.inputs[begin:end], self.targets[begin:end], cu_seqlens)
 
 
 class PackingLoader:
@@ -1033,36 +1032,36 @@ class PackingLoader:
 
     def __next__(self) -> Row:
         self._ahead.append(self._reader.submit(next, self._rows))
-        inputs, targets, bounds, shard = self._ahead[0].result()
+        inputs, targets, bounds = self._ahead[0].result()
         del self._ahead[0]                            # an error stays first: the next call meets it too
         # From pinned memory, so the copies overlap with what the GPU is doing.
         on_device = (x.to(self.device, non_blocking=True) for x in (inputs, targets))
-        return Row(*on_device, bounds, shard)
+        return Row(*on_device, bounds)
 
-    def spans(self) -> Iterator[tuple[np.ndarray, int]]:
-        """All spans of row_tokens + 1 tokens with their shard index, for ever."""
+    def spans(self) -> Iterator[np.ndarray]:
+        """All spans of row_tokens + 1 tokens, for ever."""
         span = self.row_tokens + 1
         while True:
             is_empty = True
-            for shard, path in enumerate(self.paths):
+            for path in self.paths:
                 tokens = read_shard(path)
                 from_bos = tokens[np.argmax(tokens == BOS):] if BOS in tokens else tokens[:0]
                 if len(from_bos) < span:
                     self._warn(f"data warning shard:{path.name} tokens:{len(tokens)} skipped: no BOS, or "
                                f"shorter than one row of {span} tokens")
                 for start in range(0, len(from_bos) - span + 1, span):
-                    yield from_bos[start:start + span], shard
+                    yield from_bos[start:start + span]
                     is_empty = False
             if is_empty:
                 raise DataError(f"no training shard holds one row of {span:,} tokens from its first BOS on; "
                                 "lower TRAIN_BATCH_TOKENS or prepare more data")
 
     def _host_rows(self) -> Iterator[tuple]:
-        for span, shard in itertools.islice(self.spans(), self.rank, None, self.world_size):
+        for span in itertools.islice(self.spans(), self.rank, None, self.world_size):
             bounds = segment_bounds(span[:-1], self.segment_cap)
             arrays = span[:-1].astype(np.int64), span[1:].astype(np.int64), bounds
             tensors = map(torch.from_numpy, arrays)
-            yield *(x.pin_memory() if self.device.type == "cuda" else x for x in tensors), shard
+            yield tuple(x.pin_memory() if self.device.type == "cuda" else x for x in tensors)
 
 
 def split_rows(rows: Iterator[Row], count: int, parts: int) -> Iterator[Row]:
@@ -1867,7 +1866,7 @@ class RowGradients:
     def add_loaded(self, length: int, segments: int, looping: bool) -> None:
         """`add` of the row that lies in the buffers."""
         bounds = self.bounds[length][:segments]
-        self.add(Row(self.inputs[:length], self.targets[:length], bounds, 0), looping)
+        self.add(Row(self.inputs[:length], self.targets[:length], bounds), looping)
 
     def add(self, row: Row, looping: bool) -> None:
         """The gradient and the loss of a row, all of it on the run's device."""
@@ -2855,9 +2854,7 @@ def read_container(path: Path, magic: bytes, cfg: Config, run: Run | None = None
         raise ArtifactError(f"{path}: made with a tokenizer of SHA-256 {made['tokenizer'][:16]}..., now "
                             f"{now['tokenizer'][:16]}...; set TOKENIZER_PATH and DATA_PATH as they were")
     if "merges" in differing:
-        raise ArtifactError(f"{path}: made for tokens with other joined pairs (SHA-256 of the list "
-                            f"{made['merges'][:16] or 'none'}, now {now['merges'][:16] or 'none'}); set "
-                            "DATA_PATH as it was")
+        raise ArtifactError(f"{path}: made with other joined pairs; set DATA_PATH as it was")
     if "code" in differing:
         run.log(f"artifact warning file:{path.name} made_with_code:{made['code'][:16]} "
                 f"code:{now['code'][:16]}")
@@ -3977,7 +3974,7 @@ class BaseAdaptation:
 
     def gradient(self) -> None:
         """Fill `flat`. Eager: the shapes are those of no other graph."""
-        row = Row(self.inputs, self.targets, self.segments, 0)
+        row = Row(self.inputs, self.targets, self.segments)
         _, grads = self.model.ops.row_gradients(self.model, row, looping=True,
                                                 segment_cap=self.cfg.ttt_eval_seq_len, weights=self.weights)
         # Parameters that this model's shape leaves unused have none.
@@ -4219,8 +4216,8 @@ def check_ready(cfg: Config, run: Run, data: Dataset, model: GPT) -> None:
     temporary, needed = Path(tempfile.gettempdir()), 4 * data.val_tokens
     makes_hints = cfg.ttt_enabled and cfg.ngram_tilt_enabled and not cfg.prequant_only
     if makes_hints and (room := shutil.disk_usage(temporary).free) < needed:
-        raise RunError(f"{temporary}: expected room for {needed:,} bytes of hints, found {room:,}; free some "
-                       "or set TMPDIR to another folder")
+        raise RunError(f"{temporary}: expected room for {needed:,} bytes, found {room:,}; free some, or set "
+                       "TMPDIR")
     if cfg.ttt_eval_only:                                 # leaves a log, no more
         return
     folder, needed = Path(cfg.checkpoint_dir), SIZE_LIMIT + 4 * sum(p.numel() for p in model.parameters())

@@ -99,7 +99,7 @@ def archive_model(weights: Mapping[str, np.ndarray], cfg: gpt.Config, dtype: tor
 
 def training_row(inputs: torch.Tensor, targets: torch.Tensor, cu_seqlens: torch.Tensor) -> gpt.Row:
     """A row that comes from no shard."""
-    return gpt.Row(inputs, targets, cu_seqlens, shard=0)
+    return gpt.Row(inputs, targets, cu_seqlens)
 
 
 def random_model(cfg: gpt.Config, seed: int = 0, **kwargs: Any) -> gpt.GPT:

@@ -141,7 +141,7 @@ def test_both_halves_of_a_step_are_profiled_apart(bench, monkeypatch):
         return {"optimizer" if optimizer.num_rows == 0 else "rows": [1.0, 2]}
 
     monkeypatch.setattr(bench, "profile", profiled)
-    rows = itertools.repeat(gpt.Row(tokens, tokens.flip(0), bounds, 0))
+    rows = itertools.repeat(gpt.Row(tokens, tokens.flip(0), bounds))
     found = bench.measure_parts(work, average, rows, False)
     assert found["kernels"] == {"gradients": {"rows": [1.0, 2.0]}, "update": {"optimizer": [1.0, 2.0]}}
     lengths = bounds.diff().numpy().repeat(gpt.ROWS_PER_STEP)

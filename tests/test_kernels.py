@@ -464,7 +464,7 @@ def random_row(cfg, lengths, seed=0):
     inputs, targets = torch.randint(0, cfg.vocab_size, (2, N), generator=generator).unbind()
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
     inputs[bounds[1:-1:2].long() % N] = gpt.BOS
-    return gpt.Row(inputs.to(DEVICE), targets.to(DEVICE), bounds.to(DEVICE), 0)
+    return gpt.Row(inputs.to(DEVICE), targets.to(DEVICE), bounds.to(DEVICE))
 
 
 def check_model(cfg, looping, lengths, repeats_kv=False, seed=0, model=None):

@@ -543,8 +543,7 @@ def test_resuming_with_another_setting_or_tokenizer_is_refused_by_name(resumable
     joined = {"file": merges.name, "count": 1, "sha256": hashlib.sha256(b"a list").hexdigest()}
     manifest.write_text(json.dumps({**facts, "merges": joined}))
     for mode in ("quantize_only", "ttt_eval_only"):
-        told = check_failure(Finished(resumable, **{mode: True}))
-        assert f"made for tokens with other joined pairs (SHA-256 of the list none, now {joined['sha256'][:16]}" in told
+        assert "made with other joined pairs" in check_failure(Finished(resumable, **{mode: True}))
     run = Finished(resumable, run_id="joined", prequant_only=True, iterations=1, **SMALL)
     run.one(rf"run run_id:joined .* data_source:manifest merges:1 merges_sha256:{joined['sha256'][:16]}")
     model = resumable / "data" / "toy.model"
@@ -622,7 +621,7 @@ def test_too_little_room_for_hints_is_found_before_training(tmp_path, monkeypatc
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 900)
                         if Path(folder) == Path(tempfile.gettempdir()) else usage(folder))
     run = Finished(tmp_path)
-    assert f"expected room for {4 * sum(VAL_LENGTHS)} bytes of hints, found 900" in check_failure(run)
+    assert f"expected room for {4 * sum(VAL_LENGTHS)} bytes, found 900" in check_failure(run)
     assert not run.matches(".*train_loss.*")
     assert Finished(tmp_path, ngram_tilt_enabled=False, prequant_only=True, iterations=1, **SMALL).code == 0
 

@@ -28,7 +28,7 @@ def in_tmp(monkeypatch, tmp_path):
 @pytest.mark.parametrize("world_size", ["0", "-1", "3", "5", "6", "7", "16"])
 def test_world_sizes_that_do_not_divide_a_step_are_refused(in_tmp, world_size):
     message = f"WORLD_SIZE={world_size}: expected 1, 2, 4 or 8, because one optimizer step is 8 rows"
-    with pytest.raises(gpt.ConfigError, match=f"{message}.*NPROC_PER_NODE of run.sh"):
+    with pytest.raises(gpt.ConfigError, match=f"{message}.*set NPROC_PER_NODE"):
         gpt.Run.start(tiny_config(), {"WORLD_SIZE": world_size, "RANK": "0"})
     assert not list(in_tmp.iterdir())
 

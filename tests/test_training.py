@@ -440,7 +440,7 @@ def test_rows_replayed_on_a_gpu_train_as_rows_without_graph():
         tokens = rng.integers(2, cfg.vocab_size, cfg.row_tokens + 1)
         tokens[rng.choice(cfg.row_tokens, num_documents, replace=False)] = gpt.BOS
         inputs, targets = (torch.from_numpy(part).cuda() for part in (tokens[:-1], tokens[1:]))
-        rows.append(gpt.Row(inputs, targets, torch.from_numpy(gpt.segment_bounds(tokens[:-1], 2048)), 0))
+        rows.append(gpt.Row(inputs, targets, torch.from_numpy(gpt.segment_bounds(tokens[:-1], 2048))))
     results = []
     for is_captured in (False, True):
         torch.manual_seed(0)
