@@ -913,13 +913,9 @@ def run_folder(folder: Path) -> None:
         copy = Path(work) / "submission"
         shutil.copytree(folder, copy)
         pack.write_toy_shards(copy / "toy")
-        kept = ("PATH", "HOME", "TMPDIR", "CC", "LD_LIBRARY_PATH")      # settings of the caller stay outside
-        settings = dict(
-            {name: os.environ[name] for name in kept if name in os.environ},
+        settings = pack.toy_environment(
             PYTHON=sys.executable,
-            OMP_NUM_THREADS="1",
             NPROC_PER_NODE="1",
-            CUDA_VISIBLE_DEVICES="",
             DATA_PATH="toy",
             ALLOW_UNVERIFIED="1",
             TOKENIZER_PATH="tokenizers/caseops_8192.model",
