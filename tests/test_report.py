@@ -412,6 +412,8 @@ def test_watching_waits_for_a_log_and_ends_with_the_run(tmp_path, monkeypatch, c
     short.write_text(short.read_text().replace("  seed:", "  prequant_only: 1\n  seed:", 1))
     monkeypatch.setattr(watch.time, "sleep", lambda seconds: pytest.fail("it goes on after the run's end"))
     assert watch.watch(short) == 0
+    short.write_text(short.read_text().replace("prequant_only: 1", "ttt_enabled: 0"))
+    assert watch.watch(short) == 0
 
 
 def test_watch_counts_time_and_batches(tmp_path, repo):
