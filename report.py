@@ -700,19 +700,7 @@ def regenerate_command(options: argparse.Namespace, repo: Path) -> int:
 
 def table_command(options: argparse.Namespace, repo: Path) -> int:
     runs, against = read_all(options.logs), read_all(options.against or [])
-    print(record_table(runs))
-    if against:
-        print("\nAgainst:\n")
-        print(record_table(against))
-        print()
-        print(comparison(runs, against))
-    for run in (*runs, *against):
-        if run.starts > 1:
-            print(
-                f"\nnote: {run.path.name} holds {run.starts} starts; {run.name} is one of them",
-                file=sys.stderr,
-            )
-    if options.json:
+    if options.json:  # first: a path that cannot be written is told before anything else
         facts = {
             "runs": [_plain(run) for run in runs],
             "mean": {name: summarize(values_of(runs, get))[0] for name, get, _ in COLUMNS},
@@ -725,6 +713,18 @@ def table_command(options: argparse.Namespace, repo: Path) -> int:
                 "record_rule": record_rule(runs, against),
             }
         options.json.write_text(as_json(facts), encoding="utf-8")
+    print(record_table(runs))
+    if against:
+        print("\nAgainst:\n")
+        print(record_table(against))
+        print()
+        print(comparison(runs, against))
+    for run in (*runs, *against):
+        if run.starts > 1:
+            print(
+                f"\nnote: {run.path.name} holds {run.starts} starts; {run.name} is one of them",
+                file=sys.stderr,
+            )
     return 0
 
 
@@ -866,13 +866,29 @@ def pr_command(options: argparse.Namespace, repo: Path) -> int:
 
 
 def pack_command(options: argparse.Namespace, repo: Path) -> int:
-    """Write the submission folder, and check it by running it."""
-    import pack
-
-    runs, findings = _sound(options)
-    folder = options.folder
+    """Write the submission folder, and check it by running it; a folder that fails is removed."""
+    (runs, findings), against = _sound(options), read_all(options.against or [])
+    folder, code = options.folder, 1
     if folder.exists():
         raise UsageError(f"{folder} exists; name a new folder or remove it")
+    try:
+        code = _fill_folder(options, repo, runs, findings, against)
+    finally:
+        if code == 1:  # with 2 it was not made
+            shutil.rmtree(folder, ignore_errors=True)
+    return code
+
+
+def _fill_folder(
+    options: argparse.Namespace,
+    repo: Path,
+    runs: Sequence[Run],
+    findings: Sequence[runlog.Finding],
+    against: Sequence[Run],
+) -> int:
+    import pack
+
+    folder = options.folder
     if code := pack.main([str(folder)]):
         return code  # it has said why
     packed = (folder / "train_gpt.py").read_bytes()
@@ -882,7 +898,6 @@ def pack_command(options: argparse.Namespace, repo: Path) -> int:
             f"has {len(packed):,}, hash {hashlib.sha256(packed).hexdigest()[:16]}; check out the log's commit"
         )
         if not options.force:
-            shutil.rmtree(folder)
             raise ReportError(f"{message}, or pass --force")
         findings = [*findings, runlog.Finding("error", wrong[0].name, "same code", message)]
     author, github_id = identity(options, repo, True)
@@ -891,9 +906,7 @@ def pack_command(options: argparse.Namespace, repo: Path) -> int:
     for run in runs:
         shutil.copy2(run.path, folder / f"train_seed{run.seed}.log")
     (folder / "submission.json").write_text(as_json(facts), encoding="utf-8")
-    (folder / "README.md").write_text(
-        pull_request(runs, findings, read_all(options.against or [])), encoding="utf-8"
-    )
+    (folder / "README.md").write_text(pull_request(runs, findings, against), encoding="utf-8")
     run_folder(folder)
     print(f"pack folder:{folder} code_bytes:{len(packed)} logs:{len(runs)} run_sh:works")
     return 0

@@ -323,6 +323,53 @@ def test_logs_of_other_code_are_not_packed(tmp_path, capsys, monkeypatch):
     assert report._is_code_of(b"code", same) and not report._is_code_of(b"edoc", same)
 
 
+@pytest.fixture
+def packable(tmp_path, monkeypatch):
+    """A log and a stand-in for pack.py, so that `report.py pack` makes a folder within a moment."""
+    import pack
+
+    def make(arguments):
+        report.Path(arguments[0]).mkdir(parents=True)
+        (report.Path(arguments[0]) / "train_gpt.py").write_bytes(b"code")
+        return 0
+
+    monkeypatch.setattr(pack, "main", make)
+    monkeypatch.setattr(report, "run_folder", lambda folder: None)
+    return write_log(tmp_path, code_bytes=4, model_bytes=15_984_317)
+
+
+@pytest.mark.parametrize("fault", ["--against", "other program", "run.sh", "interrupted"])
+def test_packing_that_fails_leaves_nothing_and_the_name_is_free(packable, tmp_path, monkeypatch, fault):
+    import pack
+
+    folder, options = tmp_path / "new" / "submission", ["--author", "A", "--github-id", "a"]
+
+    def fail(folder):
+        raise KeyboardInterrupt if fault == "interrupted" else report.ReportError("run.sh fails there")
+
+    with monkeypatch.context() as patch:
+        if fault == "other program":
+            make = pack.main
+            patch.setattr(pack, "main", lambda arguments: make(arguments) + 1)
+        elif fault != "--against":
+            patch.setattr(report, "run_folder", fail)
+        if fault == "interrupted":
+            with pytest.raises(KeyboardInterrupt):
+                run("pack", folder, packable, *options)
+        else:
+            against = ["--against", tmp_path / "typo.txt"] if fault == "--against" else []
+            assert run("pack", folder, packable, *options, *against) == (2 if against else 1)
+    assert not folder.exists()
+    assert run("pack", folder, packable, *options) == 0 and (folder / "submission.json").exists()
+    assert run("pack", folder, packable, *options) == 2 and (folder / "submission.json").exists()
+
+
+def test_a_table_whose_json_cannot_be_written_is_not_printed(three_logs, tmp_path, capsys):
+    assert run("table", *three_logs, "--json", tmp_path / "absent" / "all.json") == 2
+    shown = capsys.readouterr()
+    assert not shown.out and "absent/all.json: No such file" in shown.err
+
+
 # --- pictures and watching ----------------------------------------------------------------------------------
 
 
