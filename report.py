@@ -158,16 +158,34 @@ def p_better(ours: Sequence[float], theirs: Sequence[float], margin: float = 0.0
     return None if statistic is None else float(stats.t.sf(*statistic))
 
 
+def incomparable(runs: Sequence[Run]) -> dict[str, str]:
+    """Why scores of these runs do not compare, for the readings "per token" and "per byte"; empty where they do."""
+    scored = [(run, score) for run in runs if (score := run.ttt or run.quantized or run.pre)]
+    published = {run.is_published_data for run, _ in scored}
+    totals = {score.bytes for _, score in scored if score.bytes}
+    if len(published) > 1 or published == {False} and len(totals) > 1:
+        return dict.fromkeys(("per token", "per byte"), "the runs scored other data")
+    # The published split is scored with a few targets more or less; on other data every target counts.
+    spread = runlog.PUBLISHED_TARGETS[1] - runlog.PUBLISHED_TARGETS[0] if published == {True} else 0
+    targets = [score.targets for _, score in scored if score.targets]
+    if len({run.merges for run, _ in scored}) > 1 or targets and max(targets) - min(targets) > spread:
+        return {"per token": "a token is not the same text in all of them (merges, tokenizer)"}
+    return {}
+
+
 def compare(ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, dict[str, float | None]]:
-    """Difference of the means (ours - theirs) and two-sided p-value of every column."""
-    result = {}
+    """Difference of the means (ours - theirs) and two-sided p-value of every column; None for scores that do not
+    compare."""
+    reasons, result = incomparable([*ours, *theirs]), {}
     for name, get, _ in COLUMNS:
         a, b = values_of(ours, get), values_of(theirs, get)
-        p = p_better(a, b)
+        reading = {"BPB": "per byte", "loss": "per token"}.get(name.split()[0])
+        compares = a and b and reading not in reasons
+        p = p_better(a, b) if compares else None
         result[name] = {
             "ours": summarize(a)[0],
             "theirs": summarize(b)[0],
-            "difference": statistics.fmean(a) - statistics.fmean(b) if a and b else None,
+            "difference": statistics.fmean(a) - statistics.fmean(b) if compares else None,
             "p": None if p is None else 2 * min(p, 1 - p),
         }
     return result
@@ -175,7 +193,7 @@ def compare(ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, dict[str, f
 
 def record_rule(ours: Sequence[Run], theirs: Sequence[Run]) -> list[str]:
     """Whether the leaderboard's rule for a new record holds, in sentences, one for each reading of "nats"."""
-    told = []
+    told, reasons = [], incomparable([*ours, *theirs])
     for reading, unit, get in (
         ("per token", "nats of val_loss", lambda r: r.ttt and r.ttt.loss),
         ("per byte", "nats of val_bpb times ln 2", lambda r: r.ttt and r.ttt.bpb * math.log(2)),
@@ -184,8 +202,8 @@ def record_rule(ours: Sequence[Run], theirs: Sequence[Run]) -> list[str]:
         if not a or not b:
             told.append(f"Read {reading}: no final score on one side.")
             continue
-        if reading == "per token" and len({run.merges for run in [*ours, *theirs]}) > 1:
-            told.append("Read per token: not to be compared, a token is not the same text on both sides (merges).")
+        if reading in reasons:
+            told.append(f"Read {reading}: not to be compared, {reasons[reading]}.")
             continue
         gain, p = statistics.fmean(b) - statistics.fmean(a), p_better(a, b, RECORD_MARGIN_NATS)
         holds = gain >= RECORD_MARGIN_NATS

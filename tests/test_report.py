@@ -522,6 +522,30 @@ def test_tokens_of_different_text_are_not_compared(tmp_path):
     assert told[0].startswith("Read per token: not to be compared") and told[1].startswith("Read per byte: worse")
 
 
+def test_scores_on_other_data_are_not_compared(tmp_path):
+    def runs(name, **changes):
+        return report.read_all([write_log(tmp_path, f"{name}{seed}", seed=seed, **changes) for seed in (1, 2)])
+
+    def small(name, num_bytes, targets=499_930):
+        return runs(name, val_tokens=targets + 1, targets=targets, num_bytes=num_bytes)
+
+    published, own = runs("published"), small("own", 1_565_286)
+    for ours, theirs in ((published, own), (own, small("other", 1_565_287)), (published + own, published)):
+        told = report.record_rule(ours, theirs)
+        assert [text.split(",")[0] for text in told] == [
+            f"Read per {unit}: not to be compared" for unit in ("token", "byte")
+        ]
+        assert "The rule holds" not in report.comparison(ours, theirs)
+        differences = report.compare(ours, theirs)
+        assert differences["BPB with TTT"]["difference"] is differences["loss with TTT"]["p"] is None
+        assert differences["steps"]["difference"] == 0
+    for theirs in (small("same", 1_565_286), own):
+        assert "not to be compared" not in report.comparison(own, theirs)
+    # Pairs joined before logs said so: the same bytes in other tokens.
+    told = report.record_rule(small("joined", 1_565_286, 403_434), own)
+    assert told[0].startswith("Read per token: not to be compared") and told[1].startswith("Read per byte: worse")
+
+
 def test_the_pull_request_joins_as_many_pairs_as_the_runs_had_and_states_their_settings(tmp_path):
     import train_gpt as gpt
 
