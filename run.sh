@@ -200,12 +200,13 @@ eval "$outside"
 
 if [[ $command == frontier ]]; then
     # Its shards have tokens joined into all ids that no text can give; joined ones are taken as they are.
+    # --reuse keeps what was joined before, unless the shards have changed since.
     shards=${DATA_PATH:-data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved}
     shards=${shards%/}
     DATA_PATH=$shards
     if [[ ! -e $shards/merges.json ]]; then
         DATA_PATH=${shards}_fused
-        [[ -e $DATA_PATH/manifest.json ]] || "$python" prepare_caseops_data.py fuse "$shards" "$DATA_PATH" --merges all \
+        "$python" prepare_caseops_data.py fuse "$shards" "$DATA_PATH" --merges all --reuse \
             --workers "$(getconf _NPROCESSORS_ONLN)"
     fi
     export DATA_PATH

@@ -472,7 +472,8 @@ def frontier_run(repo, tmp_path):
     folder = fake_run(repo, tmp_path)
     shutil.copy(repo / "caseops_merges.py", folder)
     (folder / "prepare_caseops_data.py").write_text(
-        "import pathlib, sys; print('prepare', *sys.argv[1:6]); out = pathlib.Path(sys.argv[3]); out.mkdir(parents=True)\n"
+        "import pathlib, sys; print('prepare', *sys.argv[1:7])\n"
+        "out = pathlib.Path(sys.argv[3]); out.mkdir(parents=True, exist_ok=True)\n"
         "for name in ('manifest.json', 'merges.json'): (out / name).write_text('{}')\n"
     )
     names = ("QUARTER_ROWS_UNTIL", "HALF_ROWS_UNTIL", "RDO_LAMBDA", "FILL_ARTIFACT", "MAX_WALLCLOCK_SECONDS", "DATA_PATH")
@@ -482,14 +483,14 @@ def frontier_run(repo, tmp_path):
     return folder
 
 
-def test_frontier_joins_tokens_once_and_states_its_levers(repo, tmp_path):
+def test_frontier_has_tokens_joined_once_and_states_its_levers(repo, tmp_path):
     folder = frontier_run(repo, tmp_path)
-    for times in (1, 2):
+    for _ in range(2):                             # --reuse compares what is there with the shards
         told = run_sh(folder, "frontier", DATA_PATH="shards/", PYTHON="./python")
         assert told.returncode == 0, told.stderr
         lines = [line for line in told.stdout.splitlines() if line.startswith(("prepare", "checked", "train"))]
-        made = ["prepare fuse shards shards_fused --merges all"] if times == 1 else []
-        assert lines == [*made, "checked --quiet", "train 0.1 0.5 1 1 600 shards_fused"]
+        joined = "prepare fuse shards shards_fused --merges all --reuse"
+        assert lines == [joined, "checked --quiet", "train 0.1 0.5 1 1 600 shards_fused"]
 
 
 def test_frontier_knows_where_the_published_shards_lie(repo, tmp_path):
