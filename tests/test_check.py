@@ -5,6 +5,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -315,10 +316,11 @@ def test_clocks_that_do_not_fit_are_told(monkeypatch):
 # --- run.sh -------------------------------------------------------------------------------------------------
 
 
-def run_sh(repo, *arguments, **settings):
+def run_sh(repo, *arguments, cwd=None, **settings):
     env = {name: value for name, value in os.environ.items() if name not in ("SEED", "SKIP_CHECK")}
     return subprocess.run(
         ["bash", str(repo / "run.sh"), *arguments],
+        cwd=cwd,
         capture_output=True,
         text=True,
         env=env | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""} | settings,
@@ -363,6 +365,8 @@ def test_every_item_is_one_line_and_errors_give_exit_code_1(monkeypatch, capsys)
     [
         (("seeds",), "name the seeds"),
         (("seeds", "x"), "whole number"),
+        (("seeds", "42", "042"), "whole number"),
+        (("seeds", "42", "42"), "named twice"),
         (("one-gpu",), "no GPU found"),
         (("nonsense",), "unknown command"),
     ],
@@ -408,6 +412,7 @@ def test_run_sh_says_how_to_install_what_an_interpreter_lacks(repo, tmp_path):
 
 def fake_run(repo, tmp_path):
     """run.sh in a folder whose train_gpt.py and check.py only print the settings they got."""
+    tmp_path.mkdir(parents=True, exist_ok=True)
     for name in ("run.sh", "demo.py"):
         shutil.copy(repo / name, tmp_path)
     names = ("MAX_WALLCLOCK_SECONDS", "GPTQ_RESERVE_SECONDS", "EVAL_WALLCLOCK_SECONDS", "SEED", "DATA_PATH")
@@ -441,6 +446,26 @@ def test_the_check_can_be_skipped_and_is_absent_from_a_submission(repo, tmp_path
     (folder / "check.py").unlink()
     told = run_sh(folder, PYTHON="./python")
     assert told.returncode == 0 and "train 600 4 None 42" in told.stdout
+
+
+def test_run_sh_takes_an_interpreter_whose_path_has_a_blank(repo, tmp_path):
+    folder = fake_run(repo, tmp_path / "a b")
+    told = run_sh(folder, "check", PYTHON=str(folder / "python"))
+    assert told.returncode == 0 and "checked" in told.stdout, told.stderr
+
+
+def test_run_sh_works_in_its_own_folder_whatever_cdpath_says(repo, tmp_path):
+    fake_run(repo, tmp_path / "here")
+    other = fake_run(repo, tmp_path / "elsewhere" / "here")
+    (other / "check.py").write_text("print('elsewhere')\n")
+    told = run_sh(Path("here"), "check", PYTHON="./python", CDPATH=str(tmp_path / "elsewhere"), cwd=tmp_path)
+    assert told.returncode == 0 and "checked" in told.stdout and "elsewhere" not in told.stdout
+
+
+def test_options_of_the_shell_may_be_exported(repo, tmp_path):
+    settings = dict(SHELLOPTS="braceexpand:hashall", BASHOPTS="cmdhist", SEED="7", PYTHON="./python")
+    told = run_sh(fake_run(repo, tmp_path), **settings)
+    assert told.returncode == 0 and "train 600 4 None 7" in told.stdout, told.stderr
 
 
 def test_seeds_runs_one_after_the_other_then_tables_checks_and_packs(repo, tmp_path):
