@@ -113,7 +113,7 @@ case $command in
         }
         choose_python ;;
     check) needs check.py; choose_python ;;
-    proxy) needs demo.py; choose_python; "$python" demo.py corpus .data/proxy "${@:2}" ;;
+    proxy) needs demo.py; choose_python; "$python" demo.py corpus .data/proxy --base "$OLDPWD" "${@:2}" ;;
     seeds)
         shift
         (($#)) || { echo "error: name the seeds: ./run.sh seeds 42 0 1234" >&2; exit 2; }

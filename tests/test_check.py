@@ -486,10 +486,12 @@ def test_seeds_runs_one_after_the_other_then_tables_checks_and_packs(repo, tmp_p
 def test_proxy_makes_its_corpus_first_and_trains_briefly_on_it(repo, tmp_path):
     folder = fake_run(repo, tmp_path)
     (folder / "demo.py").write_text("import sys; print('demo', *sys.argv[1:])\n")
-    told = run_sh(folder, "proxy", "--docs", "mine.jsonl", PYTHON="./python")
+    (tmp_path / "caller").mkdir()
+    told = run_sh(folder, "proxy", "--docs", "mine.jsonl", PYTHON="./python", cwd=tmp_path / "caller")
     assert told.returncode == 0, told.stderr
     lines = [line for line in told.stdout.splitlines() if line.startswith(("demo", "checked", "train"))]
-    assert lines == ["demo corpus .data/proxy --docs mine.jsonl", "checked --quiet", "train 180 4 None 42 .data/proxy"]
+    corpus = f"demo corpus .data/proxy --base {tmp_path / 'caller'} --docs mine.jsonl"
+    assert lines == [corpus, "checked --quiet", "train 180 4 None 42 .data/proxy"]
 
 
 def frontier_run(repo, tmp_path):
