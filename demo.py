@@ -171,9 +171,13 @@ def prepare(out: Path) -> Corpus:
 
 
 def write_proxy(out: Path, docs: Path | None) -> dict:
-    """Shards for a run on a GPU at the record's shapes, from `docs` or from what is installed; returns the manifest."""
+    """Shards for a run on a GPU at the record's shapes, from `docs` or from what is installed; returns the manifest.
+
+    Those from what is installed are kept, and known by a file beside the manifest; a file's are made again."""
     import prepare_caseops_data as prepare_data
-    if (out / "manifest.json").exists() and docs is None:
+    is_installed = docs is None
+    note = out / "of_installed_packages"
+    if is_installed and note.exists() and (out / "manifest.json").exists():
         return json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     with contextlib.ExitStack() as stack:
         if docs is not None:
@@ -191,7 +195,11 @@ def write_proxy(out: Path, docs: Path | None) -> dict:
                 for text in validation + training:
                     file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
         out.parent.mkdir(parents=True, exist_ok=True)
-        return prepare_data.build(docs, out, val_docs=val_docs, overwrite=out.exists())
+        note.unlink(missing_ok=True)
+        manifest = prepare_data.build(docs, out, val_docs=val_docs, overwrite=out.exists())
+    if is_installed:
+        note.touch()
+    return manifest
 
 
 def context_settings(corpus: Corpus) -> dict[str, int]:
@@ -286,6 +294,7 @@ def main(argv: list[str]) -> int:
     corpus = commands.add_parser("corpus", help="write the shards of ./run.sh proxy")
     corpus.add_argument("folder", metavar="DIR", type=Path)
     corpus.add_argument("--docs", metavar="FILE", type=Path, help="JSON Lines with a field `text` instead")
+    corpus.add_argument("--base", metavar="DIR", type=Path, default=Path(), help="where FILE is looked for")
     try:
         options = parser.parse_args(argv)
         seconds = train_seconds(os.environ.get("DEMO_SECONDS", f"{DEFAULT_SECONDS:g}"))
@@ -299,7 +308,7 @@ def main(argv: list[str]) -> int:
             from caseops_encoder import PrepareError
 
             try:
-                manifest = write_proxy(options.folder, options.docs)
+                manifest = write_proxy(options.folder, options.docs and options.base / options.docs)
             except PrepareError as error:
                 print(f"error: {error}", file=sys.stderr)
                 return error.exit_code

@@ -16,8 +16,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
-GRACE_S = 5.0                # for the other ranks to end by themselves, and once more after SIGTERM
+# For ranks to end by themselves after a signal or another's failure, and once more after SIGTERM: a rank that is
+# stuck gives up within SIGNAL_GRACE_S of train_gpt.py, and nobody is killed while it writes its log.
+GRACE_S = 5.0
 POLL_S = 0.1
 
 
@@ -36,12 +39,12 @@ def start(count: int, command: list[str]) -> list[subprocess.Popen]:
     return [subprocess.Popen([sys.executable, *command], env=env) for env in ranks]
 
 
-def wait(processes: list[subprocess.Popen], seconds: float = float("inf")) -> None:
-    """Wait until all have ended, one has failed, or the time is over."""
+def wait(processes: list[subprocess.Popen], seconds: float = float("inf"), received: Sequence[int] = ()) -> None:
+    """Wait until all have ended or the time is over; without a time, until one has failed or a signal was received."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         codes = [process.poll() for process in processes]
-        if None not in codes or (seconds == float("inf") and any(codes)):
+        if None not in codes or (seconds == float("inf") and (received or any(codes))):
             return
         time.sleep(POLL_S)
 
@@ -70,7 +73,7 @@ def main(arguments: list[str]) -> int:
     for number in early:
         for process in processes:
             process.send_signal(number)
-    wait(processes)
+    wait(processes, received=received)
     wait(processes, GRACE_S)
     ended = [process.returncode for process in processes if process.poll() is not None]
     for end in (subprocess.Popen.terminate, subprocess.Popen.kill):

@@ -240,17 +240,27 @@ NUMBERS = re.compile(r"\d+/\d+ train_loss: \S+|Serialized model.*|artifact writt
                      r"|ngram_tilt:hints.*|ttt_phased:.*")
 
 
+# What Python and a C compiler need of the caller's environment. Settings stay outside: toy runs have their own.
+KEPT_VARIABLES = "PATH", "HOME", "TMPDIR", "CC", "LD_LIBRARY_PATH", "PYTHONPATH"
+
+
+def toy_environment(**settings: object) -> dict[str, str]:
+    """The environment of a toy run: on the CPU, with these settings only."""
+    kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+    settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": 1, **settings}
+    return kept | {name: str(value) for name, value in settings.items()}
+
+
 def run_pipeline(script: Path, folder: Path) -> tuple[str, list[str]]:
     """(--help, every number of a whole toy run) of a script, started from another folder; RuntimeError if it
     fails."""
-    settings = {name: str(value) for name, value in TOY_SETTINGS.items()}
-    settings |= {"DATA_PATH": str(folder.parent / "data"), "CUDA_VISIBLE_DEVICES": "",
-                 "TOKENIZER_PATH": str(REPO / "tokenizers" / "caseops_8192.model")}
+    environment = toy_environment(**TOY_SETTINGS, DATA_PATH=folder.parent / "data",
+                                  TOKENIZER_PATH=REPO / "tokenizers" / "caseops_8192.model")
     folder.mkdir()
     outputs = []
     for arguments in (["--help"], []):
         done = subprocess.run([sys.executable, str(script), *arguments], cwd=folder, text=True,
-                              capture_output=True, env={**os.environ, **settings})
+                              capture_output=True, env=environment)
         if done.returncode:
             raise RuntimeError(f"{script} fails: {(done.stderr or done.stdout).strip()[-2000:]}")
         outputs.append(done.stdout)

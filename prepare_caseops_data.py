@@ -1455,6 +1455,27 @@ def fuse(folder: Path, out: Path, num_merges: int | None, sp: Path | None = None
     return manifest
 
 
+def _require_joined_from(folder: Path, out: Path) -> None:
+    """Raise PrepareError unless `fuse` made `out` from the shards of `folder`, by their names and sizes.
+
+    Joined shards may be all that is kept: nothing is compared where `folder` is gone.
+    """
+    path = out / MANIFEST_NAME
+    try:
+        stated = json.loads(path.read_text("utf-8"))["fused_from"]["files"]
+        joined = {name: HEADER_BYTES + 2 * facts["values"] for name, facts in stated.items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise PrepareError(f"{path}: expected the manifest of shards that `fuse` joined, found none; remove {out} "
+                           "to join them again") from None
+    found = {path.name: path.stat().st_size for path in folder.glob("fineweb_*.bin") if SHARD_NAME.fullmatch(path.name)}
+    differing = sorted(name for name in joined.keys() | found.keys() if joined.get(name) != found.get(name))
+    if differing and folder.exists():
+        raise PrepareError(f"{out}: expected shards joined from those of {folder} ({len(found)} files), found them "
+                           f"joined from {len(joined)} files; they differ in {differing[0]}"
+                           f"{f' and {len(differing) - 1} more' if differing[1:] else ''}; remove {out} to join them "
+                           f"again, or set DATA_PATH={out} to take them as they are")
+
+
 def unfuse(folder: Path, out: Path, sp: Path | None = None, workers: int = 1,
            show_progress: bool = True) -> None:
     """Write to `out` what `fuse` made `folder` from: shards equal to the last byte, and their manifest.
@@ -1844,6 +1865,7 @@ def _fuse_command(arguments: list[str]) -> int:
         epilog="The merges are learnt on training shards only and kept in OUT/merges.json.")
     parser.add_argument("folder", type=Path, metavar="IN")
     parser.add_argument("out", type=Path, metavar="OUT", help="a directory that does not exist yet")
+    parser.add_argument("--reuse", action="store_true", help="keep an OUT that was joined from just these shards")
     parser.add_argument("--merges", type=_merges, required=True, metavar="N",
                         help="pairs to join, one free id for each, or `all`: as many as there are such ids")
     parser.add_argument("--merges-from", type=Path, metavar="FILE",
@@ -1854,6 +1876,9 @@ def _fuse_command(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.learn_tokens < 1:
         parser.error(f"--learn-tokens {options.learn_tokens}: expected at least 1")
+    if options.reuse and options.out.exists():
+        _require_joined_from(options.folder, options.out)
+        return 0
     manifest = fuse(options.folder, options.out, options.merges, options.sp, options.merges_from,
                     options.learn_tokens, options.workers)
     for series in ("train", "val"):

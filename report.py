@@ -158,16 +158,34 @@ def p_better(ours: Sequence[float], theirs: Sequence[float], margin: float = 0.0
     return None if statistic is None else float(stats.t.sf(*statistic))
 
 
+def incomparable(runs: Sequence[Run]) -> dict[str, str]:
+    """Why scores of these runs do not compare, for the readings "per token" and "per byte"; empty where they do."""
+    scored = [(run, score) for run in runs if (score := run.ttt or run.quantized or run.pre)]
+    published = {run.is_published_data for run, _ in scored}
+    totals = {score.bytes for _, score in scored if score.bytes}
+    if len(published) > 1 or published == {False} and len(totals) > 1:
+        return dict.fromkeys(("per token", "per byte"), "the runs scored other data")
+    # The published split is scored with a few targets more or less; on other data every target counts.
+    spread = runlog.PUBLISHED_TARGETS[1] - runlog.PUBLISHED_TARGETS[0] if published == {True} else 0
+    targets = [score.targets for _, score in scored if score.targets]
+    if len({run.merges for run, _ in scored}) > 1 or targets and max(targets) - min(targets) > spread:
+        return {"per token": "a token is not the same text in all of them (merges, tokenizer)"}
+    return {}
+
+
 def compare(ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, dict[str, float | None]]:
-    """Difference of the means (ours - theirs) and two-sided p-value of every column."""
-    result = {}
+    """Difference of the means (ours - theirs) and two-sided p-value of every column; None for scores that do not
+    compare."""
+    reasons, result = incomparable([*ours, *theirs]), {}
     for name, get, _ in COLUMNS:
         a, b = values_of(ours, get), values_of(theirs, get)
-        p = p_better(a, b)
+        reading = {"BPB": "per byte", "loss": "per token"}.get(name.split()[0])
+        compares = a and b and reading not in reasons
+        p = p_better(a, b) if compares else None
         result[name] = {
             "ours": summarize(a)[0],
             "theirs": summarize(b)[0],
-            "difference": statistics.fmean(a) - statistics.fmean(b) if a and b else None,
+            "difference": statistics.fmean(a) - statistics.fmean(b) if compares else None,
             "p": None if p is None else 2 * min(p, 1 - p),
         }
     return result
@@ -175,7 +193,7 @@ def compare(ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, dict[str, f
 
 def record_rule(ours: Sequence[Run], theirs: Sequence[Run]) -> list[str]:
     """Whether the leaderboard's rule for a new record holds, in sentences, one for each reading of "nats"."""
-    told = []
+    told, reasons = [], incomparable([*ours, *theirs])
     for reading, unit, get in (
         ("per token", "nats of val_loss", lambda r: r.ttt and r.ttt.loss),
         ("per byte", "nats of val_bpb times ln 2", lambda r: r.ttt and r.ttt.bpb * math.log(2)),
@@ -184,8 +202,8 @@ def record_rule(ours: Sequence[Run], theirs: Sequence[Run]) -> list[str]:
         if not a or not b:
             told.append(f"Read {reading}: no final score on one side.")
             continue
-        if reading == "per token" and len({run.merges for run in [*ours, *theirs]}) > 1:
-            told.append("Read per token: not to be compared, a token is not the same text on both sides (merges).")
+        if reading in reasons:
+            told.append(f"Read {reading}: not to be compared, {reasons[reading]}.")
             continue
         gain, p = statistics.fmean(b) - statistics.fmean(a), p_better(a, b, RECORD_MARGIN_NATS)
         holds = gain >= RECORD_MARGIN_NATS
@@ -700,19 +718,7 @@ def regenerate_command(options: argparse.Namespace, repo: Path) -> int:
 
 def table_command(options: argparse.Namespace, repo: Path) -> int:
     runs, against = read_all(options.logs), read_all(options.against or [])
-    print(record_table(runs))
-    if against:
-        print("\nAgainst:\n")
-        print(record_table(against))
-        print()
-        print(comparison(runs, against))
-    for run in (*runs, *against):
-        if run.starts > 1:
-            print(
-                f"\nnote: {run.path.name} holds {run.starts} starts; {run.name} is one of them",
-                file=sys.stderr,
-            )
-    if options.json:
+    if options.json:  # first: a path that cannot be written is told before anything else
         facts = {
             "runs": [_plain(run) for run in runs],
             "mean": {name: summarize(values_of(runs, get))[0] for name, get, _ in COLUMNS},
@@ -725,6 +731,18 @@ def table_command(options: argparse.Namespace, repo: Path) -> int:
                 "record_rule": record_rule(runs, against),
             }
         options.json.write_text(as_json(facts), encoding="utf-8")
+    print(record_table(runs))
+    if against:
+        print("\nAgainst:\n")
+        print(record_table(against))
+        print()
+        print(comparison(runs, against))
+    for run in (*runs, *against):
+        if run.starts > 1:
+            print(
+                f"\nnote: {run.path.name} holds {run.starts} starts; {run.name} is one of them",
+                file=sys.stderr,
+            )
     return 0
 
 
@@ -866,13 +884,29 @@ def pr_command(options: argparse.Namespace, repo: Path) -> int:
 
 
 def pack_command(options: argparse.Namespace, repo: Path) -> int:
-    """Write the submission folder, and check it by running it."""
-    import pack
-
-    runs, findings = _sound(options)
-    folder = options.folder
+    """Write the submission folder, and check it by running it; a folder that fails is removed."""
+    (runs, findings), against = _sound(options), read_all(options.against or [])
+    folder, code = options.folder, 1
     if folder.exists():
         raise UsageError(f"{folder} exists; name a new folder or remove it")
+    try:
+        code = _fill_folder(options, repo, runs, findings, against)
+    finally:
+        if code == 1:  # with 2 it was not made
+            shutil.rmtree(folder, ignore_errors=True)
+    return code
+
+
+def _fill_folder(
+    options: argparse.Namespace,
+    repo: Path,
+    runs: Sequence[Run],
+    findings: Sequence[runlog.Finding],
+    against: Sequence[Run],
+) -> int:
+    import pack
+
+    folder = options.folder
     if code := pack.main([str(folder)]):
         return code  # it has said why
     packed = (folder / "train_gpt.py").read_bytes()
@@ -882,7 +916,6 @@ def pack_command(options: argparse.Namespace, repo: Path) -> int:
             f"has {len(packed):,}, hash {hashlib.sha256(packed).hexdigest()[:16]}; check out the log's commit"
         )
         if not options.force:
-            shutil.rmtree(folder)
             raise ReportError(f"{message}, or pass --force")
         findings = [*findings, runlog.Finding("error", wrong[0].name, "same code", message)]
     author, github_id = identity(options, repo, True)
@@ -891,9 +924,7 @@ def pack_command(options: argparse.Namespace, repo: Path) -> int:
     for run in runs:
         shutil.copy2(run.path, folder / f"train_seed{run.seed}.log")
     (folder / "submission.json").write_text(as_json(facts), encoding="utf-8")
-    (folder / "README.md").write_text(
-        pull_request(runs, findings, read_all(options.against or [])), encoding="utf-8"
-    )
+    (folder / "README.md").write_text(pull_request(runs, findings, against), encoding="utf-8")
     run_folder(folder)
     print(f"pack folder:{folder} code_bytes:{len(packed)} logs:{len(runs)} run_sh:works")
     return 0
@@ -913,13 +944,9 @@ def run_folder(folder: Path) -> None:
         copy = Path(work) / "submission"
         shutil.copytree(folder, copy)
         pack.write_toy_shards(copy / "toy")
-        kept = ("PATH", "HOME", "TMPDIR", "CC", "LD_LIBRARY_PATH")      # settings of the caller stay outside
-        settings = dict(
-            {name: os.environ[name] for name in kept if name in os.environ},
+        settings = pack.toy_environment(
             PYTHON=sys.executable,
-            OMP_NUM_THREADS="1",
             NPROC_PER_NODE="1",
-            CUDA_VISIBLE_DEVICES="",
             DATA_PATH="toy",
             ALLOW_UNVERIFIED="1",
             TOKENIZER_PATH="tokenizers/caseops_8192.model",

@@ -20,7 +20,7 @@
 # Runs use PYTHON, else .venv if it holds what this machine needs, else python3, and say which. demo and test use
 # PYTHON, else an environment in .venv that they make.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")"       # OLDPWD is where the caller is
 
 usage() { sed -n '2,/^set -/s/^# \{0,1\}//p' run.sh; }
 
@@ -72,8 +72,9 @@ EOF
 
 # Set `python` and `gpus` for runs, and say which interpreter it is.
 choose_python() {
-    local name told
-    for name in ${PYTHON:-.venv/bin/python python3}; do
+    local name told names=(.venv/bin/python python3)
+    [[ -z ${PYTHON:-} ]] || names=("$PYTHON")
+    for name in "${names[@]}"; do
         if told=$(describe "$name"); then
             python=$name gpus=${told##* }
             echo "python: $told"
@@ -112,13 +113,14 @@ case $command in
         }
         choose_python ;;
     check) needs check.py; choose_python ;;
-    proxy) needs demo.py; choose_python; "$python" demo.py corpus .data/proxy "${@:2}" ;;
+    proxy) needs demo.py; choose_python; "$python" demo.py corpus .data/proxy --base "$OLDPWD" "${@:2}" ;;
     seeds)
         shift
         (($#)) || { echo "error: name the seeds: ./run.sh seeds 42 0 1234" >&2; exit 2; }
         stamp=$(date +%Y%m%d_%H%M%S) logs=()
         for seed in "$@"; do
-            [[ $seed =~ ^[0-9]+$ ]] || { echo "error: seed '$seed': expected a whole number" >&2; exit 2; }
+            [[ $seed =~ ^(0|[1-9][0-9]*)$ ]] ||
+                { echo "error: seed '$seed': expected a whole number without leading zeros" >&2; exit 2; }
             log=logs/seed${seed}_$stamp.txt
             [[ " ${logs[*]} " != *" $log "* ]] || { echo "error: seed $seed is named twice" >&2; exit 2; }
             logs+=("$log")
@@ -138,7 +140,8 @@ case $command in
     *) echo "error: unknown command '$command'" >&2; usage >&2; exit 2 ;;
 esac
 
-outside=$(export -p)                  # put back below, so that what the caller exported wins
+# Put back below, so that what the caller exported wins; the shell's own read-only variables cannot be.
+outside=$(export -p | LC_ALL=C sed '/^declare -[a-z]*r/d')
 
 # run and model
 export SEED=42
@@ -200,12 +203,13 @@ eval "$outside"
 
 if [[ $command == frontier ]]; then
     # Its shards have tokens joined into all ids that no text can give; joined ones are taken as they are.
+    # --reuse keeps what was joined before, unless the shards have changed since.
     shards=${DATA_PATH:-data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved}
     shards=${shards%/}
     DATA_PATH=$shards
     if [[ ! -e $shards/merges.json ]]; then
         DATA_PATH=${shards}_fused
-        [[ -e $DATA_PATH/manifest.json ]] || "$python" prepare_caseops_data.py fuse "$shards" "$DATA_PATH" --merges all \
+        "$python" prepare_caseops_data.py fuse "$shards" "$DATA_PATH" --merges all --reuse \
             --workers "$(getconf _NPROCESSORS_ONLN)"
     fi
     export DATA_PATH

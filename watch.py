@@ -62,6 +62,15 @@ def scoring_progress(run: Run) -> float:
     return (phase - 1 + last.number / last.total) / phases
 
 
+def has_last_score(run: Run) -> bool:
+    """Whether the run has the last score that its settings ask for."""
+    if run.settings.get("prequant_only") == "1":
+        return run.pre is not None
+    if run.settings.get("ttt_enabled") == "0":
+        return run.quantized is not None
+    return run.total_eval_s is not None
+
+
 def draw(run: Run, width: int = 100) -> Group:
     """What the terminal shows of one run."""
     spark = max(20, width - 40)
@@ -112,7 +121,7 @@ def draw(run: Run, width: int = 100) -> Group:
 
 
 def watch(log: Path, once: bool = False) -> int:
-    """Redraw until the run has its final score (or Ctrl-C); returns the exit code. LogError for what is no log
+    """Redraw until the run has its last score (or Ctrl-C); returns the exit code. LogError for what is no log
     and does not grow."""
     console = Console()
     if not once and not log.exists():
@@ -134,7 +143,7 @@ def watch(log: Path, once: bool = False) -> int:
                         time.sleep(REDRAW_S)
                         continue
                     live.update(draw(run, console.width))
-                    if run.total_eval_s is not None or (run.pre and run.settings.get("prequant_only") == "1"):
+                    if has_last_score(run):
                         return 0
                 elif size > 0 and isinstance(broken, runlog.NotALog):
                     raise broken

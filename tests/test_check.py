@@ -5,6 +5,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -315,10 +316,11 @@ def test_clocks_that_do_not_fit_are_told(monkeypatch):
 # --- run.sh -------------------------------------------------------------------------------------------------
 
 
-def run_sh(repo, *arguments, **settings):
+def run_sh(repo, *arguments, cwd=None, **settings):
     env = {name: value for name, value in os.environ.items() if name not in ("SEED", "SKIP_CHECK")}
     return subprocess.run(
         ["bash", str(repo / "run.sh"), *arguments],
+        cwd=cwd,
         capture_output=True,
         text=True,
         env=env | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""} | settings,
@@ -363,6 +365,8 @@ def test_every_item_is_one_line_and_errors_give_exit_code_1(monkeypatch, capsys)
     [
         (("seeds",), "name the seeds"),
         (("seeds", "x"), "whole number"),
+        (("seeds", "42", "042"), "whole number"),
+        (("seeds", "42", "42"), "named twice"),
         (("one-gpu",), "no GPU found"),
         (("nonsense",), "unknown command"),
     ],
@@ -408,6 +412,7 @@ def test_run_sh_says_how_to_install_what_an_interpreter_lacks(repo, tmp_path):
 
 def fake_run(repo, tmp_path):
     """run.sh in a folder whose train_gpt.py and check.py only print the settings they got."""
+    tmp_path.mkdir(parents=True, exist_ok=True)
     for name in ("run.sh", "demo.py"):
         shutil.copy(repo / name, tmp_path)
     names = ("MAX_WALLCLOCK_SECONDS", "GPTQ_RESERVE_SECONDS", "EVAL_WALLCLOCK_SECONDS", "SEED", "DATA_PATH")
@@ -443,6 +448,26 @@ def test_the_check_can_be_skipped_and_is_absent_from_a_submission(repo, tmp_path
     assert told.returncode == 0 and "train 600 4 None 42" in told.stdout
 
 
+def test_run_sh_takes_an_interpreter_whose_path_has_a_blank(repo, tmp_path):
+    folder = fake_run(repo, tmp_path / "a b")
+    told = run_sh(folder, "check", PYTHON=str(folder / "python"))
+    assert told.returncode == 0 and "checked" in told.stdout, told.stderr
+
+
+def test_run_sh_works_in_its_own_folder_whatever_cdpath_says(repo, tmp_path):
+    fake_run(repo, tmp_path / "here")
+    other = fake_run(repo, tmp_path / "elsewhere" / "here")
+    (other / "check.py").write_text("print('elsewhere')\n")
+    told = run_sh(Path("here"), "check", PYTHON="./python", CDPATH=str(tmp_path / "elsewhere"), cwd=tmp_path)
+    assert told.returncode == 0 and "checked" in told.stdout and "elsewhere" not in told.stdout
+
+
+def test_options_of_the_shell_may_be_exported(repo, tmp_path):
+    settings = dict(SHELLOPTS="braceexpand:hashall", BASHOPTS="cmdhist", SEED="7", PYTHON="./python")
+    told = run_sh(fake_run(repo, tmp_path), **settings)
+    assert told.returncode == 0 and "train 600 4 None 7" in told.stdout, told.stderr
+
+
 def test_seeds_runs_one_after_the_other_then_tables_checks_and_packs(repo, tmp_path):
     folder = fake_run(repo, tmp_path)
     (folder / "report.py").write_text("import sys; print('report', *sys.argv[1:])\n")
@@ -461,10 +486,12 @@ def test_seeds_runs_one_after_the_other_then_tables_checks_and_packs(repo, tmp_p
 def test_proxy_makes_its_corpus_first_and_trains_briefly_on_it(repo, tmp_path):
     folder = fake_run(repo, tmp_path)
     (folder / "demo.py").write_text("import sys; print('demo', *sys.argv[1:])\n")
-    told = run_sh(folder, "proxy", "--docs", "mine.jsonl", PYTHON="./python")
+    (tmp_path / "caller").mkdir()
+    told = run_sh(folder, "proxy", "--docs", "mine.jsonl", PYTHON="./python", cwd=tmp_path / "caller")
     assert told.returncode == 0, told.stderr
     lines = [line for line in told.stdout.splitlines() if line.startswith(("demo", "checked", "train"))]
-    assert lines == ["demo corpus .data/proxy --docs mine.jsonl", "checked --quiet", "train 180 4 None 42 .data/proxy"]
+    corpus = f"demo corpus .data/proxy --base {tmp_path / 'caller'} --docs mine.jsonl"
+    assert lines == [corpus, "checked --quiet", "train 180 4 None 42 .data/proxy"]
 
 
 def frontier_run(repo, tmp_path):
@@ -472,7 +499,8 @@ def frontier_run(repo, tmp_path):
     folder = fake_run(repo, tmp_path)
     shutil.copy(repo / "caseops_merges.py", folder)
     (folder / "prepare_caseops_data.py").write_text(
-        "import pathlib, sys; print('prepare', *sys.argv[1:6]); out = pathlib.Path(sys.argv[3]); out.mkdir(parents=True)\n"
+        "import pathlib, sys; print('prepare', *sys.argv[1:7])\n"
+        "out = pathlib.Path(sys.argv[3]); out.mkdir(parents=True, exist_ok=True)\n"
         "for name in ('manifest.json', 'merges.json'): (out / name).write_text('{}')\n"
     )
     names = ("QUARTER_ROWS_UNTIL", "HALF_ROWS_UNTIL", "RDO_LAMBDA", "FILL_ARTIFACT", "MAX_WALLCLOCK_SECONDS", "DATA_PATH")
@@ -482,14 +510,14 @@ def frontier_run(repo, tmp_path):
     return folder
 
 
-def test_frontier_joins_tokens_once_and_states_its_levers(repo, tmp_path):
+def test_frontier_has_tokens_joined_once_and_states_its_levers(repo, tmp_path):
     folder = frontier_run(repo, tmp_path)
-    for times in (1, 2):
+    for _ in range(2):                             # --reuse compares what is there with the shards
         told = run_sh(folder, "frontier", DATA_PATH="shards/", PYTHON="./python")
         assert told.returncode == 0, told.stderr
         lines = [line for line in told.stdout.splitlines() if line.startswith(("prepare", "checked", "train"))]
-        made = ["prepare fuse shards shards_fused --merges all"] if times == 1 else []
-        assert lines == [*made, "checked --quiet", "train 0.1 0.5 1 1 600 shards_fused"]
+        joined = "prepare fuse shards shards_fused --merges all --reuse"
+        assert lines == [joined, "checked --quiet", "train 0.1 0.5 1 1 600 shards_fused"]
 
 
 def test_frontier_knows_where_the_published_shards_lie(repo, tmp_path):

@@ -166,7 +166,35 @@ def test_the_proxy_takes_documents_of_a_file(tmp_path):
                             for k in range(60)))
     manifest = demo.write_proxy(tmp_path / "new" / "proxy", docs)
     assert (manifest["docs_val"], manifest["docs_train"]) == (3, 57)
-    assert demo.main(["corpus", str(tmp_path / "new" / "proxy")]) == 0            # made already: nothing to do
+
+
+def test_the_file_of_documents_is_looked_for_where_the_caller_is(tmp_path, monkeypatch):
+    named = []
+    monkeypatch.setattr(demo, "write_proxy", lambda out, docs: named.append(docs) or {"train": {"tokens": 1},
+                                                                                      "val": {"tokens": 1}})
+    for arguments in (["--docs", "d.jsonl"], ["--docs", "/d.jsonl"], []):
+        assert demo.main(["corpus", "new", "--base", str(tmp_path), *arguments]) == 0
+    assert named == [tmp_path / "d.jsonl", Path("/d.jsonl"), None]
+
+
+def test_the_proxy_of_a_file_is_not_taken_for_that_of_the_packages(tmp_path, monkeypatch):
+    made = []
+
+    def texts(folders):
+        made.append(folders)
+        return {f"package:{k}": f"Package {k} is described here. " * 20 for k in range(40)}
+
+    monkeypatch.setattr(demo, "language_topics", dict)
+    monkeypatch.setattr(demo, "library_modules", lambda library: {})
+    monkeypatch.setattr(demo, "package_modules", texts)
+    monkeypatch.setattr(demo, "PROXY_VAL_BYTES", 5_000)
+    docs, out = tmp_path / "docs.jsonl", tmp_path / "proxy"
+    docs.write_text("".join(json.dumps({"text": f"A short text, number {k}."}) + "\n" for k in range(60)))
+    assert demo.write_proxy(out, docs)["docs_train"] == 57
+    of_packages = demo.write_proxy(out, None)
+    assert len(made) == 1 and of_packages["docs_train"] < 40
+    assert demo.write_proxy(out, None) == of_packages and len(made) == 1          # made already: nothing to do
+    assert demo.write_proxy(out, docs)["docs_train"] == 57
 
 
 def test_docstrings_of_packages_leave_out_their_tests(tmp_path):

@@ -512,6 +512,32 @@ def test_the_training_script_reads_fused_shards_and_checks_their_merges(folder, 
         gpt.check_tokenizer(cfg, data)
 
 
+def test_joined_shards_are_reused_only_where_they_were_made_of_what_is_there(folder, tmp_path, capsys):
+    out = tmp_path / "fused"
+
+    def reuse() -> tuple[int, str]:
+        code = prepare.main(["fuse", str(folder), str(out), "--merges", "6", "--reuse"])
+        return code, capsys.readouterr().err
+
+    assert reuse() == (0, "")
+    before = contents(out)
+    assert reuse() == (0, "") and contents(out) == before
+    last = max(folder.glob("fineweb_train_*.bin"))
+    data, manifest = last.read_bytes(), (out / "manifest.json").read_text()
+    for damage in (lambda: last.unlink(), lambda: last.write_bytes(data + b"12"),
+                   lambda: last.with_name("fineweb_train_000099.bin").write_bytes(data),
+                   lambda: (out / "manifest.json").write_text('{"files": {}}')):
+        damage()
+        code, told = reuse()
+        assert code == 1 and f"remove {out} to join them again" in told and contents(out).keys() == before.keys()
+        last.with_name("fineweb_train_000099.bin").unlink(missing_ok=True)
+        last.write_bytes(data)
+        (out / "manifest.json").write_text(manifest)
+    assert reuse() == (0, "")
+    shutil.rmtree(folder)                                      # kept elsewhere: nothing to compare with
+    assert reuse() == (0, "") and contents(out) == before
+
+
 def test_command_line(repo, folder, tmp_path):
     def run(*arguments):
         return subprocess.run([sys.executable, repo / "prepare_caseops_data.py", *map(str, arguments)],

@@ -307,6 +307,15 @@ def test_a_c_source_that_packing_breaks_is_noticed(early):
     assert any("ngram_tilt:hints" in difference for difference in found)
 
 
+def test_settings_of_the_caller_do_not_reach_the_toy_runs(tmp_path, monkeypatch):
+    script, settings = tmp_path / "script.py", {"CHECKPOINT_DIR", "NGRAM_TILT_ENABLED", "PREQUANT_ONLY", "TTT_ENABLED"}
+    for name in settings:
+        monkeypatch.setenv(name, "0")
+    script.write_text("import os; print(*os.environ)\n")
+    names = set(pack.run_pipeline(script, tmp_path / "run")[0].split())
+    assert {"PATH", "ITERATIONS", "DATA_PATH"} <= names and not names & settings
+
+
 @pytest.mark.parametrize("found", [[], ["packed: 1, readable: 2"]])
 def test_a_packed_script_that_is_another_program_fails(tmp_path, monkeypatch, capsys, found):
     compared = []

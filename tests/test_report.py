@@ -323,6 +323,53 @@ def test_logs_of_other_code_are_not_packed(tmp_path, capsys, monkeypatch):
     assert report._is_code_of(b"code", same) and not report._is_code_of(b"edoc", same)
 
 
+@pytest.fixture
+def packable(tmp_path, monkeypatch):
+    """A log and a stand-in for pack.py, so that `report.py pack` makes a folder within a moment."""
+    import pack
+
+    def make(arguments):
+        report.Path(arguments[0]).mkdir(parents=True)
+        (report.Path(arguments[0]) / "train_gpt.py").write_bytes(b"code")
+        return 0
+
+    monkeypatch.setattr(pack, "main", make)
+    monkeypatch.setattr(report, "run_folder", lambda folder: None)
+    return write_log(tmp_path, code_bytes=4, model_bytes=15_984_317)
+
+
+@pytest.mark.parametrize("fault", ["--against", "other program", "run.sh", "interrupted"])
+def test_packing_that_fails_leaves_nothing_and_the_name_is_free(packable, tmp_path, monkeypatch, fault):
+    import pack
+
+    folder, options = tmp_path / "new" / "submission", ["--author", "A", "--github-id", "a"]
+
+    def fail(folder):
+        raise KeyboardInterrupt if fault == "interrupted" else report.ReportError("run.sh fails there")
+
+    with monkeypatch.context() as patch:
+        if fault == "other program":
+            make = pack.main
+            patch.setattr(pack, "main", lambda arguments: make(arguments) + 1)
+        elif fault != "--against":
+            patch.setattr(report, "run_folder", fail)
+        if fault == "interrupted":
+            with pytest.raises(KeyboardInterrupt):
+                run("pack", folder, packable, *options)
+        else:
+            against = ["--against", tmp_path / "typo.txt"] if fault == "--against" else []
+            assert run("pack", folder, packable, *options, *against) == (2 if against else 1)
+    assert not folder.exists()
+    assert run("pack", folder, packable, *options) == 0 and (folder / "submission.json").exists()
+    assert run("pack", folder, packable, *options) == 2 and (folder / "submission.json").exists()
+
+
+def test_a_table_whose_json_cannot_be_written_is_not_printed(three_logs, tmp_path, capsys):
+    assert run("table", *three_logs, "--json", tmp_path / "absent" / "all.json") == 2
+    shown = capsys.readouterr()
+    assert not shown.out and "absent/all.json: No such file" in shown.err
+
+
 # --- pictures and watching ----------------------------------------------------------------------------------
 
 
@@ -412,6 +459,8 @@ def test_watching_waits_for_a_log_and_ends_with_the_run(tmp_path, monkeypatch, c
     short.write_text(short.read_text().replace("  seed:", "  prequant_only: 1\n  seed:", 1))
     monkeypatch.setattr(watch.time, "sleep", lambda seconds: pytest.fail("it goes on after the run's end"))
     assert watch.watch(short) == 0
+    short.write_text(short.read_text().replace("prequant_only: 1", "ttt_enabled: 0"))
+    assert watch.watch(short) == 0
 
 
 def test_watch_counts_time_and_batches(tmp_path, repo):
@@ -470,6 +519,30 @@ def test_tokens_of_different_text_are_not_compared(tmp_path):
     joined = report.read_all([write_log(tmp_path, "joined", data_source="manifest merges:99")])
     assert report.record_rule(joined, joined)[0].startswith("Read per token: worse by 0.00000")
     told = report.record_rule(joined, plain)
+    assert told[0].startswith("Read per token: not to be compared") and told[1].startswith("Read per byte: worse")
+
+
+def test_scores_on_other_data_are_not_compared(tmp_path):
+    def runs(name, **changes):
+        return report.read_all([write_log(tmp_path, f"{name}{seed}", seed=seed, **changes) for seed in (1, 2)])
+
+    def small(name, num_bytes, targets=499_930):
+        return runs(name, val_tokens=targets + 1, targets=targets, num_bytes=num_bytes)
+
+    published, own = runs("published"), small("own", 1_565_286)
+    for ours, theirs in ((published, own), (own, small("other", 1_565_287)), (published + own, published)):
+        told = report.record_rule(ours, theirs)
+        assert [text.split(",")[0] for text in told] == [
+            f"Read per {unit}: not to be compared" for unit in ("token", "byte")
+        ]
+        assert "The rule holds" not in report.comparison(ours, theirs)
+        differences = report.compare(ours, theirs)
+        assert differences["BPB with TTT"]["difference"] is differences["loss with TTT"]["p"] is None
+        assert differences["steps"]["difference"] == 0
+    for theirs in (small("same", 1_565_286), own):
+        assert "not to be compared" not in report.comparison(own, theirs)
+    # Pairs joined before logs said so: the same bytes in other tokens.
+    told = report.record_rule(small("joined", 1_565_286, 403_434), own)
     assert told[0].startswith("Read per token: not to be compared") and told[1].startswith("Read per byte: worse")
 
 

@@ -1,4 +1,5 @@
 """Section 2: ranks, collectives, the log file, names of runs, signals, seeded generators, the C compiler."""
+import contextlib
 import errno
 import io
 import itertools
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import launch
 import train_gpt as gpt
 from helpers import tiny_config
 from toy_data import write_run_data
@@ -268,6 +270,43 @@ def test_a_call_that_does_not_return_is_abandoned(repo):
         assert stuck.stdout.readline() == "waiting\n"
         stuck.send_signal(signal.SIGTERM)
         assert stuck.wait(timeout=20) == 100 + signal.SIGTERM
+
+
+RANK = """
+import os, pathlib, signal, sys, time
+def write_log(number, frame):
+    time.sleep(float(sys.argv[1]))                    # on the way out, within the grace
+    pathlib.Path("log").write_text("error Interrupted")
+    sys.exit(1)
+answer = write_log if os.environ["RANK"] == sys.argv[2] else signal.SIG_IGN
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, answer)
+pathlib.Path(f"started{os.environ['RANK']}").touch()
+while True:
+    time.sleep(0.1)
+"""
+LAUNCH = "import sys, launch; launch.GRACE_S = 1.5; sys.exit(launch.main(['2', 'rank.py', *sys.argv[1:]]))"
+
+
+@pytest.mark.parametrize(("number", "obeying"), [(signal.SIGTERM, "none"), (signal.SIGINT, "0")])
+def test_a_launch_ends_although_ranks_ignore_its_signal_and_one_may_write_its_log(in_tmp, repo, number, obeying):
+    (in_tmp / "rank.py").write_text(RANK)
+    env = {**os.environ, "PYTHONPATH": str(repo)}
+    with subprocess.Popen([sys.executable, "-c", LAUNCH, "1.0", obeying], env=env, start_new_session=True) as run:
+        try:
+            while not all((in_tmp / f"started{rank}").exists() for rank in (0, 1)):
+                assert run.poll() is None
+                time.sleep(0.05)
+            run.send_signal(number)
+            assert run.wait(timeout=20) == 128 + number
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+    assert (in_tmp / "log").exists() == (obeying == "0")
+
+
+def test_a_launch_gives_ranks_longer_than_they_give_themselves():
+    assert launch.GRACE_S >= gpt.SIGNAL_GRACE_S + 1
 
 
 class Terminal(io.StringIO):
