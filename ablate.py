@@ -49,6 +49,8 @@ from runlog import number, parse_line
 REPO = Path(__file__).resolve().parent
 PATHS = ("DATA_PATH", "TOKENIZER_PATH")
 METRICS = {"pre_bpb": "before quantization", "quantized_bpb": "quantized", "ttt_bpb": "after TTT"}
+# Losses per token compare at equal steps only where these, and so tokens and batches, are the same.
+BATCHES = ("DATA_PATH", "TRAIN_BATCH_TOKENS", "VOCAB_SIZE", "HALF_ROWS_UNTIL", "QUARTER_ROWS_UNTIL")
 
 
 class AblationError(ValueError):
@@ -199,8 +201,13 @@ class Result:
     @property
     def final_bpb(self) -> float | None:
         """The score after the last stage that the run has."""
-        stages = (self.ttt_bpb, self.quantized_bpb, self.pre_bpb)
-        return next((value for value in stages if value is not None), None)
+        stage = last_stage([self])
+        return stage and getattr(self, stage)
+
+
+def last_stage(results: list[Result]) -> str | None:
+    """The last of METRICS that all of them have: scores of different stages are no comparison."""
+    return next((name for name in reversed(METRICS) if all(getattr(each, name) is not None for each in results)), None)
 
 
 def read_result(lines: list[str]) -> Result:
@@ -403,14 +410,13 @@ def _compare_arm(arms: Arms, arm: str, results: dict[tuple[str, int], Result]) -
     steps, seconds, by_loss = [], [], []
     for seed, ours, base in pairs:
         curve = [results[name, seed] for name in (*arms.curve, arms.base) if (name, seed) in results]
+        stage = last_stage([ours, *curve])
         for axis, saved in (("steps", steps), ("train_s", seconds)):
-            points = sorted((getattr(run, axis), run.final_bpb) for run in curve if getattr(run, axis))
-            if getattr(ours, axis) and getattr(base, axis) and ours.final_bpb is not None:
-                saved.append(saved_at_equal(points, [(getattr(ours, axis), ours.final_bpb)],
-                                            (getattr(base, axis), base.final_bpb)))
-        # Losses per token compare only where tokens and batches are the same.
-        same = all(arms.settings[arm].get(name) == arms.settings[arms.base].get(name)
-                   for name in ("DATA_PATH", "TRAIN_BATCH_TOKENS", "VOCAB_SIZE"))
+            if stage and getattr(ours, axis) and getattr(base, axis):
+                points = sorted((getattr(run, axis), getattr(run, stage)) for run in curve if getattr(run, axis))
+                saved.append(saved_at_equal(points, [(getattr(ours, axis), getattr(ours, stage))],
+                                            (getattr(base, axis), getattr(base, stage))))
+        same = all(arms.settings[arm].get(name) == arms.settings[arms.base].get(name) for name in BATCHES)
         if same and len(ours.curve) > 1 and len(base.curve) > 1:
             base_curve = smooth(base.curve)
             by_loss.append(saved_at_equal(base_curve, smooth(ours.curve), base_curve[-1]))
@@ -446,7 +452,8 @@ def markdown(arms: Arms, compared: dict[str, dict], device: str) -> str:
                      if arm == arms.base or arms.settings[arms.base].get(name) != value]
         changes.append(f"- `{arm}`: {', '.join(differing) or 'the same settings'}")
     return (f"Paired differences to `{arms.base}` (mean ± standard error over seeds) on {device}. Saved: "
-            "share of the base arm's steps or seconds that the arm does without.\n\n" + table(head, rows)
+            "share of the base arm's steps or seconds that the arm does without, by BPB after the last stage that the "
+            "arm, the base and the base's other lengths have.\n\n" + table(head, rows)
             + "\n\nSettings (of other arms than the base: what differs from it):\n\n" + "\n".join(changes)
             + "\n")
 

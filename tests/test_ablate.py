@@ -244,6 +244,35 @@ def test_errors_are_those_of_paired_differences():
     assert (difference.count, difference.error) == (1, None)
 
 
+def test_what_is_saved_is_read_off_the_last_stage_that_all_have():
+    """Of a base with test-time training, an arm without it that quantizes to the same score saves nothing."""
+    arms = ablate.Arms("a", (1,), {name: {} for name in ("a", "b", "a@5", "a@20")}, ("a@5", "a@20"))
+    bpb = {("a@5", 1): 2.2, ("a", 1): 2.0, ("a@20", 1): 1.9, ("b", 1): 2.0}
+    steps = {("a@5", 1): 5, ("a", 1): 10, ("a@20", 1): 20, ("b", 1): 10}
+    results = {key: result(steps=steps[key], pre_bpb=bpb[key] - 0.1, quantized_bpb=bpb[key], ttt_bpb=bpb[key] - 0.3)
+               for key in bpb}
+    results["b", 1].ttt_bpb = None
+    saved = ablate.compare(arms, results, dict.fromkeys(results, "t"))["b"]
+    assert saved["steps_saved"].mean == saved["seconds_saved"].mean == 0
+    results["a@20", 1].quantized_bpb = results["a@20", 1].ttt_bpb = None     # a base curve that ends earlier, too
+    results["b", 1].pre_bpb = 1.85                                           # half-way from the base to a@20
+    saved = ablate.compare(arms, results, dict.fromkeys(results, "t"))["b"]
+    assert saved["steps_saved"].mean == pytest.approx(1 - 10 / 15)
+    results["a@5", 1].pre_bpb = None
+    assert ablate.compare(arms, results, dict.fromkeys(results, "t"))["b"]["steps_saved"] is None
+
+
+@pytest.mark.parametrize("setting", ["DATA_PATH", "TRAIN_BATCH_TOKENS", "VOCAB_SIZE", "HALF_ROWS_UNTIL",
+                                     "QUARTER_ROWS_UNTIL"])
+def test_training_losses_are_compared_where_steps_take_the_same_tokens(setting):
+    curves = {"a": [(20, 6.0), (40, 5.0), (60, 4.0), (80, 3.0)], "b": [(20, 5.0), (40, 4.0), (60, 3.0), (80, 2.0)]}
+    results = {(arm, 1): result(curve=curve) for arm, curve in curves.items()}
+    for changed, is_compared in (({}, True), ({setting: "1"}, False)):
+        arms = ablate.Arms("a", (1,), {"a": {}, "b": changed}, ())
+        saved = ablate.compare(arms, results, dict.fromkeys(results, "t"))["b"]["steps_saved_by_train_loss"]
+        assert (saved is not None) == is_compared
+
+
 @given(st.lists(st.floats(0.1, 5), min_size=2, max_size=8), st.floats(0, 1))
 def test_a_level_is_found_between_the_points_of_a_falling_curve(drops, share):
     heights = [10 - sum(drops[:k]) for k in range(len(drops) + 1)]
