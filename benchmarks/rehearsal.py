@@ -81,6 +81,13 @@ class RunFailed(RehearsalError):
     exit_code = 1
 
 
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RehearsalError(f"{path}: expected a name for a folder, found: {error.strerror}; name another") from None
+
+
 # --- shards -------------------------------------------------------------------------------------------------
 
 def write_shard(path: Path, values: np.ndarray) -> Path:
@@ -157,14 +164,6 @@ def make_validation(folder: Path, source: Path, share: int, train_shards: int) -
     vocab_size = manifest.get("tokenizer", {}).get("vocab_size", gpt.Config().vocab_size)
     cfg = gpt.Config(data_path=str(source), allow_unverified=True, vocab_size=vocab_size)
     tokenizer, merges = gpt.check_tokenizer(cfg, data), manifest.get("merges")
-    folder.mkdir(parents=True)
-    for number in range(train_shards):
-        shard = data.train[number % len(data.train)].resolve()
-        (folder / f"fineweb_train_{number:06d}.bin").symlink_to(shard)
-    shutil.copy(tokenizer, folder)
-    if merges:
-        shutil.copy(source / Path(merges["file"]).name, folder)
-
     text, text_bytes = data.load_validation()
     text, text_bytes = text[text != gpt.BOS], text_bytes[text != gpt.BOS]
     docs = evaluation.documents_of(stratified_lengths(share))
@@ -174,6 +173,14 @@ def make_validation(folder: Path, source: Path, share: int, train_shards: int) -
     tokens[borders], num_bytes[borders] = gpt.BOS, 0
     prefix_docs = gpt.Config().phased_ttt_prefix_docs // share
     notes = {"share": share, "documents": len(docs.start), "prefix_docs": prefix_docs}
+
+    make_folder(folder)
+    for number in range(train_shards):
+        shard = data.train[number % len(data.train)].resolve()
+        (folder / f"fineweb_train_{number:06d}.bin").symlink_to(shard)
+    shutil.copy(tokenizer, folder)
+    if merges:
+        shutil.copy(source / Path(merges["file"]).name, folder)
     write_validation(folder, tokens, num_bytes, describe_tokenizer(tokenizer, vocab_size), rehearsal=notes,
                      **({"merges": merges} if merges else {}))
     return notes
@@ -459,7 +466,7 @@ def run_command(options: argparse.Namespace) -> int:
     log, busy = out / "logs" / f"{settings['RUN_ID']}.txt", out / "gpu_busy.csv"
     if log.exists():
         raise RehearsalError(f"{log} exists from an earlier rehearsal; name another folder with --out")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     start = time.monotonic()
     command = launch_command(options.processes, REPO / "train_gpt.py")
     with BusySampler(log, busy, options.processes):
@@ -628,7 +635,7 @@ def work_folder(options: argparse.Namespace) -> Iterator[Path]:
     if options.out is not None:
         if options.out.exists():
             raise RehearsalError(f"{options.out} exists; name a new folder or remove it")
-        options.out.mkdir(parents=True)
+        make_folder(options.out)
         yield options.out.resolve()
         return
     with tempfile.TemporaryDirectory(prefix="rehearsal_") as folder:
@@ -749,6 +756,12 @@ def setting(text: str) -> tuple[str, str]:
     return name, value
 
 
+def small_count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to 1000")
+    return int(text)
+
+
 def make_parser() -> argparse.ArgumentParser:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     parser = argparse.ArgumentParser(description=__doc__,
@@ -768,8 +781,8 @@ def make_parser() -> argparse.ArgumentParser:
     validation.add_argument("folder", type=Path, metavar="DIR")
     validation.add_argument("--source", type=Path, required=True, metavar="SHARDS",
                             help="folder the text comes from")
-    validation.add_argument("--share", type=int, default=8, help="one document of so many (default 8)")
-    validation.add_argument("--train-shards", type=int, default=8,
+    validation.add_argument("--share", type=small_count, default=8, help="one document of so many (default 8)")
+    validation.add_argument("--train-shards", type=small_count, default=8,
                             help="links to the source's shards (default 8)")
     run = add("run", run_command, "the record run, then its table", max(1, gpus))
     run.add_argument("--train-seconds", type=float, help="MAX_WALLCLOCK_SECONDS; default: the record's")

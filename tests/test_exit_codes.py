@@ -59,7 +59,9 @@ PREPARE, REHEARSAL = "prepare_caseops_data.py", "benchmarks/rehearsal.py"
     ("benchmarks/rounding.py", "--sizes", "12,inf"), ("benchmarks/rounding.py", "--sizes", "nan"),
     ("benchmarks/readouts.py", "nonsense"),
     (REHEARSAL, "table", "absent"), (REHEARSAL, "run", "--data", "absent", "--out", "new"),
+    (REHEARSAL, "run", "--data", "folder", "--out", "file/new"), (REHEARSAL, "nodes", "--out", "file/new"),
     (REHEARSAL, "validation", "folder", "--source", "absent"), ("benchmarks/training.py", "--paths", "nonsense"),
+    (REHEARSAL, "validation", "new", "--source", "folder", "--share", "0"),
 ], ids=" ".join)
 def test_what_is_named_wrongly_ends_with_two_and_in_words(call, tmp_path, line):
     before = {path for path in tmp_path.rglob("*")}

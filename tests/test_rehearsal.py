@@ -46,6 +46,22 @@ def test_the_validation_set_has_the_records_lengths_and_passes_every_check_of_a_
     assert not num_bytes[tokens == gpt.BOS].any() and num_bytes[tokens != gpt.BOS].all()
 
 
+@pytest.mark.parametrize("option", ["--share", "--train-shards"])
+@pytest.mark.parametrize("value", ["0", "-3", "1001", "some"])
+def test_a_share_and_training_shards_are_whole_numbers_from_one_on(rehearsal, tmp_path, capsys, option, value):
+    source, folder = write_run_data(tmp_path / "source"), tmp_path / "made"
+    assert rehearsal.main(["validation", str(folder), "--source", str(source), option, value]) == 2
+    assert f"argument {option}: {value!r}: expected a whole number from 1 to 1000" in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_a_folder_is_made_when_all_that_it_will_hold_is_known(rehearsal, tmp_path):
+    source, folder = write_run_data(tmp_path / "source"), tmp_path / "made"
+    with pytest.raises(ValueError):
+        rehearsal.make_validation(folder, source, share=0, train_shards=1)
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("share", [2, 8, 50])
 def test_a_stratified_share_holds_its_part_of_the_targets(rehearsal, share):
     part, whole = rehearsal.stratified_lengths(share), rehearsal.evaluation.record_lengths()
