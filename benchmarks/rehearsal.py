@@ -286,19 +286,19 @@ def small_settings(data: Path) -> dict[str, object]:
 # --- (a) the run and its table ------------------------------------------------------------------------------
 
 class BusySampler:
-    """Once a second the share of time in which a kernel ran on each GPU, with the stage that is reached.
+    """Once a second the share of time in which a kernel ran on each GPU of the run, with the stage that is reached.
 
     A collective that waits for another rank is a kernel too: idle time shows where ranks do not wait inside
     collectives, as in test-time training, and between kernels.
     """
 
     def __init__(self, log: Path, save: Path, processes: int) -> None:
-        self.log, self.save, self.processes = log, save, processes
+        self.log, self.save, self.gpus = log, save, set(visible_gpus(processes)[:processes])
         self.smi: subprocess.Popen | None = None
 
     def __enter__(self) -> "BusySampler":
         if shutil.which("nvidia-smi"):
-            self.smi = subprocess.Popen(["nvidia-smi", "--query-gpu=index,utilization.gpu",
+            self.smi = subprocess.Popen(["nvidia-smi", "--query-gpu=index,uuid,utilization.gpu",
                                          "--format=csv,noheader,nounits", "-l", "1"],
                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             threading.Thread(target=self._read, daemon=True).start()
@@ -308,10 +308,9 @@ class BusySampler:
         with open(self.save, "w", encoding="utf-8") as file:
             for line in self.smi.stdout:
                 cells = [cell.strip() for cell in line.split(",")]
-                is_sample = len(cells) == 2 and all(cell.isdigit() for cell in cells)
-                if is_sample and int(cells[0]) < self.processes:
+                if self.gpus & set(cells[:2]) and cells[-1].isdigit():
                     text = self.log.read_text(errors="replace") if self.log.exists() else ""
-                    file.write(f"{stage_of(text)},{cells[0]},{cells[1]}\n")
+                    file.write(f"{stage_of(text)},{cells[0]},{cells[-1]}\n")
                     file.flush()
 
     def __exit__(self, *error: object) -> None:
@@ -665,8 +664,9 @@ def faults_command(options: argparse.Namespace) -> int:
 # --- (d) two rendezvous members -----------------------------------------------------------------------------
 
 def visible_gpus(count: int) -> list[str]:
+    """Indices or UUIDs; of all GPUs of the host, the first `count`."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(number) for number in range(count)]
+    return re.split(r"\s*,\s*", named.strip()) if named else [str(number) for number in range(count)]
 
 
 def agent_command(port: int, processes: int, script: Path) -> list[str]:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -110,6 +111,24 @@ def test_the_table_follows_from_the_logs(rehearsal, tmp_path, capsys):
     eight.write_text(eight.read_text() + 'barrier before:"the score" last_rank:1 waits_ms:[812.4, 0.1]\n')
     assert rehearsal.main(["table", str(eight)]) == 0
     assert "| barrier before the score: last rank, wait of each | 1; 812.4, 0.1 ms |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("named", ["2,3", "2, 3,0", "GPU-c,GPU-d", None])
+def test_samples_are_of_the_gpus_that_the_run_sees(rehearsal, tmp_path, monkeypatch, named):
+    smi = tmp_path / "nvidia-smi"
+    rows = "".join(f"{index}, GPU-{'abcd'[index]}, {90 + index}\n" for index in (0, 1, 2, 3))
+    smi.write_text(f"#!/bin/sh\ncat <<END\n{rows}{rows}2, GPU-c, [N/A]\nEND\nexec sleep 60\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    wanted, saved = ([2, 3] if named else [0, 1]), tmp_path / "busy.csv"
+    until = time.monotonic() + 10
+    with rehearsal.BusySampler(tmp_path / "log", saved, 2):
+        while time.monotonic() < until and not (saved.exists() and saved.read_text().count("\n") >= 4):
+            time.sleep(0.02)
+    assert saved.read_text().splitlines() == [f"start,{index},{90 + index}" for index in wanted] * 2
 
 
 def test_a_stage_is_known_by_the_line_that_begins_it(rehearsal, tmp_path):
