@@ -345,7 +345,9 @@ def busy_rows(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_log(path: Path) -> runlog.Run:
-    return runlog.read_runs(path)[-1]
+    """The last start that trained, in a log that may go on with starts that only scored; else the last."""
+    runs = runlog.read_runs(path)
+    return next((run for run in reversed(runs) if run.steps is not None), runs[-1])
 
 
 def pair(values: Sequence[float | None], form: str) -> str:
@@ -443,15 +445,15 @@ def as_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
-def describe(log: Path, data: Path | None, against: Path | None, busy: Path) -> str:
+def describe(log: Path, data: Path | None, against: runlog.Run | None, busy: Path) -> str:
     run = read_log(log)
-    other = read_log(against) if against else None
-    rows = [*measurements(run, other), *barrier_rows(log), *scale_evaluation(run, notes_of(data)),
+    rows = [*measurements(run, against), *barrier_rows(log), *scale_evaluation(run, notes_of(data)),
             *busy_rows(busy)]
     return as_table(("measured", run.name), rows)
 
 
 def run_command(options: argparse.Namespace) -> int:
+    against = read_log(options.against) if options.against else None       # a wrong name shows before the run
     settings: dict[str, object] = {"DATA_PATH": options.data.resolve(), "RUN_ID": "rehearsal"}
     notes = notes_of(options.data)
     if notes:
@@ -477,14 +479,15 @@ def run_command(options: argparse.Namespace) -> int:
     wall_s = time.monotonic() - start
     print(f"rehearsal processes:{options.processes} exit_code:{code} wall_s:{wall_s:.0f} log:{log}")
     if log.exists():
-        text = describe(log, options.data, options.against, busy)
+        text = describe(log, options.data, against, busy)
         (out / "table.md").write_text(text + "\n", encoding="utf-8")
         print(text)
     return 1 if code else 0
 
 
 def table_command(options: argparse.Namespace) -> int:
-    print(describe(options.log, options.data, options.against, options.log.parent.parent / "gpu_busy.csv"))
+    against = read_log(options.against) if options.against else None
+    print(describe(options.log, options.data, against, options.log.parent.parent / "gpu_busy.csv"))
     return 0
 
 

@@ -59,6 +59,7 @@ PREPARE, REHEARSAL = "prepare_caseops_data.py", "benchmarks/rehearsal.py"
     ("benchmarks/rounding.py", "--sizes", "12,inf"), ("benchmarks/rounding.py", "--sizes", "nan"),
     ("benchmarks/readouts.py", "nonsense"),
     (REHEARSAL, "table", "absent"), (REHEARSAL, "run", "--data", "absent", "--out", "new"),
+    (REHEARSAL, "run", "--data", "folder", "--out", "new", "--against", "absent"),
     (REHEARSAL, "run", "--data", "folder", "--out", "file/new"), (REHEARSAL, "nodes", "--out", "file/new"),
     (REHEARSAL, "validation", "folder", "--source", "absent"), ("benchmarks/training.py", "--paths", "nonsense"),
     (REHEARSAL, "validation", "new", "--source", "folder", "--share", "0"),

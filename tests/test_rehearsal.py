@@ -113,6 +113,19 @@ def test_the_table_follows_from_the_logs(rehearsal, tmp_path, capsys):
     assert "| barrier before the score: last rank, wait of each | 1; 812.4, 0.1 ms |" in capsys.readouterr().out
 
 
+def test_of_several_starts_the_table_shows_the_last_that_trained(rehearsal, tmp_path, capsys):
+    path = write_log(tmp_path / "logs", "again")
+    first = path.read_text()
+    head = first[:first.index("gptq:reserving")].replace("  seed: 42", "  seed: 42\n  ttt_eval_only: 1")
+    path.write_text(first.replace("step: 4852/", "step: 4800/").replace("steps:4852", "steps:4800") + first + head)
+    assert rehearsal.main(["table", str(path), "--against", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "| measured | again#2 |" in shown and "| steps | 4,852 |" in shown
+    assert "| scaling efficiency against 8 GPU (again#2) | 100.0 % / 100.0 % |" in shown
+    path.write_text(head)                                 # nothing trained: the last start
+    assert rehearsal.read_log(path).resumed == "ttt_eval_only"
+
+
 @pytest.mark.parametrize("named", ["2,3", "2, 3,0", "GPU-c,GPU-d", None])
 def test_samples_are_of_the_gpus_that_the_run_sees(rehearsal, tmp_path, monkeypatch, named):
     smi = tmp_path / "nvidia-smi"
@@ -213,6 +226,16 @@ def test_two_rendezvous_members_compute_what_one_launch_does_and_write_once(earl
 def test_wrong_usage_gets_a_sentence_and_exit_code_two(rehearsal, capsys, arguments, message):
     assert rehearsal.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_log_to_compare_with_is_read_before_anything_runs(rehearsal, tmp_path, monkeypatch, capsys):
+    (tmp_path / "damaged.txt").write_text(write_log(tmp_path).read_text() + "1/3 train_loss: \n")
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(rehearsal.subprocess, "Popen", lambda *arguments, **options: pytest.fail("a run was begun"))
+    for name, code in (("absent.txt", 2), ("data", 2), ("damaged.txt", 1)):
+        assert rehearsal.main(["run", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--against",
+                               str(tmp_path / name)]) == code
+        assert f"{name}: " in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_existing_folders_are_left_alone(rehearsal, tmp_path, capsys):
