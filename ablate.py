@@ -49,6 +49,9 @@ from runlog import number, parse_line
 REPO = Path(__file__).resolve().parent
 PATHS = ("DATA_PATH", "TOKENIZER_PATH")
 METRICS = {"pre_bpb": "before quantization", "quantized_bpb": "quantized", "ttt_bpb": "after TTT"}
+KINDS = {"base": str, "seeds": list, "curve": list, "curve_setting": str, "common": dict, "arms": dict}
+# Losses per token compare at equal steps only where these, and so tokens and batches, are the same.
+BATCHES = ("DATA_PATH", "TRAIN_BATCH_TOKENS", "VOCAB_SIZE", "HALF_ROWS_UNTIL", "QUARTER_ROWS_UNTIL")
 
 
 class AblationError(ValueError):
@@ -110,15 +113,18 @@ def read_arms(path: Path) -> Arms:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise AblationError(f"{path}: expected an arms file, found: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise AblationError(f"{path}: expected TOML, found: {error}") from None
-    unknown = content.keys() - {"base", "seeds", "curve", "curve_setting", "common", "arms"}
-    arms, common = content.get("arms"), content.get("common", {})
-    if unknown or not isinstance(arms, dict) or content.get("base") not in arms:
-        raise AblationError(f"{path}: expected `base`, the name of one of [arms.NAME], and besides only "
-                            f"seeds, curve, curve_setting and [common]; found base {content.get('base')!r}, "
-                            f"arms {sorted(arms or {})} and {sorted(unknown)}")
-    base, seeds = content["base"], content.get("seeds", [42])
+    wrong = [name for name, value in content.items() if not isinstance(value, KINDS.get(name, ()))]
+    arms, common = content.get("arms", {}), content.get("common", {})
+    wrong = wrong or [f"arms.{name}" for name, arm in arms.items() if not isinstance(arm, dict)]
+    if wrong:
+        raise AblationError(f'{path}: expected base = "NAME", seeds = [...], curve = [...], curve_setting = "NAME", '
+                            f"[common], [arms.NAME] and nothing else; found {wrong}, unknown or of another kind")
+    base, seeds = content.get("base"), content.get("seeds", [42])
+    if base not in arms:
+        raise AblationError(f"{path}: expected `base`, the name of one of [arms.NAME]; found base {base!r}, "
+                            f"arms {sorted(arms)}")
     if not seeds or not all(type(seed) is int for seed in seeds) or len(set(seeds)) < len(seeds):
         raise AblationError(f"{path}: expected `seeds` to be different whole numbers, found {seeds}")
     arms = {name: common | arm for name, arm in arms.items()}
@@ -143,6 +149,10 @@ def read_arms(path: Path) -> Arms:
 
 def _value(name: str, value: Any) -> str:
     """A setting as train_gpt.py reads it; paths become absolute, because runs have their own directory."""
+    if name in PATHS and not isinstance(value, str):
+        raise AblationError(f"{name}={value}: expected a path in quotes")
+    if not isinstance(value, (str, int, float)):
+        raise AblationError(f"{name}={value}: expected a text, a number or a boolean")
     if isinstance(value, bool):
         return str(int(value))
     if name not in PATHS or not value:
@@ -168,12 +178,12 @@ def data_hashes(folder: Path) -> tuple[str, str]:
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
         files, original = content["files"], content.get("fused_from", content)["files"]
+        # A download may leave out training shards that the manifest lists.
+        hashes = [hashlib.sha256(json.dumps({name: listed.get(name) for name in shards}).encode()).hexdigest()
+                  for listed in (original, files)]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise AblationError(f"{manifest}: expected a manifest of token shards, found something else; prepare "
                             "the data again") from None
-    # A download may leave out training shards that the manifest lists.
-    hashes = [hashlib.sha256(json.dumps({name: listed.get(name) for name in shards}).encode()).hexdigest()
-              for listed in (original, files)]
     return hashes[0], hashes[1]
 
 
@@ -199,8 +209,13 @@ class Result:
     @property
     def final_bpb(self) -> float | None:
         """The score after the last stage that the run has."""
-        stages = (self.ttt_bpb, self.quantized_bpb, self.pre_bpb)
-        return next((value for value in stages if value is not None), None)
+        stage = last_stage([self])
+        return stage and getattr(self, stage)
+
+
+def last_stage(results: list[Result]) -> str | None:
+    """The last of METRICS that all of them have: scores of different stages are no comparison."""
+    return next((name for name in reversed(METRICS) if all(getattr(each, name) is not None for each in results)), None)
 
 
 def read_result(lines: list[str]) -> Result:
@@ -275,7 +290,7 @@ def run_one(run: Run, folder: Path, script: Path, keep_checkpoints: bool) -> Res
             process.send_signal(signal.SIGTERM)
             process.wait()
             raise
-    lines = (place / "log.txt").read_text(encoding="utf-8").splitlines()
+    lines = (place / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     if not keep_checkpoints:
         shutil.rmtree(place / "checkpoints", ignore_errors=True)
     if code:
@@ -295,13 +310,17 @@ def run_one(run: Run, folder: Path, script: Path, keep_checkpoints: bool) -> Res
 
 
 def finished(run: Run, folder: Path) -> Result | None:
-    """The result of an earlier run with the same key, if it was completed."""
+    """The result of an earlier run with the same key, if it was completed. Raises AblationError if it is damaged."""
     path = folder / "runs" / run.name / "result.json"
     if not path.exists():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content["curve"] = [tuple(point) for point in content["curve"]]
-    return Result(**{name: content[name] for name in asdict(Result())})
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["curve"] = [tuple(point) for point in content["curve"]]
+        return Result(**{name: content[name] for name in asdict(Result())})
+    except (ValueError, KeyError, TypeError) as error:
+        raise AblationError(f"{path}: expected the result of a finished run, found a damaged file ({error}); remove "
+                            "it, then the run is made again") from None
 
 
 # --- comparing ----------------------------------------------------------------------------------------------
@@ -403,14 +422,13 @@ def _compare_arm(arms: Arms, arm: str, results: dict[tuple[str, int], Result]) -
     steps, seconds, by_loss = [], [], []
     for seed, ours, base in pairs:
         curve = [results[name, seed] for name in (*arms.curve, arms.base) if (name, seed) in results]
+        stage = last_stage([ours, *curve])
         for axis, saved in (("steps", steps), ("train_s", seconds)):
-            points = sorted((getattr(run, axis), run.final_bpb) for run in curve if getattr(run, axis))
-            if getattr(ours, axis) and getattr(base, axis) and ours.final_bpb is not None:
-                saved.append(saved_at_equal(points, [(getattr(ours, axis), ours.final_bpb)],
-                                            (getattr(base, axis), base.final_bpb)))
-        # Losses per token compare only where tokens and batches are the same.
-        same = all(arms.settings[arm].get(name) == arms.settings[arms.base].get(name)
-                   for name in ("DATA_PATH", "TRAIN_BATCH_TOKENS", "VOCAB_SIZE"))
+            if stage and getattr(ours, axis) and getattr(base, axis):
+                points = sorted((getattr(run, axis), getattr(run, stage)) for run in curve if getattr(run, axis))
+                saved.append(saved_at_equal(points, [(getattr(ours, axis), getattr(ours, stage))],
+                                            (getattr(base, axis), getattr(base, stage))))
+        same = all(arms.settings[arm].get(name) == arms.settings[arms.base].get(name) for name in BATCHES)
         if same and len(ours.curve) > 1 and len(base.curve) > 1:
             base_curve = smooth(base.curve)
             by_loss.append(saved_at_equal(base_curve, smooth(ours.curve), base_curve[-1]))
@@ -446,7 +464,8 @@ def markdown(arms: Arms, compared: dict[str, dict], device: str) -> str:
                      if arm == arms.base or arms.settings[arms.base].get(name) != value]
         changes.append(f"- `{arm}`: {', '.join(differing) or 'the same settings'}")
     return (f"Paired differences to `{arms.base}` (mean ± standard error over seeds) on {device}. Saved: "
-            "share of the base arm's steps or seconds that the arm does without.\n\n" + table(head, rows)
+            "share of the base arm's steps or seconds that the arm does without, by BPB after the last stage that the "
+            "arm, the base and the base's other lengths have.\n\n" + table(head, rows)
             + "\n\nSettings (of other arms than the base: what differs from it):\n\n" + "\n".join(changes)
             + "\n")
 
@@ -474,7 +493,7 @@ def write_table(arms: Arms, runs: list[Run], folder: Path) -> str:
 # --- main ---------------------------------------------------------------------------------------------------
 
 def main(arguments: list[str] | None = None, script: Path = REPO / "train_gpt.py") -> int:
-    """Run the command line; returns 0, 1 (a run failed, or nothing can be compared) or 2 (bad arms file)."""
+    """Run the command line; returns 0, 1 (a run failed, or nothing can be compared) or 2 (bad arms file or usage)."""
     parser = argparse.ArgumentParser(prog="ablate.py", description=__doc__.split("\n\nARMS.toml")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arms", type=Path, metavar="ARMS.toml")
@@ -491,6 +510,7 @@ def main(arguments: list[str] | None = None, script: Path = REPO / "train_gpt.py
     try:
         arms = _chosen(read_arms(options.arms), options.only, options.seeds)
         runs = arms.runs(script)
+        _open_out(options.out, is_made=not options.table)
     except AblationError as error:
         print(f"ablate.py: {error}", file=sys.stderr)
         return 2
@@ -500,7 +520,7 @@ def main(arguments: list[str] | None = None, script: Path = REPO / "train_gpt.py
         if not options.table:
             failed = _run_all(runs, options.out, script, options.seconds, options.keep_checkpoints)
         print(write_table(arms, runs, options.out))
-    except AblationError as error:
+    except (AblationError, OSError) as error:
         print(f"ablate.py: {error}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, _Terminated) as error:
@@ -525,9 +545,22 @@ def _chosen(arms: Arms, only: str | None, seeds: str | None) -> Arms:
     try:
         chosen = tuple(int(seed) for seed in seeds.split(",")) if seeds else arms.seeds
     except ValueError:
-        raise AblationError(f"--seeds {seeds}: expected whole numbers with commas between them") from None
+        chosen = ()
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise AblationError(f"--seeds {seeds}: expected different whole numbers with commas between them")
     settings = {name: arm for name, arm in arms.settings.items() if name in names | {arms.base}}
     return Arms(arms.base, chosen, settings, tuple(name for name in arms.curve if name in settings))
+
+
+def _open_out(folder: Path, is_made: bool) -> None:
+    try:
+        if is_made:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AblationError(f"--out {folder}: expected a folder or a new name, found: {error.strerror}; name "
+                            "another") from None
+    if not folder.is_dir():
+        raise AblationError(f"--out {folder}: expected the folder of finished runs, found none; correct the path")
 
 
 def _run_all(runs: list[Run], folder: Path, script: Path, limit_s: float, keep_checkpoints: bool) -> int:

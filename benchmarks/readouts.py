@@ -87,7 +87,7 @@ plain_diagnose = gpt.diagnose
 
 def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
-    if int(env.get("WORLD_SIZE", 1)) > 1:
+    if env.get("WORLD_SIZE", "1") != "1":
         print(f"error: WORLD_SIZE={env['WORLD_SIZE']}: expected one process, because every rank would keep its own "
               "half-way; start it with python", file=sys.stderr)
         return 2

@@ -81,6 +81,13 @@ class RunFailed(RehearsalError):
     exit_code = 1
 
 
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RehearsalError(f"{path}: expected a name for a folder, found: {error.strerror}; name another") from None
+
+
 # --- shards -------------------------------------------------------------------------------------------------
 
 def write_shard(path: Path, values: np.ndarray) -> Path:
@@ -157,14 +164,6 @@ def make_validation(folder: Path, source: Path, share: int, train_shards: int) -
     vocab_size = manifest.get("tokenizer", {}).get("vocab_size", gpt.Config().vocab_size)
     cfg = gpt.Config(data_path=str(source), allow_unverified=True, vocab_size=vocab_size)
     tokenizer, merges = gpt.check_tokenizer(cfg, data), manifest.get("merges")
-    folder.mkdir(parents=True)
-    for number in range(train_shards):
-        shard = data.train[number % len(data.train)].resolve()
-        (folder / f"fineweb_train_{number:06d}.bin").symlink_to(shard)
-    shutil.copy(tokenizer, folder)
-    if merges:
-        shutil.copy(source / Path(merges["file"]).name, folder)
-
     text, text_bytes = data.load_validation()
     text, text_bytes = text[text != gpt.BOS], text_bytes[text != gpt.BOS]
     docs = evaluation.documents_of(stratified_lengths(share))
@@ -174,6 +173,14 @@ def make_validation(folder: Path, source: Path, share: int, train_shards: int) -
     tokens[borders], num_bytes[borders] = gpt.BOS, 0
     prefix_docs = gpt.Config().phased_ttt_prefix_docs // share
     notes = {"share": share, "documents": len(docs.start), "prefix_docs": prefix_docs}
+
+    make_folder(folder)
+    for number in range(train_shards):
+        shard = data.train[number % len(data.train)].resolve()
+        (folder / f"fineweb_train_{number:06d}.bin").symlink_to(shard)
+    shutil.copy(tokenizer, folder)
+    if merges:
+        shutil.copy(source / Path(merges["file"]).name, folder)
     write_validation(folder, tokens, num_bytes, describe_tokenizer(tokenizer, vocab_size), rehearsal=notes,
                      **({"merges": merges} if merges else {}))
     return notes
@@ -279,19 +286,19 @@ def small_settings(data: Path) -> dict[str, object]:
 # --- (a) the run and its table ------------------------------------------------------------------------------
 
 class BusySampler:
-    """Once a second the share of time in which a kernel ran on each GPU, with the stage that is reached.
+    """Once a second the share of time in which a kernel ran on each GPU of the run, with the stage that is reached.
 
     A collective that waits for another rank is a kernel too: idle time shows where ranks do not wait inside
     collectives, as in test-time training, and between kernels.
     """
 
     def __init__(self, log: Path, save: Path, processes: int) -> None:
-        self.log, self.save, self.processes = log, save, processes
+        self.log, self.save, self.gpus = log, save, set(visible_gpus(processes)[:processes])
         self.smi: subprocess.Popen | None = None
 
     def __enter__(self) -> "BusySampler":
         if shutil.which("nvidia-smi"):
-            self.smi = subprocess.Popen(["nvidia-smi", "--query-gpu=index,utilization.gpu",
+            self.smi = subprocess.Popen(["nvidia-smi", "--query-gpu=index,uuid,utilization.gpu",
                                          "--format=csv,noheader,nounits", "-l", "1"],
                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             threading.Thread(target=self._read, daemon=True).start()
@@ -301,10 +308,9 @@ class BusySampler:
         with open(self.save, "w", encoding="utf-8") as file:
             for line in self.smi.stdout:
                 cells = [cell.strip() for cell in line.split(",")]
-                is_sample = len(cells) == 2 and all(cell.isdigit() for cell in cells)
-                if is_sample and int(cells[0]) < self.processes:
+                if self.gpus & set(cells[:2]) and cells[-1].isdigit():
                     text = self.log.read_text(errors="replace") if self.log.exists() else ""
-                    file.write(f"{stage_of(text)},{cells[0]},{cells[1]}\n")
+                    file.write(f"{stage_of(text)},{cells[0]},{cells[-1]}\n")
                     file.flush()
 
     def __exit__(self, *error: object) -> None:
@@ -339,7 +345,9 @@ def busy_rows(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_log(path: Path) -> runlog.Run:
-    return runlog.read_runs(path)[-1]
+    """The last start that trained, in a log that may go on with starts that only scored; else the last."""
+    runs = runlog.read_runs(path)
+    return next((run for run in reversed(runs) if run.steps is not None), runs[-1])
 
 
 def pair(values: Sequence[float | None], form: str) -> str:
@@ -437,15 +445,15 @@ def as_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
-def describe(log: Path, data: Path | None, against: Path | None, busy: Path) -> str:
+def describe(log: Path, data: Path | None, against: runlog.Run | None, busy: Path) -> str:
     run = read_log(log)
-    other = read_log(against) if against else None
-    rows = [*measurements(run, other), *barrier_rows(log), *scale_evaluation(run, notes_of(data)),
+    rows = [*measurements(run, against), *barrier_rows(log), *scale_evaluation(run, notes_of(data)),
             *busy_rows(busy)]
     return as_table(("measured", run.name), rows)
 
 
 def run_command(options: argparse.Namespace) -> int:
+    against = read_log(options.against) if options.against else None       # a wrong name shows before the run
     settings: dict[str, object] = {"DATA_PATH": options.data.resolve(), "RUN_ID": "rehearsal"}
     notes = notes_of(options.data)
     if notes:
@@ -459,7 +467,7 @@ def run_command(options: argparse.Namespace) -> int:
     log, busy = out / "logs" / f"{settings['RUN_ID']}.txt", out / "gpu_busy.csv"
     if log.exists():
         raise RehearsalError(f"{log} exists from an earlier rehearsal; name another folder with --out")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     start = time.monotonic()
     command = launch_command(options.processes, REPO / "train_gpt.py")
     with BusySampler(log, busy, options.processes):
@@ -471,14 +479,15 @@ def run_command(options: argparse.Namespace) -> int:
     wall_s = time.monotonic() - start
     print(f"rehearsal processes:{options.processes} exit_code:{code} wall_s:{wall_s:.0f} log:{log}")
     if log.exists():
-        text = describe(log, options.data, options.against, busy)
+        text = describe(log, options.data, against, busy)
         (out / "table.md").write_text(text + "\n", encoding="utf-8")
         print(text)
     return 1 if code else 0
 
 
 def table_command(options: argparse.Namespace) -> int:
-    print(describe(options.log, options.data, options.against, options.log.parent.parent / "gpu_busy.csv"))
+    against = read_log(options.against) if options.against else None
+    print(describe(options.log, options.data, against, options.log.parent.parent / "gpu_busy.csv"))
     return 0
 
 
@@ -628,7 +637,7 @@ def work_folder(options: argparse.Namespace) -> Iterator[Path]:
     if options.out is not None:
         if options.out.exists():
             raise RehearsalError(f"{options.out} exists; name a new folder or remove it")
-        options.out.mkdir(parents=True)
+        make_folder(options.out)
         yield options.out.resolve()
         return
     with tempfile.TemporaryDirectory(prefix="rehearsal_") as folder:
@@ -658,8 +667,9 @@ def faults_command(options: argparse.Namespace) -> int:
 # --- (d) two rendezvous members -----------------------------------------------------------------------------
 
 def visible_gpus(count: int) -> list[str]:
+    """Indices or UUIDs; of all GPUs of the host, the first `count`."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(number) for number in range(count)]
+    return re.split(r"\s*,\s*", named.strip()) if named else [str(number) for number in range(count)]
 
 
 def agent_command(port: int, processes: int, script: Path) -> list[str]:
@@ -749,6 +759,12 @@ def setting(text: str) -> tuple[str, str]:
     return name, value
 
 
+def small_count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to 1000")
+    return int(text)
+
+
 def make_parser() -> argparse.ArgumentParser:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     parser = argparse.ArgumentParser(description=__doc__,
@@ -768,8 +784,8 @@ def make_parser() -> argparse.ArgumentParser:
     validation.add_argument("folder", type=Path, metavar="DIR")
     validation.add_argument("--source", type=Path, required=True, metavar="SHARDS",
                             help="folder the text comes from")
-    validation.add_argument("--share", type=int, default=8, help="one document of so many (default 8)")
-    validation.add_argument("--train-shards", type=int, default=8,
+    validation.add_argument("--share", type=small_count, default=8, help="one document of so many (default 8)")
+    validation.add_argument("--train-shards", type=small_count, default=8,
                             help="links to the source's shards (default 8)")
     run = add("run", run_command, "the record run, then its table", max(1, gpus))
     run.add_argument("--train-seconds", type=float, help="MAX_WALLCLOCK_SECONDS; default: the record's")

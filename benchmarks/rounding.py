@@ -33,11 +33,13 @@ def main() -> int:
     parser.add_argument("--sizes", metavar="MB,...", help="sizes of the artifact, millions of bytes")
     options = parser.parse_args()
     try:
-        sizes = [round(float(size) * 1e6) for size in options.sizes.split(",")] if options.sizes else []
+        sizes = [float(size) for size in options.sizes.split(",")] if options.sizes else []
+        if not all(0 < size < 1000 for size in sizes):
+            raise ValueError
     except ValueError:
-        parser.error(f"--sizes {options.sizes}: expected numbers and commas")
+        parser.error(f"--sizes {options.sizes}: expected numbers between 0 and 1000 with commas between them")
     try:
-        measure(sizes)
+        measure([round(size * 1e6) for size in sizes])
     except gpt.ConfigError as error:
         parser.error(str(error))
     except (gpt.DataError, gpt.ArtifactError, gpt.RunError) as error:

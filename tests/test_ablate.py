@@ -107,12 +107,42 @@ def test_a_cut_line_is_named():
     ('base = "a"\n[arms.a]\nQUALITY = 2\n', "expected settings of train_gpt.py, found \\['QUALITY'\\]"),
     ('base = "a"\n[arms.a]\nSEED = 2\n', "without SEED"),
     ('base = "a"\n[arms.a]\nDATA_PATH = "$NO_SUCH_FOLDER_/x"\n', "expected the variable to be set"),
-    ('base = "a"\n[arms.a]\nDATA_PATH = "nowhere"\n', "expected token shards, found none")])
+    ('base = "a"\n[arms.a]\nDATA_PATH = "nowhere"\n', "expected token shards, found none"),
+    ('base = []\n[arms.a]\n', "found \\['base'\\]"), ('base = "a"\narms = 5\n', "found \\['arms'\\]"),
+    ('base = "a"\nseeds = 42\n[arms.a]\n', "found \\['seeds'\\]"),
+    ('base = "a"\ncurve = 120\n[arms.a]\n', "found \\['curve'\\]"),
+    ('base = "a"\ncurve = [1]\ncurve_setting = 3\n[arms.a]\n', "found \\['curve_setting'\\]"),
+    ('base = "a"\ncommon = 3\n[arms.a]\n', "found \\['common'\\]"),
+    ('base = "a"\n[arms]\nr = 5\n[arms.a]\n', "found \\['arms.r'\\]"),
+    ('base = "a"\nseeds = [[1]]\n[arms.a]\n', "different whole numbers, found \\[\\[1\\]\\]"),
+    ('base = "a"\n[arms.a]\nDATA_PATH = 5\n', "DATA_PATH=5: expected a path in quotes"),
+    ('base = "a"\n[arms.a]\nMLP_MULT = [4]\n', "MLP_MULT=\\[4\\]: expected a text, a number"),
+    (b'base = "a"\n[arms.a]\n# \xff\n', "expected TOML")])
 def test_a_wrong_arms_file_is_refused_before_anything_runs(bench, capsys, text, words):
-    (bench.path / "arms.toml").write_text(text)
+    (bench.path / "arms.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
     assert bench.run() == 2
     assert re.search(words, capsys.readouterr().err)
-    assert not (bench.path / "runs.txt").exists()
+    assert not (bench.path / "runs.txt").exists() and not (bench.path / "out").exists()
+
+
+@pytest.mark.parametrize("seeds", ["42,42", "42,042", "1,x", "1,"])
+def test_seeds_of_the_command_line_are_different_whole_numbers_too(bench, capsys, seeds):
+    assert bench.run("--seeds", seeds) == 2
+    assert f"--seeds {seeds}: expected different whole numbers" in capsys.readouterr().err
+    assert not bench.runs()
+
+
+@pytest.mark.parametrize("options", [(), ("--table",)])
+@pytest.mark.parametrize("out", ["script.py", "script.py/out"])
+def test_an_out_that_is_no_folder_is_refused(bench, capsys, options, out):
+    assert bench.run("--out", str(bench.path / out), *options) == 2
+    assert f"--out {bench.path / out}: " in capsys.readouterr().err and not bench.runs()
+
+
+def test_a_manifest_of_something_else_is_named(bench, capsys):
+    for text in ('{"files": ["a.bin"]}', "[]", "{"):
+        (bench.path / "data" / "manifest.json").write_text(text)
+        assert bench.run() == 2 and "expected a manifest of token shards" in capsys.readouterr().err
 
 
 def test_common_settings_and_the_base_curve(bench):
@@ -161,6 +191,26 @@ def test_a_failed_run_is_reported_and_tried_again(bench, monkeypatch, capsys):
     assert bench.results()["arms"]["beta"]["seeds"] == [2]
     monkeypatch.delenv("BROKEN_SEED")
     assert bench.run() == 0 and len(bench.runs()) == 6
+
+
+def test_a_damaged_result_is_named_and_kept(bench, capsys):
+    assert bench.run() == 0
+    path = next((bench.path / "out" / "runs").glob("beta-1-*/result.json"))
+    for text in (b"", b"\xff", b"[]", b'{"curve": []}'):
+        path.write_bytes(text)
+        for options in ((), ("--table",)):
+            assert bench.run(*options) == 1 and f"{path}: expected the result" in capsys.readouterr().err
+        assert path.read_bytes() == text and len(bench.runs()) == 4
+
+
+def test_output_that_is_no_utf_8_does_not_cost_the_run(bench):
+    (bench.path / "script.py").write_text(SCRIPT + r"""
+import sys
+sys.stdout.flush()
+sys.stdout.buffer.write(b"\xff\n")
+""")
+    assert bench.run("--seeds", "1") == 0
+    assert bench.results()["arms"]["beta"]["seeds"] == [1]
 
 
 def test_no_run_begins_that_would_end_too_late(bench, capsys):
@@ -242,6 +292,35 @@ def test_errors_are_those_of_paired_differences():
     results = {key: each for key, each in results.items() if key not in (("a", 2), ("b", 3))}
     difference = ablate.compare(arms, results, dict.fromkeys(results, "t"))["b"]["pre_bpb_difference"]
     assert (difference.count, difference.error) == (1, None)
+
+
+def test_what_is_saved_is_read_off_the_last_stage_that_all_have():
+    """Of a base with test-time training, an arm without it that quantizes to the same score saves nothing."""
+    arms = ablate.Arms("a", (1,), {name: {} for name in ("a", "b", "a@5", "a@20")}, ("a@5", "a@20"))
+    bpb = {("a@5", 1): 2.2, ("a", 1): 2.0, ("a@20", 1): 1.9, ("b", 1): 2.0}
+    steps = {("a@5", 1): 5, ("a", 1): 10, ("a@20", 1): 20, ("b", 1): 10}
+    results = {key: result(steps=steps[key], pre_bpb=bpb[key] - 0.1, quantized_bpb=bpb[key], ttt_bpb=bpb[key] - 0.3)
+               for key in bpb}
+    results["b", 1].ttt_bpb = None
+    saved = ablate.compare(arms, results, dict.fromkeys(results, "t"))["b"]
+    assert saved["steps_saved"].mean == saved["seconds_saved"].mean == 0
+    results["a@20", 1].quantized_bpb = results["a@20", 1].ttt_bpb = None     # a base curve that ends earlier, too
+    results["b", 1].pre_bpb = 1.85                                           # half-way from the base to a@20
+    saved = ablate.compare(arms, results, dict.fromkeys(results, "t"))["b"]
+    assert saved["steps_saved"].mean == pytest.approx(1 - 10 / 15)
+    results["a@5", 1].pre_bpb = None
+    assert ablate.compare(arms, results, dict.fromkeys(results, "t"))["b"]["steps_saved"] is None
+
+
+@pytest.mark.parametrize("setting", ["DATA_PATH", "TRAIN_BATCH_TOKENS", "VOCAB_SIZE", "HALF_ROWS_UNTIL",
+                                     "QUARTER_ROWS_UNTIL"])
+def test_training_losses_are_compared_where_steps_take_the_same_tokens(setting):
+    curves = {"a": [(20, 6.0), (40, 5.0), (60, 4.0), (80, 3.0)], "b": [(20, 5.0), (40, 4.0), (60, 3.0), (80, 2.0)]}
+    results = {(arm, 1): result(curve=curve) for arm, curve in curves.items()}
+    for changed, is_compared in (({}, True), ({setting: "1"}, False)):
+        arms = ablate.Arms("a", (1,), {"a": {}, "b": changed}, ())
+        saved = ablate.compare(arms, results, dict.fromkeys(results, "t"))["b"]["steps_saved_by_train_loss"]
+        assert (saved is not None) == is_compared
 
 
 @given(st.lists(st.floats(0.1, 5), min_size=2, max_size=8), st.floats(0, 1))

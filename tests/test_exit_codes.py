@@ -56,8 +56,13 @@ PREPARE, REHEARSAL = "prepare_caseops_data.py", "benchmarks/rehearsal.py"
     ("benchmarks/evaluation.py", "--plan-only", "absent"), ("benchmarks/hedge.py", "absent"),
     ("benchmarks/prepare.py", "--docs", "absent"), ("benchmarks/prepare.py", "--docs", "docs.jsonl", "--sp", "absent"),
     ("benchmarks/rounding.py", "--sizes", "large"), ("benchmarks/rounding.py",),
+    ("benchmarks/rounding.py", "--sizes", "12,inf"), ("benchmarks/rounding.py", "--sizes", "nan"),
+    ("benchmarks/readouts.py", "nonsense"),
     (REHEARSAL, "table", "absent"), (REHEARSAL, "run", "--data", "absent", "--out", "new"),
+    (REHEARSAL, "run", "--data", "folder", "--out", "new", "--against", "absent"),
+    (REHEARSAL, "run", "--data", "folder", "--out", "file/new"), (REHEARSAL, "nodes", "--out", "file/new"),
     (REHEARSAL, "validation", "folder", "--source", "absent"), ("benchmarks/training.py", "--paths", "nonsense"),
+    (REHEARSAL, "validation", "new", "--source", "folder", "--share", "0"),
 ], ids=" ".join)
 def test_what_is_named_wrongly_ends_with_two_and_in_words(call, tmp_path, line):
     before = {path for path in tmp_path.rglob("*")}
@@ -73,6 +78,13 @@ def test_a_bad_setting_ends_a_benchmark_with_two(call, monkeypatch, script):
     monkeypatch.setenv("TTT_LORA_RNK", "1")
     code, told = call(f"benchmarks/{script}.py")
     assert code == 2 and "did you mean TTT_LORA_RANK" in told
+
+
+@pytest.mark.parametrize("sizes", ["0", "-1", "1000", "16,inf", "15.9,0.0"])
+def test_sizes_that_no_artifact_can_have_are_refused_before_weights_are_read(call, monkeypatch, sizes):
+    monkeypatch.setenv("RUN_ID", "absent")
+    code, told = call("benchmarks/rounding.py", f"--sizes={sizes}")
+    assert code == 2 and f"--sizes {sizes}: expected numbers between 0 and 1000" in told
 
 
 def test_what_a_check_or_the_work_finds_ends_with_one(call, tmp_path):

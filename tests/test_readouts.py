@@ -73,7 +73,9 @@ def test_a_readout_logs_every_blend_and_leaves_both_checkpoints(readouts, tmp_pa
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    (dict(WORLD_SIZE="2"), "expected one process"), (dict(MAX_WALLCLOCK_SECONDS="0"), "MAX_WALLCLOCK_SECONDS above 0"),
+    (dict(WORLD_SIZE="2"), "expected one process"), (dict(WORLD_SIZE="x"), "WORLD_SIZE=x: expected one process"),
+    (dict(WORLD_SIZE="0"), "WORLD_SIZE=0: expected one process"),
+    (dict(MAX_WALLCLOCK_SECONDS="0"), "MAX_WALLCLOCK_SECONDS above 0"),
     (dict(TTT_EVAL_ONLY="1"), "TTT_EVAL_ONLY")])
 def test_what_a_readout_cannot_be_made_of_is_refused(readouts, tmp_path, monkeypatch, capsys, changes, message):
     monkeypatch.chdir(tmp_path)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -44,6 +45,22 @@ def test_the_validation_set_has_the_records_lengths_and_passes_every_check_of_a_
     text = gpt.read_shard(source / "fineweb_val_000000.bin")
     assert set(tokens.tolist()) == set(text.tolist())
     assert not num_bytes[tokens == gpt.BOS].any() and num_bytes[tokens != gpt.BOS].all()
+
+
+@pytest.mark.parametrize("option", ["--share", "--train-shards"])
+@pytest.mark.parametrize("value", ["0", "-3", "1001", "some"])
+def test_a_share_and_training_shards_are_whole_numbers_from_one_on(rehearsal, tmp_path, capsys, option, value):
+    source, folder = write_run_data(tmp_path / "source"), tmp_path / "made"
+    assert rehearsal.main(["validation", str(folder), "--source", str(source), option, value]) == 2
+    assert f"argument {option}: {value!r}: expected a whole number from 1 to 1000" in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_a_folder_is_made_when_all_that_it_will_hold_is_known(rehearsal, tmp_path):
+    source, folder = write_run_data(tmp_path / "source"), tmp_path / "made"
+    with pytest.raises(ValueError):
+        rehearsal.make_validation(folder, source, share=0, train_shards=1)
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("share", [2, 8, 50])
@@ -94,6 +111,37 @@ def test_the_table_follows_from_the_logs(rehearsal, tmp_path, capsys):
     eight.write_text(eight.read_text() + 'barrier before:"the score" last_rank:1 waits_ms:[812.4, 0.1]\n')
     assert rehearsal.main(["table", str(eight)]) == 0
     assert "| barrier before the score: last rank, wait of each | 1; 812.4, 0.1 ms |" in capsys.readouterr().out
+
+
+def test_of_several_starts_the_table_shows_the_last_that_trained(rehearsal, tmp_path, capsys):
+    path = write_log(tmp_path / "logs", "again")
+    first = path.read_text()
+    head = first[:first.index("gptq:reserving")].replace("  seed: 42", "  seed: 42\n  ttt_eval_only: 1")
+    path.write_text(first.replace("step: 4852/", "step: 4800/").replace("steps:4852", "steps:4800") + first + head)
+    assert rehearsal.main(["table", str(path), "--against", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "| measured | again#2 |" in shown and "| steps | 4,852 |" in shown
+    assert "| scaling efficiency against 8 GPU (again#2) | 100.0 % / 100.0 % |" in shown
+    path.write_text(head)                                 # nothing trained: the last start
+    assert rehearsal.read_log(path).resumed == "ttt_eval_only"
+
+
+@pytest.mark.parametrize("named", ["2,3", "2, 3,0", "GPU-c,GPU-d", None])
+def test_samples_are_of_the_gpus_that_the_run_sees(rehearsal, tmp_path, monkeypatch, named):
+    smi = tmp_path / "nvidia-smi"
+    rows = "".join(f"{index}, GPU-{'abcd'[index]}, {90 + index}\n" for index in (0, 1, 2, 3))
+    smi.write_text(f"#!/bin/sh\ncat <<END\n{rows}{rows}2, GPU-c, [N/A]\nEND\nexec sleep 60\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    wanted, saved = ([2, 3] if named else [0, 1]), tmp_path / "busy.csv"
+    until = time.monotonic() + 10
+    with rehearsal.BusySampler(tmp_path / "log", saved, 2):
+        while time.monotonic() < until and not (saved.exists() and saved.read_text().count("\n") >= 4):
+            time.sleep(0.02)
+    assert saved.read_text().splitlines() == [f"start,{index},{90 + index}" for index in wanted] * 2
 
 
 def test_a_stage_is_known_by_the_line_that_begins_it(rehearsal, tmp_path):
@@ -178,6 +226,16 @@ def test_two_rendezvous_members_compute_what_one_launch_does_and_write_once(earl
 def test_wrong_usage_gets_a_sentence_and_exit_code_two(rehearsal, capsys, arguments, message):
     assert rehearsal.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_log_to_compare_with_is_read_before_anything_runs(rehearsal, tmp_path, monkeypatch, capsys):
+    (tmp_path / "damaged.txt").write_text(write_log(tmp_path).read_text() + "1/3 train_loss: \n")
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(rehearsal.subprocess, "Popen", lambda *arguments, **options: pytest.fail("a run was begun"))
+    for name, code in (("absent.txt", 2), ("data", 2), ("damaged.txt", 1)):
+        assert rehearsal.main(["run", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--against",
+                               str(tmp_path / name)]) == code
+        assert f"{name}: " in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_existing_folders_are_left_alone(rehearsal, tmp_path, capsys):
