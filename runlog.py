@@ -8,8 +8,11 @@ Plain Python, nothing to install.
 
 from __future__ import annotations
 
+import ast
+import functools
 import math
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +23,93 @@ PAIR = re.compile(r'([^\s:=]+)[:=] ?("[^"]*"|\[[^\]]*\]|[^\s:]+)')
 SETTING = re.compile(r"  ([a-z][a-z0-9_]*): ?(.*)")
 SOURCE = re.compile(r"^source:\n.*?^source_end$\n?", re.M | re.S)  # older logs carry the script's text
 
+# Lines of this project's logs by a name for them, with the values in them that PAIR does not find.
+LINES = {
+    "versions": r"versions ",
+    "run": r"run run_id:",
+    "command": r'run command:"(?P<command>.*)"$',
+    "code": r"code commit:",
+    "train_shards": r"train_shards:",
+    "val_tokens": r"val_tokens:",
+    "model_params": r"model_params:",
+    "reserve": r"gptq:reserving ",
+    "warmup": r"warmup (done )?elapsed_s:",
+    "progress": r"\d+/(?P<iterations>\d+) train_loss:",
+    "layer_loop": r"layer_loop:enabled ",
+    "stop": r"stopping_early:.* step: (?P<step>\d+)/(?P<iterations>\d+)",
+    "speed": r"train speed ",
+    "checkpoint": r"Serialized model: (?P<num_bytes>\d+) bytes",
+    "calibration": r"GPTQ:collected \d+ Hessians in (?P<seconds>[\d.]+s)",
+    "clock": r"train clock_s:",
+    "train_excess": r"train warning over_budget_ms:",
+    "pre": r"diagnostic pre-quantization post-ema ",
+    "code_form": r"artifact code_form:",
+    "code_size": r"Code size \(compressed\): (?P<num_bytes>\d+) bytes",
+    "attempt": r"artifact attempt:",
+    "artifact": r"artifact written ",
+    "model_size": r"Serialized model quantized\S*: (?P<num_bytes>\d+) bytes",
+    "total_size": r"Total submission size quantized\S*: (?P<num_bytes>\d+) bytes",
+    "load": r"artifact load_s:",
+    "quantized": r"diagnostic quantized ",
+    "compile": r"ttt_lora:compile warmup done \((?P<seconds>[\d.]+s)\)",
+    "phased": r"ttt_phased:",
+    "plan": r"ttt plan ",
+    "batch": r"ttt batch:(?P<number>\d+)/(?P<total>\d+)",
+    "adaptation_stopped": r"ttt adaptation_stopped ",
+    "adapted": r"ttt adapted_base ",
+    "barrier": r"barrier ",
+    "hints": r"ngram_tilt:hints ",
+    "hints_made": r"ngram_tilt:precompute_done ",
+    "audit": r"audit ",
+    "final": r"quantized_ttt_phased ",
+    "total_eval": r"total_eval_time:",
+    "eval_excess": r"eval warning over_budget_s:",
+    "eval": r"eval eval_ms:",
+}
+REPEATED = {"progress", "attempt", "batch", "barrier"}  # all others are written once in a start
+# Logs of the present form: younger than this, or with a line or field that came with that form. They hold every
+# line that `_lines_of_a_whole_run` lists, every setting but the later ones, and each clock in milliseconds too.
+LAST_DATE_OF_OLDER_FORM = "2026-11-24"
+PRESENT_FIELDS = ("command.command", "progress.train_time_ms", "clock.clock_ms", "load.load_ms",
+                  "compile.elapsed_ms", "total_eval.total_eval_ms", "eval.eval_ms")
+LATER_SETTINGS = {"half_rows_until", "quarter_rows_until"}  # the first logs of the present form lack them
+
+# What a log says twice: rule, and two places that agree to their last digits. A place is line.field.
+STATED_TWICE = (
+    ("clocks", "stop.train_time", "clock.steps_ms"),
+    ("clocks", "stop.train_time", "clock.steps_s"),
+    ("clocks", "clock.steps_s", "clock.steps_ms"),
+    ("clocks", "clock.clock_s", "clock.clock_ms"),
+    ("clocks", "clock.calibration_s", "clock.calibration_ms"),
+    ("clocks", "calibration.seconds", "clock.calibration_s"),
+    ("clocks", "calibration.elapsed_ms", "clock.calibration_ms"),
+    ("clocks", "settings.max_wallclock_seconds", "clock.budget_s"),
+    ("clocks", "load.load_s", "load.load_ms"),
+    ("clocks", "compile.seconds", "compile.elapsed_ms"),
+    ("clocks", "final.eval_time", "total_eval.total_eval_ms"),
+    ("clocks", "settings.eval_wallclock_seconds", "eval.limit_ms"),
+    ("training steps", "stop.step", "speed.steps"),
+    ("training steps", "settings.iterations", "stop.iterations"),
+    ("training steps", "settings.iterations", "progress.iterations"),
+    ("totals", "hints.total", "hints_made.total_targets"),
+    ("totals", "final.targets", "audit.targets"),
+)
+# The same, where the second says what the slowest rank needed; how much longer that may be, in ms.
+OF_SLOWEST_RANK = (
+    ("final.eval_time", "eval.eval_ms", 5_000),
+    ("load.load_ms", "eval.load_ms", math.inf),
+    ("compile.elapsed_ms", "eval.compile_ms", math.inf),
+)
+# Files that bear the run's name.
+NAMED_FILES = (
+    ("code.source_file", "logs/{}.source.py.xz"),
+    ("artifact.file", "{}.artifact"),
+    ("audit.order_file", "logs/{}.order.bin"),
+)
+
+CODE_MARGIN = 256  # bytes that a run leaves free beside the limit
+MOST_HEADER_BYTES = 1 << 12  # of a container: names, shapes and checksums
+CODE_FORMS = ("packed", "packed_file", "lzma_of_source")
 SIZE_LIMIT, CLOCK_LIMIT_MS = 16_000_000, 600_000
 RECORD_GPUS, RECORD_GPU_NAME = 8, "H100"
 PUBLISHED_SHARDS = 80
@@ -161,6 +251,22 @@ class Run:
     batches: list[Batch] = field(default_factory=list)
     finals: int = 0  # final score lines
     warnings: list[str] = field(default_factory=list)  # the run's own warnings
+    lines: dict[str, list[dict[str, str]]] = field(default_factory=dict)  # the fields of every line of LINES
+
+    def text(self, place: str) -> str | None:
+        """What a place, line.field, says; of a line that is repeated, the last."""
+        line, name = place.split(".")
+        return (self.settings if line == "settings" else self.lines.get(line, [{}])[-1]).get(name)
+
+    def said(self, place: str) -> float:
+        """The number at a place, times in ms; NaN, which equals nothing, where the log does not say."""
+        return measure(place, self.text(place) or "")[0]
+
+    @property
+    def is_present_form(self) -> bool:
+        """Whether a whole run must have left the lines and fields that this project's logs have now."""
+        is_young = self.identity.get("date", "") > LAST_DATE_OF_OLDER_FORM
+        return self.is_ours and (is_young or any(map(self.text, PRESENT_FIELDS)))
 
     @property
     def seed(self) -> int | None:
@@ -306,6 +412,35 @@ def count(text: str) -> int:
     return int(value)
 
 
+def measure(place: str, text: str) -> tuple[float, float]:
+    """The number at a place and half a unit of its last digit; times, known by their unit or name, in ms."""
+    match = re.match(r"[-+]?\d+(?:\.(\d+))?(ms|s)?", text)
+    if match is None:
+        return math.nan, math.nan
+    is_in_s = match[2] == "s" or not match[2] and place.endswith(("_s", "_seconds")) and not place.endswith("_per_s")
+    unit = 1000 if is_in_s else 1
+    return number(text) * unit, 0.5 * 10.0 ** -len(match[1] or "") * unit
+
+
+def _value(fields: dict[str, str], name: str) -> float:
+    return measure(name, fields.get(name, ""))[0]
+
+
+@functools.cache
+def default_settings() -> dict[str, str]:
+    """Every setting's default as logs show it, read from the text of train_gpt.py, which is not run."""
+    tree = ast.parse((Path(__file__).parent / "train_gpt.py").read_text(encoding="utf-8"))
+    (config,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
+    defaults = {}
+    for node in config.body:
+        if isinstance(node, ast.AnnAssign):
+            value = ast.literal_eval(node.value.args[0])
+            defaults[node.target.id] = str(int(value) if isinstance(value, bool) else value)
+    for name in ("data_path", "tokenizer_path", "checkpoint_dir"):
+        defaults[name] = "/".join(Path(defaults[name]).parts[-2:])
+    return defaults
+
+
 def read_runs(path: Path) -> list[Run]:
     """Every start in a log file, in order. Raises LogError naming the file if it holds none or is damaged."""
     try:
@@ -367,8 +502,11 @@ def _read_line(run: Run, line: str) -> None:
     for name in ("commit", "code_sha256", "code_hash", "command"):
         if name in fields:
             run.identity[name] = fields[name]
-    if " warning" in f" {event}" or " warning " in f" {line} ":
+    if " warning" in f" {event}" or " warning " in f" {line} " or "warning" in fields:
         run.warnings.append(line.strip())
+    for name, pattern in LINES.items():
+        if match := re.match(pattern, line):
+            run.lines.setdefault(name, []).append(fields | match.groupdict())
     if event == "versions":
         run.versions = fields
     elif event == "run":
@@ -492,7 +630,8 @@ def check(runs: Sequence[Run]) -> list[Finding]:
 
 
 def _check_run(run: Run) -> Iterator[Finding]:
-    for part in (_check_whole, _check_finite, _check_header, _check_totals, _check_limits, _check_source):
+    parts = (_check_whole, _check_finite, _check_header, _check_totals, _check_limits, _check_source)
+    for part in (*parts, _check_lines, _check_command, _check_stated_twice, _check_sums, _check_batches):
         for level, rule, text in part(run):
             yield Finding(level, run.name, rule, text)
 
@@ -622,15 +761,18 @@ def _check_header(run: Run) -> Iterator[tuple[str, str, str]]:
                 rule,
                 f"looping was to begin at {said:g} of the budget, the body says {run.loop_progress:g}",
             )
-    if run.stop_ms is not None and run.effective_ms is not None and run.stop_ms > run.effective_ms + 2000:
-        yield (
-            "error",
-            rule,
-            (
-                f"training stopped at {run.stop_ms:,.0f} ms, expected at most a step after "
-                f"{run.effective_ms:,.0f} ms"
-            ),
-        )
+    if run.stop_ms is not None and run.effective_ms is not None:
+        steps_ms = [measure(name, value)[0] for name, value in run.speed.items() if name.endswith("_step_ms")]
+        longest_ms = max(steps_ms, default=4 * run.stop_ms / run.steps if run.steps else 0.0)
+        if run.stop_ms > run.effective_ms + max(2000, longest_ms):
+            yield (
+                "error",
+                rule,
+                (
+                    f"training stopped at {run.stop_ms:,.0f} ms, expected at most a step after "
+                    f"{run.effective_ms:,.0f} ms"
+                ),
+            )
     for point in run.curve:
         minutes = run.tokens_at(point.step) / point.tok_per_s / 60 if point.tok_per_s else math.nan
         if abs(minutes - point.minutes) > 0.06 + 1e-3 * minutes:
@@ -667,9 +809,9 @@ def _check_totals(run: Run) -> Iterator[tuple[str, str, str]]:
     }
     rule = "val_loss against val_bpb"
     ratios = {name: s.loss / s.bpb / math.log(2) for name, s in scores.items()}  # bytes per target
+    tolerances = {name: ratios[name] * (1e-8 / s.loss + 1e-8 / s.bpb) for name, s in scores.items()}
     for name, s in scores.items():
-        tolerance = ratios[name] * (1e-8 / s.loss + 1e-8 / s.bpb)
-        if s.targets and s.bytes and abs(ratios[name] - s.bytes / s.targets) > tolerance:
+        if s.targets and s.bytes and abs(ratios[name] - s.bytes / s.targets) > tolerances[name]:
             yield (
                 "error",
                 rule,
@@ -692,7 +834,7 @@ def _check_totals(run: Run) -> Iterator[tuple[str, str, str]]:
                 )
     if {"before quantization", "after quantization"} <= ratios.keys():
         before, after = ratios["before quantization"], ratios["after quantization"]
-        if abs(before - after) > 2e-7:
+        if abs(before - after) > tolerances["before quantization"] + tolerances["after quantization"]:
             yield (
                 "error",
                 rule,
@@ -778,6 +920,8 @@ def _check_totals(run: Run) -> Iterator[tuple[str, str, str]]:
 def _check_limits(run: Run) -> Iterator[tuple[str, str, str]]:
     """Unrounded: 600,400 ms is over 600 s."""
     rule = "600 s of training"
+    eval_ms = max(run.eval_ms or 0, run.said("eval.eval_ms"))  # of the slowest rank; the first, where that is NaN
+    clocks_ms = {"train": run.train_clock_ms or 0, "eval": eval_ms}
     if run.stop_ms is not None:
         if run.stop_ms > CLOCK_LIMIT_MS:
             yield "error", rule, f"optimizer steps took {run.stop_ms:,.0f} ms"
@@ -793,23 +937,31 @@ def _check_limits(run: Run) -> Iterator[tuple[str, str, str]]:
     if run.eval_ms is not None:
         rule = "600 s of evaluation"
         outside = 1000 * (run.compile_s.get("ttt", 0) + (run.load_s or 0))
-        if run.eval_ms > CLOCK_LIMIT_MS:
-            yield "error", rule, f"evaluation took {run.eval_ms:,.0f} ms"
-        elif run.eval_ms + outside > CLOCK_LIMIT_MS:
+        if eval_ms > CLOCK_LIMIT_MS:
+            yield "error", rule, f"evaluation took {eval_ms:,.0f} ms"
+        elif eval_ms + outside > CLOCK_LIMIT_MS:
             yield (
                 "warning",
                 rule,
                 (
-                    f"evaluation took {run.eval_ms:,.0f} ms, and {run.eval_ms + outside:,.0f} ms with "
+                    f"evaluation took {eval_ms:,.0f} ms, and {eval_ms + outside:,.0f} ms with "
                     "loading and compilation, which are outside its clock"
                 ),
             )
     if run.total_bytes is not None:
         if max(run.total_bytes, (run.code_bytes or 0) + (run.model_bytes or 0)) > SIZE_LIMIT:
             yield "error", "16,000,000 bytes", f"code and model hold {run.total_bytes:,} bytes"
+        if run.total_bytes <= SIZE_LIMIT and any("over_limit" in line for line in run.warnings):
+            yield "error", "sizes", f"{run.total_bytes:,} bytes, yet the run warned of more than its limit"
+    rule = "the run's own warning"
     for line in run.warnings:
-        if "over_budget" not in line and "over_limit" not in line:
-            yield "warning", "the run's own warning", line
+        is_said_above = "over_budget" in line and clocks_ms.get(line.split()[0], 0) > CLOCK_LIMIT_MS
+        if not (is_said_above or "over_limit" in line):
+            yield "warning", rule, line
+    for fields in run.lines.get("adaptation_stopped", []):
+        yield "warning", rule, f"test-time training stopped learning after {fields.get('chunks_learnt')} chunks"
+    if after := run.settings.get("ttt_stop_after"):
+        yield "warning", rule, f"TTT_STOP_AFTER={after}: test-time training was told where to stop learning"
 
 
 def _check_source(run: Run) -> Iterator[tuple[str, str, str]]:
@@ -852,6 +1004,165 @@ def _check_source(run: Run) -> Iterator[tuple[str, str, str]]:
         yield "warning", "record machine", f"ran on {run.hardware}; the record machine is 8x H100"
 
 
+def _lines_of_a_whole_run(run: Run) -> Iterator[str]:
+    """Names of the lines that a whole run of the present form leaves."""
+    yield from ("versions", "run", "command", "code", "train_shards", "val_tokens", "model_params", "warmup")
+    yield from ("progress", "speed", "checkpoint", "calibration", "clock", "pre", "code_form", "code_size")
+    yield from ("attempt", "artifact", "model_size", "total_size", "load", "quantized", "compile", "phased")
+    yield from ("plan", "batch", "final", "total_eval", "eval")
+    is_short_of_looping = any("looping never began" in line for line in run.warnings)
+    is_stopped = "adaptation_stopped" in run.lines or run.settings.get("ttt_stop_after")
+    conditions = {
+        "reserve": run.setting("max_wallclock_seconds") > 0,
+        "stop": run.steps != run.setting("iterations"),
+        "layer_loop": run.setting("num_loops") > 0 and not is_short_of_looping,
+        "hints": run.setting("ngram_tilt_enabled") > 0,
+        "hints_made": run.setting("ngram_tilt_enabled") > 0,
+        "audit": run.setting("audit") > 0,
+        "adapted": 0 < run.phased.get("prefix_docs", 0) < run.phased.get("total_docs", 0) and not is_stopped,
+        "barrier": (run.world_size or 1) > 1,
+    }
+    yield from (name for name, is_due in conditions.items() if is_due)
+
+
+def _check_lines(run: Run) -> Iterator[tuple[str, str, str]]:
+    """Every line once, in whole runs of the present form none missing, and as many ranks as are said."""
+    for name, lines in run.lines.items():
+        if name not in REPEATED and len(lines) > 1:
+            yield "error", "one uninterrupted run", f"{len(lines)} lines say {name} in one start, expected one"
+    for fields in run.lines.get("barrier", []):
+        if (ranks := fields.get("waits_ms", "").count(",") + 1) != run.world_size:
+            yield "error", "number of processes", f"world_size:{run.world_size}, yet {ranks} waited at a barrier"
+            break
+    if not run.is_present_form or run.resumed or run.ttt is None or run.stop_ms is None:
+        return
+    missing = [name for name in _lines_of_a_whole_run(run) if name not in run.lines]
+    places = dict.fromkeys(place for pair in STATED_TWICE + OF_SLOWEST_RANK for place in pair if "." in str(place))
+    missing += [place for place in places if place.split(".")[0] in run.lines and math.isnan(run.said(place))]
+    logged = {step for step in range(1, (run.steps or 0) + 1)
+              if step <= 5 or step % (10 if step <= 100 else 50) == 0 or step == run.setting("iterations")}
+    if cut := logged - {point.step for point in run.curve}:
+        missing.append(f"step {min(cut)}" + f" and {len(cut) - 1} more" * (len(cut) > 1))
+    if missing:
+        yield "error", "complete log", f"lines or values are missing: {', '.join(missing)}; logs are kept whole"
+
+
+def _check_command(run: Run) -> Iterator[tuple[str, str, str]]:
+    """The command names every setting that has not its default."""
+    rule, command = "settings against command", run.text("command.command")
+    if command is None:
+        return
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        yield "error", rule, f"the line `run command` cannot be read: {error}"
+        return
+    named = dict(word.split("=", 1) for word in words if re.match(r"[A-Z][A-Z0-9_]*=", word))
+    expected = default_settings() | {name.lower(): value for name, value in named.items()}
+    missing = sorted(expected.keys() - run.settings.keys() - (LATER_SETTINGS - {name.lower() for name in named}))
+    if missing:
+        yield "error", rule, f"the header lacks {', '.join(missing)}"
+    for name, value in expected.items():
+        if (told := run.settings.get(name, value)) != value.strip():
+            source = "the command" if name.upper() in named else "the default, which the command leaves,"
+            yield "error", rule, f"the header says {name} is {told or '(empty)'}, {source} {value or '(empty)'}"
+
+
+def _check_stated_twice(run: Run) -> Iterator[tuple[str, str, str]]:
+    pairs = [(rule, one, other, 0.0) for rule, one, other in STATED_TWICE]
+    pairs += [("clocks", one, other, more if run.world_size != 1 else 0) for one, other, more in OF_SLOWEST_RANK]
+    for rule, one, other, more in pairs:
+        (first, half), (second, other_half) = (measure(place, run.text(place) or "") for place in (one, other))
+        tolerance = 1e-6 + (half + other_half if half != other_half else 0)  # one number, rounded alike, is equal
+        if first - second > tolerance or second - first > tolerance + more:
+            yield "error", rule, f"{one} is {run.text(one)}, {other} {run.text(other)}"
+    run_id = run.identity.get("run_id", "")
+    told = {"settings.run_id": run.settings.get("run_id") or run_id}
+    told |= {place: text for place, _ in NAMED_FILES if (text := run.text(place)) is not None}
+    for place, form in (("settings.run_id", "{}"), *NAMED_FILES):
+        if place in told and told[place] != form.format(run_id):
+            yield "error", "one name", f"the run is {run_id}, {place} {told[place]}"
+
+
+def _check_sums(run: Run) -> Iterator[tuple[str, str, str]]:
+    """What the values of several lines make together."""
+    if not run.is_present_form:
+        return
+    for rule, name, told, made, tolerance in _sums(run):
+        if abs(told - made) > tolerance:
+            yield "error", rule, f"{name} {told:,.10g}, the log's other lines make {made:,.10g}"
+    attempts = run.lines.get("attempt", [])
+    if [fields.get("attempt") for fields in attempts] != [str(n + 1) for n in range(len(attempts))]:
+        yield "error", "sizes", "the artifact's attempts are not numbered from 1 without a gap"
+    if attempts and run.model_bytes not in {_value(fields, "model_bytes") for fields in attempts}:
+        yield "error", "sizes", f"no attempt gave the model's {run.model_bytes or 0:,} bytes"
+    if (form := run.text("code_form.code_form")) and form not in CODE_FORMS:
+        yield "error", "sizes", f"code_form:{form}, expected one of {', '.join(CODE_FORMS)}"
+
+
+def _sums(run: Run) -> Iterator[tuple[str, str, float, float, float]]:
+    """(rule, name, the log's value, what other lines make of it, tolerance); NaN where one is not said."""
+    said, none = run.said, math.nan
+    yield "clocks", "clock.clock_ms", said("clock.clock_ms"), said("clock.steps_ms") + said("clock.calibration_ms"), 1.6
+    parts_ms = said("eval.eval_ms") + said("eval.load_ms") + said("eval.compile_ms")
+    yield "clocks", "eval.sum_ms", said("eval.sum_ms"), parts_ms, 2.1
+    for name, took_ms, limit_s, scale in (
+        ("train_excess.over_budget_ms", said("clock.clock_ms"), run.setting("max_wallclock_seconds"), 1.6),
+        ("eval_excess.over_budget_s", said("final.eval_time"), run.setting("eval_wallclock_seconds"), 1.6),
+    ):
+        excess = max(0.0, took_ms - 1000 * limit_s) if limit_s > 0 and took_ms > 0 else none
+        yield "clocks", name, said(name) if name.split(".")[0] in run.lines else 0.0, excess, scale
+
+    steps, switch, stop_ms = run.steps or 0, run.loop_step, run.stop_ms or none
+    switch = steps if switch is None else switch
+    parts = {"loops_off": (0, switch), "loops_on": (switch, steps)}
+    parts = {name: (since, until) for name, (since, until) in parts.items() if until > since}
+    made_ms = sum((until - since) * said(f"speed.{name}_step_ms") for name, (since, until) in parts.items())
+    yield "clocks", "stop.train_time", stop_ms, made_ms, 0.06 * steps + 1
+    for name, (since, until) in parts.items():
+        speed, step_ms = said(f"speed.{name}_tok_per_s"), said(f"speed.{name}_step_ms")
+        tokens = (run.tokens_at(until) - run.tokens_at(since)) / (until - since)
+        rounding = (0.06 / step_ms if step_ms else 0.0) + (0.6 / speed if speed else 0.0)
+        yield "clocks", f"tokens of a step, {name}", speed * step_ms / 1000, tokens, tokens * rounding
+    for point, fields in zip(run.curve, run.lines.get("progress", [])):
+        told_ms = _value(fields, "train_time_ms")
+        speed = point.tok_per_s or none
+        made_ms, rounding = 1000 * run.tokens_at(point.step) / speed, 0.6 + 0.6 * told_ms / speed
+        yield "clocks", f"train_time_ms of step {point.step}", told_ms, made_ms, rounding
+        yield "clocks", f"train_time of step {point.step} in minutes", point.minutes, told_ms / 60000, 0.0501
+        if told_ms > stop_ms + 1:
+            yield "clocks", "stop.train_time", stop_ms, told_ms, 0.0
+
+    header = MOST_HEADER_BYTES / 2
+    yield "sizes", "checkpoint.num_bytes", said("checkpoint.num_bytes"), 4 * (run.params or none) + header, header
+    for fields in run.lines.get("attempt", []):
+        model, room = _value(fields, "model_bytes"), _value(fields, "room_bytes")
+        groups = [_value(fields, name) for name in fields if name.endswith("_bytes")]
+        yield "sizes", "attempt.model_bytes", model, sum(groups) - model - room + header, header
+        yield "sizes", "attempt.room_bytes", room, SIZE_LIMIT - CODE_MARGIN - (run.code_bytes or none) - model, 0.0
+
+
+def _check_batches(run: Run) -> Iterator[tuple[str, str, str]]:
+    """The first rank logs every batch of its own, by phase; one process has them all."""
+    lines = run.lines.get("batch", [])
+    planned = [int(text) for text in re.findall(r"\d+", run.text("plan.batches") or "")]
+    if not (run.is_present_form and run.ttt and lines and planned and run.phased):
+        return
+    rule, is_alone = "documents", run.world_size == 1
+    for phase_number, num_batches in enumerate(planned, 1):
+        phase = f"{phase_number}/{len(planned)}"
+        mine = [fields for fields in lines if fields.get("phase") == phase]
+        total = int(mine[0]["total"]) if mine else 0
+        told = [(int(fields["number"]), int(fields["total"])) for fields in mine]
+        if told != [(number, total) for number in range(1, total + 1)] or not told:
+            yield "error", rule, f"phase {phase}: the batches are not numbered from 1 to their total"
+        elif total > num_batches or is_alone and total < num_batches:
+            yield "error", rule, f"phase {phase}: {total} batches, {num_batches} were planned"
+    scored, total = sum(_value(fields, "documents") for fields in lines), run.phased["total_docs"]
+    if not scored <= total or is_alone and scored != total:
+        yield "error", rule, f"the batches hold {scored:,.0f} documents, total_docs is {total:,}"
+
+
 def _check_together(runs: Sequence[Run]) -> Iterator[Finding]:
     """Runs of one submission differ in their seed only."""
     if len(runs) < 2:
@@ -869,6 +1180,14 @@ def _check_together(runs: Sequence[Run]) -> Iterator[Finding]:
         yield Finding(
             "error", "all runs", "one log per seed", f"seed {seed} occurs {seeds.count(seed)} times"
         )
+    for label, get in (
+        ("training progress", lambda r: r.curve),
+        ("scores", lambda r: [r.pre, r.quantized, r.ttt] if r.ttt else []),
+    ):
+        for position, run in enumerate(runs):
+            if twins := [other.name for other in runs[:position] if get(run) and get(other) == get(run)]:
+                text = f"{run.name} and {twins[0]} have equal {label} to the last digit and millisecond"
+                yield Finding("error", "all runs", "one log per run", f"{text}: one run under two names")
     for label, get in (
         ("world size", lambda r: r.world_size),
         ("device", lambda r: r.versions.get("device")),

@@ -23,7 +23,7 @@ quantized_ttt_phased val_loss:9.9 val_bpb:9.9
 source_end
 gptq:reserving {reserving}s, effective={effective}ms
 warmup done elapsed_s:61.8 calibration_estimate_s:0.5
-1/20000 train_loss: 9.0087 train_time: 0.0m tok/s: 8000000
+1/20000 train_loss: 9.0087 train_time: 0.0m tok/s: {first_tok_per_s}
 500/20000 train_loss: 2.5734 train_time: 0.8m tok/s: 8152722
 layer_loop:enabled step:2146 frac:0.350 encoder:[0, 1, 2, 3, 4, 5, 3, 4] decoder:[5, 3, 4, 5, 6, 7, 8, 9, 10]
 4500/20000 train_loss: {loss} train_time: 9.1m tok/s: 6482476
@@ -31,8 +31,8 @@ stopping_early: wallclock_cap train_time: {stop_ms}ms step: 4852/20000
 train speed loops_off_tok_per_s:8090000 loops_off_step_ms:97.2 loops_on_tok_per_s:5460000 loops_on_step_ms:144.0 steps:4852
 peak memory allocated: 41737 MiB reserved: 47034 MiB
 GPTQ:collected 67 Hessians in 3.1s
-train clock_s:{clock_s} steps_s:596.0 calibration_s:3.1 budget_s:600
-diagnostic pre-quantization post-ema val_loss:2.32769483 val_bpb:{pre} eval_time:9771ms targets:{targets} bytes:{num_bytes}
+train clock_s:{clock_s} steps_s:{steps_s:.1f} calibration_s:3.1 budget_s:{budget_s:g}
+diagnostic pre-quantization post-ema val_loss:2.32769483 val_bpb:{pre} eval_time:{pre_ms}ms targets:{targets} bytes:{num_bytes}
 artifact attempt:1 sigma_factor:1.000000 model_bytes:15942131 room_bytes:15679 elapsed_s:3.5 tok_emb_bytes:2368389 w_up_bytes:5433508
 Code size (uncompressed): 219377 bytes
 Code size (compressed): {code_bytes} bytes
@@ -88,8 +88,11 @@ RECORD = dict(
 
 
 def write_log(folder: Path, name: str = "any", is_finished: bool = True, **changes) -> Path:
-    """Write a log with some of RECORD's values changed."""
+    """Write a log, of the older form, with some of RECORD's values changed; runs of two seeds differ in their times."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.txt"
-    path.write_text((LOG + FINAL * is_finished).format(**RECORD | changes))
+    values = RECORD | changes
+    own = dict(first_tok_per_s=8_000_000 + values["seed"], pre_ms=9771 + values["seed"],
+               steps_s=values["stop_ms"] / 1000, budget_s=float(values["budget"]))
+    path.write_text((LOG + FINAL * is_finished).format(**own, **values))
     return path

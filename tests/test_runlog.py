@@ -1,5 +1,7 @@
 """runlog.py: logs of the whole family are read, and what is false or against the rules in them is found."""
 
+import math
+
 import pytest
 
 import runlog
@@ -334,6 +336,22 @@ def test_with_few_steps_looping_may_begin_one_step_late(tmp_path):
         .replace("frac:0.350", "frac:0.500")
     )
     assert not any("looping" in finding.text for finding in found([read(path)]))
+
+
+@pytest.mark.parametrize(("late_ms", "is_honest"), [(2500, True), (3500, False)])
+def test_the_last_step_of_a_slow_machine_may_end_after_the_reserve_began(tmp_path, late_ms, is_honest):
+    path = write_log(tmp_path, stop_ms=596_000 + late_ms)
+    path.write_text(path.read_text().replace("loops_on_step_ms:144.0", "loops_on_step_ms:3000.0"))
+    assert is_honest == (not any("at most a step" in finding.text for finding in found([read(path)])))
+
+
+def test_small_losses_are_rounded_as_far_as_large_ones(tmp_path):
+    run = read(write_log(tmp_path))
+    for thousandths in range(50, 300, 7):
+        for name, part in (("pre", 1000.1), ("quantized", 990.1), ("ttt", 1010.1)):
+            loss, bpb = thousandths / part, thousandths / part / 3 / math.log(2)
+            setattr(run, name, runlog.Diagnostic(round(loss, 8), round(bpb, 8), 1.0, 480_000, 1_440_000))
+        assert not [finding for finding in found([run]) if finding.rule == "val_loss against val_bpb"]
 
 
 # Half rows and joined tokens: steps and tokens that are not the record's
