@@ -58,6 +58,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import zlib
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -175,7 +176,7 @@ class Config:
     qk_gain_init: float = knob(5.25, "initial query gain per head")
     rope_base: float = knob(10000.0, "rotary base [RoPE]", 1.0)
     rope_dims: int = knob(16, "rotary channels per head", 2)
-    logit_softcap: float = knob(30.0, "initial value of both logit caps", 1.0)
+    logit_softcap: float = knob(30.0, "initial value of both logit caps", 1.0, 120.0)
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial embedding", 0.0)
     # training
     iterations: int = knob(20000, "step cap; also the schedule's length when MAX_WALLCLOCK_SECONDS=0", 1)
@@ -2612,7 +2613,10 @@ def _run_coder(routine: str, buffer: np.ndarray, decode: bool, values: np.ndarra
     code = int.from_bytes(buffer[:8].tobytes().ljust(8, b"\0"), "big")
     coder = np.array([*(x.ctypes.data for x in (*tables, buffer)), buffer.size, decode, 8 * decode, 0, 0,
                       0, 2 ** 64 - 1, code], np.uint64)
-    return call_c(routine, coder, values, *values.shape, *options)
+    length = call_c(routine, coder, values, *values.shape, *options)
+    if length == -2:
+        raise MemoryError(f"no memory to code {values.shape}")
+    return length
 
 
 def _encode(routine: str, values: np.ndarray, *options: int | np.ndarray | None) -> bytes:
@@ -2674,7 +2678,7 @@ def _unpack(stream: bytes, kind: int) -> tuple[int, tuple, np.ndarray]:
     payload = np.frombuffer(stream, np.uint8)[STREAM_HEADER.size:-8]
     if found_kind != kind:
         raise ValueError(f"stream of kind {found_kind}, expected {kind}: not ours")
-    symbols = math.prod(shape if kind == CODES else shape[:2])
+    symbols = math.prod(shape) if kind == CODES else shape[1]
     is_too_wide = kind == CODES and option & REGRESS and not can_regress(shape)
     if symbols > min(MAX_SYMBOLS, 32768 * len(payload)) or is_too_wide:
         raise ValueError(f"stream of {len(stream)} bytes cannot hold shape {shape}: its header is damaged")
@@ -3285,9 +3289,10 @@ class Buckets(NamedTuple):
     windows: tuple[int, ...]
 
 
-def step_buckets(batch_size: int, window: int) -> Buckets:
-    return Buckets(*((*(size for size in sizes if size < last), last)
-                     for sizes, last in ((ROW_BUCKETS, batch_size), (WINDOW_BUCKETS, window))))
+def step_buckets(batch_size: int, window: int, chunk: int) -> Buckets:
+    """Sizes up to a whole batch and the longest window, which all hold a chunk."""
+    return Buckets(*((*(size for size in sizes if low <= size < last), last)
+                     for sizes, low, last in ((ROW_BUCKETS, 0, batch_size), (WINDOW_BUCKETS, chunk, window))))
 
 
 def pad_to(sizes: Sequence[int], x: np.ndarray) -> np.ndarray:
@@ -3371,7 +3376,7 @@ def plan_batches(docs: Documents, *, batch_size: int, lanes: int = LANES, max_to
         cuts.append(len(by_length))
     batches = [by_length[begin:end][::-1] for begin, end in zip(cuts, cuts[1:])]
     alone = len(batches) - 1 if is_bounded else -1
-    buckets, boundary = step_buckets(batch_size, window), min(prefix_docs, len(by_length))
+    buckets, boundary = step_buckets(batch_size, window, chunk), min(prefix_docs, len(by_length))
     phases: list[Phase] = []
     seen = 0
     for index in sorted(range(len(batches)), key=lambda k: (k != alone, -docs.length[batches[k][0]])):
@@ -4030,7 +4035,8 @@ def warm_up_ttt(cfg: Config, run: Run, model: GPT, num_tokens: int) -> tuple[Sco
     """What scores num_tokens tokens and adapts the base; all graphs are made on random tokens."""
     timer = Timer(run)
     is_cuda = run.device.type == "cuda"
-    buckets = step_buckets(cfg.ttt_batch_size, cfg.ttt_eval_seq_len) if cfg.compile or is_cuda else None
+    sizes = cfg.ttt_batch_size, cfg.ttt_eval_seq_len, cfg.ttt_chunk_size
+    buckets = step_buckets(*sizes) if cfg.compile or is_cuda else None
     scorer = Scorer(cfg, run, model, num_tokens, keep_log=cfg.audit, buckets=buckets)
     base = None
     if cfg.phased_ttt_prefix_docs:
@@ -5964,12 +5970,16 @@ def refuse_kernels(run: Run) -> str:
         return f"head width {cfg.head_dim} (from 16 on) and heads per key {group} must be powers of two"
     if cfg.model_dim % 16 or cfg.mlp_dim % 16:
         return f"widths {cfg.model_dim} and {cfg.mlp_dim} must be multiples of 16"
+    if not cfg.fused_ce_enabled:
+        return "FUSED_CE_ENABLED=0"
     return "" if cfg.block_kernels else "BLOCK_KERNELS=0"
 
 
 def choose_products(run: Run) -> Products:
     """The products around the MLP's activation, with it as their epilogue where quack is there; logged."""
-    if run.cfg.mlp_dim % 32 or run.cfg.model_dim % 32:
+    if torch.cuda.get_device_capability(run.device)[0] != 9:
+        refused = "quack: its kernel used here is one for compute capability 9"
+    elif run.cfg.mlp_dim % 32 or run.cfg.model_dim % 32:
         refused = "a width is no multiple of 32"
     else:
         try:
@@ -6060,14 +6070,14 @@ class CapturedSteps:
 
 def graphs_made(steps: Callable) -> tuple[int, int]:
     """(graphs and kernels compiled or loaded by this process and graphs captured by `steps`, calls of `steps`
-    that had none) so far."""
+    that had none) so far. Kernels of quack are not counted."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     made = dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
     for kernel in list(globals().values()):               # Triton: one kernel for each kind of arguments
         for caches in getattr(kernel, "device_caches", {}).values():
             made += len(caches[0])
     flash_attention = sys.modules.get("flash_attn.cute.interface")
-    for name in ("_flash_attn_fwd", "_flash_attn_bwd"):
+    for name in ("_flash_attn_fwd", "_flash_attn_bwd", "_bwd_preprocess", "_bwd_postprocess_convert"):
         function = getattr(flash_attention, name, None)
         made += len(getattr(getattr(function, "compile_cache", None), "cache", ()))
     return made + getattr(steps, "captures", 0), getattr(steps, "missed", 0)
@@ -6084,15 +6094,18 @@ def compile_c(source: str) -> ctypes.CDLL:
         library = f"{folder}/code.so"
         for target in (["-march=native"], []):            # not every compiler knows its own machine
             # -fwrapv: even a forged stream must not meet undefined behaviour.
-            command = [compiler, "-O3", *target, "-fwrapv", "-std=c99", "-shared", "-fPIC", "-o", library,
-                       "-xc", "-"]
+            command = [*shlex.split(compiler), "-O3", *target, "-fwrapv", "-std=c99", "-shared", "-fPIC", "-o",
+                       library, "-xc", "-"]
             try:
                 done = subprocess.run(command, input=source, capture_output=True, text=True)
+                if done.returncode == 0:
+                    return ctypes.CDLL(library)
             except FileNotFoundError:
                 raise RunError(f"no C compiler: expected `{compiler}` on the PATH; install gcc or "
-                                   "clang") from None
-            if done.returncode == 0:
-                return ctypes.CDLL(library)
+                               "clang") from None
+            except OSError as error:
+                raise RunError(f"`{compiler}`, or what it makes in {folder}, cannot be run ({error}); correct "
+                               "CC or TMPDIR") from None
         raise RunError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
 
 
@@ -6262,6 +6275,8 @@ static inline int level(i64 v) {    // variance, 8 fractional bits -> step of th
 static Model *new_model(const Coder *c, i64 matrices, i64 rows, i64 cols, int trellis, int regress) {
     i64 d = cols + 1, pairs = regress ? d * d : 0, errors = regress ? matrices * rows * cols : 0;
     Model *g = calloc(sizeof(Model) + 14 * pairs + 16 * d + d * sizeof(Column) + 2 * d + 2 * errors, 1);
+    if (!g)
+        return NULL;
     g->L = (i64 *)(g + 1);
     g->gram = (i32 *)(g->L + pairs + 2 * d);        // after two rows for refit()
     g->column = (Column *)(g->gram + pairs);
@@ -6452,6 +6467,8 @@ i64 code_codes(const Coder *coder, int8_t *x, i64 matrices, i64 rows, i64 cols, 
     c.max_age = 1000;
     c.speed = 2;
     Model *g = new_model(&c, matrices, rows, cols, trellis, alike != NULL);
+    if (!g)
+        return -2;
     int valid = 1;
     for (i64 row = 0; row < matrices * rows; row++) {
         start_row(g, row);
@@ -6488,6 +6505,8 @@ i64 code_words(const Coder *coder, u16 *x, i64 n, i64 stride) {
     c.max_age = 250;
     c.speed = 60;
     u32 (*counters)[VOTES][256][256] = malloc(2 * sizeof *counters);
+    if (!counters)
+        return -2;
     i32 weights[2][2][8][VOTES];            // by half, set, bit
     fill(counters, 2 * sizeof *counters, 1u << 31 | 2);
     fill(weights, sizeof weights, 105000);
@@ -6625,7 +6644,7 @@ def main(argv: Sequence[str]) -> int:
     except Exception as error:
         rank = os.environ.get("RANK", "0")
         if report(run, f"error: unexpected {type(error).__name__} of rank {rank} in stage {stage()}", False):
-            raise
+            traceback.print_exc()
         return 1                                                # what follows another rank's error is no news
     return 0
 

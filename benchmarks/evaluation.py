@@ -177,7 +177,7 @@ def busy_share(run: gpt.Run, scorer: gpt.Scorer) -> dict[str, float]:
 
 def lane_seconds(cfg: gpt.Config, table: Table, phase: gpt.Phase) -> list[float]:
     """Seconds of each lane by the measured table; the last step of a batch only scores."""
-    buckets = gpt.step_buckets(cfg.ttt_batch_size, cfg.ttt_eval_seq_len)
+    buckets = gpt.step_buckets(cfg.ttt_batch_size, cfg.ttt_eval_seq_len, cfg.ttt_chunk_size)
     learn, score = ({int(rows): ms for rows, ms in table[name].items()} for name in ("learn", "score"))
     seconds = []
     for lane in phase:

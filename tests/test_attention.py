@@ -115,6 +115,23 @@ def test_a_gpu_without_fast_attention_stops_the_run_unless_slowness_is_allowed(m
     assert "attention backend:torch_varlen reason:" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("capability", "backend"), [((9, 0), "quack_epilogue"), ((10, 0), "cublas"), ((12, 0), "cublas")])
+def test_products_of_the_kernel_for_hopper_are_taken_on_hopper_alone(monkeypatch, capability, backend):
+    lines = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(gpt, "quack_products", lambda: "products")
+    run = types.SimpleNamespace(cfg=gpt.Config(), device=torch.device("cuda"), log=lines.append)
+    assert (gpt.choose_products(run) == "products") == (backend == "quack_epilogue")
+    assert lines[0].startswith(f"products backend:{backend} ")
+
+
+def test_the_plain_loss_is_not_that_of_the_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpt, "triton", object())
+    for cfg, refused in ((gpt.Config(), ""), (gpt.Config(fused_ce_enabled=False), "FUSED_CE_ENABLED=0")):
+        assert gpt.refuse_kernels(types.SimpleNamespace(cfg=cfg, device=torch.device("cuda"))) == refused
+
+
 def test_an_older_gpu_is_told_which_compute_capability_is_needed(monkeypatch):
     with pytest.raises(gpt.ConfigError, match="needs compute capability 9.0, found 8.0"):
         gpt.choose_attention(pretend_gpu(monkeypatch, (8, 0), object(), object())())

@@ -1,4 +1,8 @@
 """Properties of the weight coder: exact round trips, C equals its definition, damaged streams are refused."""
+import subprocess
+import sys
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -199,3 +203,29 @@ def test_a_stream_of_the_other_kind_is_refused():
     words = np.arange(50, dtype=np.uint16)
     with pytest.raises(ValueError, match="kind"):
         coder.decode_codes(coder.encode_words(words))
+
+
+def stream_of(kind: int, shape: tuple[int, int, int], payload: bytes) -> bytes:
+    """A forged stream whose checksum is right."""
+    body = coder.STREAM_HEADER.pack(coder.STREAM_MAGIC, kind, 0, *shape) + payload + bytes(4)
+    return body + zlib.crc32(body).to_bytes(4, "little")
+
+
+def test_a_forged_count_of_words_is_refused_before_it_is_decoded():
+    with pytest.raises(ValueError, match="its header is damaged"):
+        coder.decode_words(stream_of(coder.WORDS, (0, 2 ** 32 - 1, 1), b"\0"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited by RLIMIT_AS")
+def test_too_little_memory_is_an_error_and_not_a_crash(tmp_path):
+    (tmp_path / "wide").write_bytes(stream_of(coder.CODES, (1, 1, 1 << 27), b"\x7f" * 4096))
+    script = f"""
+import pathlib, resource
+import train_gpt as gpt
+gpt.compile_c(gpt.C_SOURCE)
+room = 4096 * int(open('/proc/self/statm').read().split()[0]) + (1 << 30)
+resource.setrlimit(resource.RLIMIT_AS, (room, room))
+gpt.decode_codes(pathlib.Path({str(tmp_path / 'wide')!r}).read_bytes())
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=coder.REPO, capture_output=True, text=True)
+    assert done.returncode == 1 and "MemoryError: no memory to code (1, 1, 134217728)" in done.stderr

@@ -88,7 +88,7 @@ def test_a_number_beyond_all_bounds_is_refused_like_any_other():
 @pytest.mark.parametrize(("name", "text"), [
     ("ITERATIONS", "0"), ("SEED", "-1"), ("VOCAB_SIZE", "100000"), ("EMA_DECAY", "1.5"), ("MATRIX_LR", "-0.1"),
     ("WARMDOWN_FRAC", "2"), ("MUON_BACKEND_STEPS", "6"), ("MATRIX_BITS", "9"), ("MATRIX_BITS", "1"),
-    ("TOKEN_THRESHOLD", "1.1"), ("TOKEN_ORDER", "1"), ("LOGIT_SOFTCAP", "0.5"), ("TTT_CHUNK_SIZE", "0"), ("TOKEN_BOOST", "89"),
+    ("TOKEN_THRESHOLD", "1.1"), ("TOKEN_ORDER", "1"), ("LOGIT_SOFTCAP", "0.5"), ("TTT_CHUNK_SIZE", "0"), ("TOKEN_BOOST", "89"), ("LOGIT_SOFTCAP", "150"),
     ("MAX_WALLCLOCK_SECONDS", "-1"), ("ADAM_EPS", "-1e-8")])
 def test_values_out_of_range_are_refused_with_the_range(name, text):
     with pytest.raises(gpt.ConfigError, match=rf"^{name}=\S+: expected a value between \S+ and \S+"):

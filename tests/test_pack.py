@@ -87,7 +87,7 @@ def test_packed_script_is_latin_1_and_parses(payload):
 
 def test_training_script_keeps_its_size_limit(repo):
     source = (repo / "train_gpt.py").read_text(encoding="utf-8")
-    assert len(pack.pack_script(source)) <= 64_000        # the block kernels alone take 10,000
+    assert len(pack.pack_script(source)) <= 65_000        # the block kernels alone take 10,000
 
 
 def test_run_counts_the_packed_script(repo):

@@ -416,6 +416,29 @@ def test_a_missing_c_compiler_is_named(monkeypatch):
         gpt.compile_c("int x;")
 
 
+def test_a_c_compiler_may_have_arguments(monkeypatch):
+    monkeypatch.setenv("CC", f"{os.environ.get('CC', 'cc')} -DTIMES=3")
+    assert gpt.compile_c("int times(int x) { return TIMES * x; }").times(5) == 15
+
+
+def test_a_c_compiler_that_cannot_be_run_is_an_error_in_words(monkeypatch, tmp_path):
+    (tmp_path / "cc").write_text("no program")
+    (tmp_path / "cc").chmod(0o755)
+    monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    with pytest.raises(gpt.RunError, match="cannot be run .*; correct CC or TMPDIR"):
+        gpt.compile_c("int y;")
+
+
+def test_an_unexpected_error_is_shown_with_its_place_and_the_rank_ends_by_itself(in_tmp, monkeypatch, capsys):
+    def fail(*_):
+        raise ZeroDivisionError("by nothing")
+    monkeypatch.setattr(gpt, "run_pipeline", fail)
+    assert gpt.main([]) == 1
+    told = capsys.readouterr().err
+    assert "error: unexpected ZeroDivisionError of rank 0 in stage start" in told
+    assert "Traceback" in told and told.rstrip().endswith("ZeroDivisionError: by nothing")
+
+
 def test_the_message_of_a_failing_c_compiler_is_shown():
     with pytest.raises(RuntimeError, match="failed: .*error"):
         gpt.compile_c("this is no C")

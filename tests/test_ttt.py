@@ -319,7 +319,7 @@ def test_every_step_of_a_plan_has_a_bucket_that_warm_up_captures():
     lengths = np.sort(np.random.default_rng(0).lognormal(6.3, 1.1, 4000).astype(np.int64) + 2)
     lengths[-1] = 97_114
     docs = gpt.Documents(np.cumsum(lengths) - lengths, lengths)
-    buckets = gpt.step_buckets(cfg.ttt_batch_size, cfg.ttt_eval_seq_len)
+    buckets = gpt.step_buckets(cfg.ttt_batch_size, cfg.ttt_eval_seq_len, cfg.ttt_chunk_size)
     keys = set(gpt.step_keys(cfg, buckets))
     phases = gpt.plan_batches(docs, batch_size=cfg.ttt_batch_size, max_tokens=gpt.BATCH_TOKENS,
                               max_chunks=gpt.BATCH_CHUNKS, prefix_docs=500)
@@ -446,7 +446,7 @@ def test_a_chunk_learns_from_the_chunk_before_it(setup):
 
 def batch_of(docs: gpt.Documents, cfg: gpt.Config, members) -> gpt.Batch:
     members = sorted(members, key=lambda doc: -docs.length[doc])
-    buckets = gpt.step_buckets(cfg.ttt_batch_size, cfg.ttt_eval_seq_len)
+    buckets = gpt.step_buckets(cfg.ttt_batch_size, cfg.ttt_eval_seq_len, cfg.ttt_chunk_size)
     steps = gpt.batch_steps(docs.length[members], cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, buckets)
     return gpt.Batch(0, tuple(members), False, steps)
 
@@ -1023,6 +1023,15 @@ def test_ranks_with_any_number_of_lanes_stop_at_the_same_step(world_size):
     assert len({limit.last for limit in limits}) == 1 and limits[0].last != (math.inf,)
     assert sum(scorer.learnt_s for scorer in scorers) < sum(scorer.total_s for scorer in scorers)
     assert len(scorers[0].run.lines) == 1 and max(scorer.run.now for scorer in scorers) <= 10.0
+
+
+@pytest.mark.parametrize("chunk", [48, 97, 200])
+def test_every_padded_window_holds_a_chunk(chunk):
+    assert min(gpt.step_buckets(64, 2560, chunk).windows) >= chunk
+    cfg = tiny_config(compile=True, ttt_chunk_size=chunk, ttt_batch_size=4, ttt_eval_seq_len=512, train_seq_len=512,
+                      train_batch_tokens=8 * 512, global_ttt_chunk_tokens=512, phased_ttt_prefix_docs=0)
+    with torch.compiler.set_stance("force_eager"):        # the compiled path, without the compiler
+        gpt.warm_up_ttt(cfg, gpt.Run(cfg), random_model(cfg), 2000)
 
 
 def test_the_base_adaptation_has_run_once_before_the_clock(setup, tmp_path, monkeypatch):
