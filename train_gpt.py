@@ -6094,8 +6094,8 @@ def compile_c(source: str) -> ctypes.CDLL:
         library = f"{folder}/code.so"
         for target in (["-march=native"], []):            # not every compiler knows its own machine
             # -fwrapv: even a forged stream must not meet undefined behaviour.
-            command = [*shlex.split(compiler), "-O3", *target, "-fwrapv", "-std=c99", "-shared", "-fPIC", "-o",
-                       library, "-xc", "-"]
+            command = [*shlex.split(compiler), "-O3", *target, "-fwrapv", "-std=c99", "-shared", "-fPIC",
+                       "-o", library, "-xc", "-"]
             try:
                 done = subprocess.run(command, input=source, capture_output=True, text=True)
                 if done.returncode == 0:
@@ -6104,8 +6104,8 @@ def compile_c(source: str) -> ctypes.CDLL:
                 raise RunError(f"no C compiler: expected `{compiler}` on the PATH; install gcc or "
                                "clang") from None
             except OSError as error:
-                raise RunError(f"`{compiler}`, or what it makes in {folder}, cannot be run ({error}); correct "
-                               "CC or TMPDIR") from None
+                raise RunError(f"`{compiler}`, or what it makes in {folder}, cannot be run ({error}); "
+                               "correct CC or TMPDIR") from None
         raise RunError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
 
 
@@ -6651,6 +6651,9 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     exit_code = main(sys.argv[1:])
-    if exit_code and "RANK" in os.environ:
-        os._exit(exit_code)             # a communicator that lost a rank may never finish its clean-up
+    if "RANK" in os.environ:            # a communicator that lost a rank may never finish its clean-up, and
+        with contextlib.suppress(OSError):            # threads of a sound one need an interpreter that lives
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(exit_code)
     sys.exit(exit_code)
