@@ -439,6 +439,17 @@ def test_an_unexpected_error_is_shown_with_its_place_and_the_rank_ends_by_itself
     assert "Traceback" in told and told.rstrip().endswith("ZeroDivisionError: by nothing")
 
 
+@pytest.mark.parametrize("rank", [None, "0"])
+def test_a_launched_rank_writes_all_and_ends_without_the_interpreters_clean_up(rank):
+    """There threads of its communicator may meet an interpreter that is gone."""
+    script = ("import atexit, runpy, sys; atexit.register(print, 'clean-up'); sys.argv = ['train_gpt.py', '--help']; "
+              "runpy.run_path('train_gpt.py', run_name='__main__')")
+    env = {name: value for name, value in os.environ.items() if name != "RANK"} | ({"RANK": rank} if rank else {})
+    done = subprocess.run([sys.executable, "-c", script], cwd=gpt.REPO, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "EVAL_WALLCLOCK_SECONDS" in done.stdout
+    assert ("clean-up" in done.stdout) == (rank is None)
+
+
 def test_the_message_of_a_failing_c_compiler_is_shown():
     with pytest.raises(RuntimeError, match="failed: .*error"):
         gpt.compile_c("this is no C")
