@@ -393,3 +393,8 @@ def test_the_committed_arms_file_is_sound(repo, tmp_path, monkeypatch):
     monkeypatch.setenv("DATA", str(tmp_path))
     arms = read_arms(repo / "benchmarks" / "frontier_arms.toml")
     assert len(arms.runs(repo / "train_gpt.py")) == len(arms.settings) * len(arms.seeds)
+    block = re.search(r"    frontier\)\n.*?;;", (repo / "run.sh").read_text(), re.S)[0]       # what it changes in the record
+    stated = dict(re.findall(r"\b([A-Z_]+)=([\d.]+)", block))
+    common = arms.settings["record"]
+    changed = {name: value for name, value in arms.settings["frontier"].items() if common.get(name) != value}
+    assert stated and {**stated, "DATA_PATH": str(tmp_path / "fused99")} == changed
